@@ -1,0 +1,253 @@
+"""Masks in an optimizer state: where they are kept, and how to read, set, apply and check them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from s2sam_jax._tree import (
+    align,
+    check_same_leaves,
+    find_states,
+    map_states,
+    mask_mirrored,
+    named_leaves,
+    path_names,
+)
+from s2sam_jax._types import Masks, Params
+
+
+class SparseState(NamedTuple):
+    """State of :func:`sparsify`.
+
+    Attributes:
+      step: int32[], calls of update; the clock of the mask updates.
+      next_update: int32[], the call at which the masks change next.
+      masks: bool, treedef, shapes and sharding of the parameters; all true on dense leaves.
+      nnz: int32[] per leaf, ones in the mask, written only when masks are (:func:`check_masks` compares).
+      key: typed PRNG key; a mask update uses ``fold_in(key, step)``.
+      method_state: what the method keeps.
+      inner_state: state of the wrapped optimizer.
+    """
+
+    step: jax.Array
+    next_update: jax.Array
+    masks: Masks
+    nnz: Any
+    key: jax.Array
+    method_state: Any
+    inner_state: Any
+
+
+def count_masks(masks: Masks) -> Any:
+    """Ones per leaf, int32[]."""
+    return jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), masks)
+
+
+def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
+    """The masks inside an optimizer state.
+
+    Args:
+      opt_state: a state that holds one :class:`SparseState`, at any depth; or several on disjoint leaves, and then
+        ``params`` is needed to put them together.
+      params: if given, the result has exactly this structure, all true on leaves no state covers.
+
+    Returns:
+      Bool tree like the parameters.
+
+    Raises:
+      ValueError: when there is no :class:`SparseState`, or several and no ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import get_masks, methods, sparsify
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5).init(params)
+      >>> int(get_masks(state)["kernel"].sum())
+      2
+    """
+    states = _sparse_states(opt_state, "get_masks")
+    if params is None:
+        if len(states) > 1:
+            raise ValueError("get_masks: opt_state holds several SparseStates; pass params to get one tree.")
+        return states[0].masks
+    found = {path: mask for state in states for path, mask in named_leaves(state.masks).items()}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: found.get(path_names(path), jnp.ones_like(p, dtype=bool)), params
+    )
+
+
+def set_masks(opt_state: Any, masks: Masks) -> Any:
+    """Installs masks (from one-shot scores, a file, another run) in an optimizer state.
+
+    Counts are renewed and the state of the wrapped optimizer is zeroed off the new masks. Call :func:`apply_masks`
+    on the parameters afterwards.
+
+    Args:
+      opt_state: a state with a :class:`SparseState`.
+      masks: bool tree like the parameters.
+
+    Returns:
+      The new optimizer state.
+
+    Raises:
+      ValueError: when there is no :class:`SparseState`, or the masks have other leaves or shapes.
+      TypeError: when a mask is not bool.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from s2sam_jax import get_masks, methods, select, set_masks, sparsify
+      >>> params = {"kernel": jnp.array([[1.0, -3.0], [2.0, 0.5]])}
+      >>> state = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5).init(params)
+      >>> state = set_masks(state, select(jax.tree.map(jnp.abs, params), sparsity=0.5))
+      >>> print(get_masks(state)["kernel"])
+      [[False  True]
+       [ True False]]
+    """
+    wrong = ["/".join(path) for path, mask in named_leaves(masks).items() if mask.dtype != jnp.bool_]
+    if wrong:
+        raise TypeError(f"set_masks needs bool masks; these are not: {wrong}.")
+    covered = {path for state in _sparse_states(opt_state, "set_masks") for path in named_leaves(state.masks)}
+    if len(find_states(opt_state, SparseState)) == 1:
+        check_same_leaves(masks, find_states(opt_state, SparseState)[0].masks, "masks", "the masks in opt_state")
+    elif missing := covered - set(named_leaves(masks)):
+        raise ValueError(f"set_masks: no mask for {sorted('/'.join(path) for path in missing)}.")
+
+    def install(state: SparseState) -> SparseState:
+        new = jax.tree.map(jnp.array, align(masks, state.masks))
+        inner_state = mask_mirrored(new, state.inner_state)
+        return state._replace(masks=new, nnz=count_masks(new), inner_state=inner_state)
+
+    return map_states(install, opt_state, SparseState)
+
+
+def apply_masks(params: Params, opt_state: Any) -> Params:
+    """Zeroes pruned weights. Once after ``init`` (``TrainState.create`` does it); never needed between updates.
+
+    Args:
+      params: any pytree of parameters.
+      opt_state: a state with a :class:`SparseState`.
+
+    Returns:
+      The parameters with exact zeros off the masks.
+
+    Raises:
+      ValueError: when there is no :class:`SparseState`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import apply_masks, methods, sparsify
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> state = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.75).init(params)
+      >>> print(apply_masks(params, state)["kernel"].sum())
+      4.0
+    """
+    _sparse_states(opt_state, "apply_masks")
+    leaves = {}
+    for state in find_states(opt_state, SparseState):
+        leaves |= named_leaves(state.masks)
+
+    def zero(path, param):
+        mask = leaves.get(path_names(path))
+        return param if mask is None else jnp.where(mask, param, jnp.zeros((), param.dtype))
+
+    return jax.tree_util.tree_map_with_path(zero, params)
+
+
+def update_masks(
+    tx: optax.GradientTransformation, grads: Params, opt_state: Any, params: Params, **extra_args: Any
+) -> tuple[Params, Any]:
+    """One update that changes the masks whatever the clock says: the second program of a two-program loop.
+
+    A loop that jits its ordinary step with ``refresh_masks=False`` and calls this every so often carries no mask
+    update in its hot path.
+
+    Args:
+      tx: the optimizer, with :func:`sparsify` in it.
+      grads: dense gradient.
+      opt_state: its state.
+      params: clean parameters.
+      **extra_args: handed to ``tx.update``, such as ``grad_fn`` and ``value``.
+
+    Returns:
+      New parameters and new optimizer state.
+
+    Raises:
+      ValueError: when ``opt_state`` holds no :class:`SparseState`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import Every, get_masks, methods, sparsify, update_masks
+      >>> tx = sparsify(optax.sgd(0.1), methods.rigl(1.0), sparsity=0.5, when=Every(0, 100, 1000))
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> grads = {"kernel": jnp.array([[9.0, 0.0], [8.0, 0.0]])}
+      >>> params, state = update_masks(tx, grads, tx.init(params), params)
+      >>> print(get_masks(state)["kernel"])
+      [[ True False]
+       [ True False]]
+    """
+    _sparse_states(opt_state, "update_masks")
+    tx = optax.with_extra_args_support(tx)
+    updates, opt_state = tx.update(grads, opt_state, params, refresh_masks=True, **extra_args)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def check_masks(params: Params, opt_state: Any) -> None:
+    """Raises if anything that sparse training promises does not hold. For the host; costs a few passes.
+
+    Checked per leaf: structure and shape of the masks, their count against the one recorded at the last mask update,
+    exact zeros off the mask in the parameters, and finite weights.
+
+    Args:
+      params: clean parameters.
+      opt_state: a state with a :class:`SparseState`.
+
+    Raises:
+      ValueError: listing every leaf that fails and how.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import check_masks, methods, sparsify
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5).init(params)
+      >>> check_masks(params, state)
+      Traceback (most recent call last):
+      ValueError: check_masks found:
+        kernel: 2 pruned weights are not zero; call apply_masks(params, opt_state) after init or a restore
+    """
+    problems = []
+    named = named_leaves(params)
+    for state in _sparse_states(opt_state, "check_masks"):
+        masks, counts = named_leaves(state.masks), named_leaves(state.nnz)
+        check_same_leaves(masks, {path: named.get(path, jnp.zeros(0)) for path in masks}, "the masks", "params")
+        for path, mask in masks.items():
+            problems += [f"{'/'.join(path)}: {fault}" for fault in _faults(named[path], mask, counts[path])]
+    if problems:
+        raise ValueError("check_masks found:\n  " + "\n  ".join(problems))
+
+
+def _faults(param: jax.Array, mask: jax.Array, nnz: jax.Array) -> list[str]:
+    alive = np.asarray(mask)
+    values = np.asarray(param).astype(np.float64)
+    faults = []
+    if alive.sum() != int(nnz):
+        faults.append(f"the mask has {alive.sum()} ones, {int(nnz)} at the last mask update")
+    if stray := int((values[~alive] != 0).sum()):
+        faults.append(
+            f"{stray} pruned weights are not zero; call apply_masks(params, opt_state) after init or a restore"
+        )
+    if bad := int((~np.isfinite(values)).sum()):
+        faults.append(f"{bad} weights are not finite")
+    return faults
+
+
+def _sparse_states(opt_state: Any, caller: str) -> list[SparseState]:
+    states = find_states(opt_state, SparseState)
+    if not states:
+        raise ValueError(
+            f"{caller} found no SparseState in opt_state (a {type(opt_state).__name__}). Wrap the optimizer in sparsify(); "
+            "if the state comes from a checkpoint, restore it into the structure of tx.init(params)."
+        )
+    return states

@@ -1,0 +1,201 @@
+"""S2-SAM: sharpness-aware minimization at the price of one gradient."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from s2sam_jax._perturb import add, ascent, check_compat, check_non_negative, schedule
+from s2sam_jax._tree import align, at_least_f32, find_states, masked, named_leaves, norm, path_names, scalar
+from s2sam_jax._types import Compat, Masks, Params, ScalarOrSchedule, Unmasked
+
+
+class S2SAMState(NamedTuple):
+    """Everything :func:`perturb` needs, as arrays, so that any checkpoint format keeps it.
+
+    Attributes:
+      count: int32[], gradients seen.
+      rho: float[], radius of the next perturbation.
+      eps: float[], added to the norm.
+      eta: float[] in the adaptive form, else ``None``.
+      norm: float[] in the authors' adaptive form, else ``None``.
+      last_grad: the last gradient, a tree like the parameters, zero at first.
+    """
+
+    count: jax.Array
+    rho: jax.Array
+    eps: jax.Array
+    eta: jax.Array | None
+    norm: jax.Array | None
+    last_grad: Any
+
+
+def s2sam(
+    rho: ScalarOrSchedule = 0.05,
+    *,
+    adaptive: bool = False,
+    eta: float = 0.01,
+    perturb_pruned: bool = False,
+    grad_dtype: jax.typing.DTypeLike | None = None,
+    eps: float = 1e-12,
+    compat: Compat = "paper",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Single-step SAM: passes the gradient through and remembers it; :func:`perturb` does the rest.
+
+    .. math:: \epsilon_t = \rho\, \hat g_{t-1} / (\|\hat g_{t-1}\|_2 + \mathrm{eps}), \quad \epsilon_1 = 0, \quad
+              \hat g_t = \nabla L_t(w_t + \epsilon_t)
+
+    The gradient of a step is taken at ``perturb(params, opt_state)``; nothing else in a loop changes and no
+    second gradient is computed. Put it first in its chain, so that it sees the raw gradient, before clipping
+    and weight decay, and inside :func:`sparsify`, which hands it masked gradients: then the perturbation
+    touches live weights only.
+
+    Args:
+      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
+      adaptive: scale by ``T = |w| + eta``: :math:`\epsilon = \rho\, T^2 g / (\|T g\| + \mathrm{eps})` (ASAM).
+      eta: the constant in ``T``; used with ``adaptive`` alone.
+      perturb_pruned: remember the dense gradient under :func:`sparsify`, so that pruned weights are perturbed
+        too, as the released code does. Combine with ``sparsify(mask_grads=False)`` for its dense momentum.
+      grad_dtype: storage type of the remembered gradient, e.g. ``jnp.bfloat16``; the gradient's own if ``None``.
+      eps: added to the norm.
+      compat: ``"authors"`` reproduces the released adaptive branch, which perturbs by
+        :math:`\rho\, \hat g^3 / (\||u| \hat g\| + \mathrm{eps})` with ``u`` the previously perturbed weights;
+        the two settings agree when ``adaptive`` is false.
+
+    Returns:
+      A transformation whose update is the identity on gradients. State: one gradient-sized tree.
+
+    Raises:
+      ValueError: for a negative ``rho``, ``eta`` or ``eps``, or an unknown ``compat``.
+
+    Reference:
+      Ji et al., "A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient and Accurate
+      Sparse Training", NeurIPS 2024.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from s2sam_jax import perturb, s2sam
+      >>> tx = optax.chain(s2sam(rho=0.1), optax.sgd(0.1))
+      >>> params, loss = jnp.array([3.0, 4.0]), lambda w: 0.5 * jnp.sum(w**2)
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     grads = jax.grad(loss)(perturb(params, state))
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(params.round(3))  # [2.7, 3.6], then w - 0.1 * (w + 0.1 * [0.6, 0.8])
+      [2.424 3.232]
+    """
+    check_compat(compat)
+    check_non_negative(eta, "eta")
+    check_non_negative(eps, "eps")
+    rho_at = schedule(rho, "rho")
+    cubic = adaptive and compat == "authors"
+
+    def init_fn(params):
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=grad_dtype), params)
+        return S2SAMState(
+            count=jnp.zeros((), jnp.int32),
+            rho=rho_at(jnp.zeros((), jnp.int32)),
+            eps=jnp.array(eps, jnp.result_type(float)),
+            eta=jnp.array(eta, jnp.result_type(float)) if adaptive else None,
+            norm=jnp.zeros((), jnp.result_type(float)) if cubic else None,
+            last_grad=Unmasked(zeros) if perturb_pruned else zeros,
+        )
+
+    def update_fn(updates, state, params=None, *, masks=None, dense_grads=None, **extra_args):
+        del extra_args
+        grads = _remembered(updates, masks, dense_grads, perturb_pruned)
+        count = optax.safe_increment(state.count)
+        stored = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, _gradient(state))
+        state = S2SAMState(
+            count=count,
+            rho=rho_at(count),
+            eps=state.eps,
+            eta=state.eta,
+            norm=_cubic_norm(grads, params, state) if cubic else None,
+            last_grad=Unmasked(stored) if perturb_pruned else stored,
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def perturb(params: Params, opt_state: Any) -> Params:
+    r"""The point at which S2-SAM takes its gradient: ``params + epsilon``.
+
+    .. math:: w + \rho\, \hat g_{t-1} / (\|\hat g_{t-1}\|_2 + \mathrm{eps})
+
+    Finds the state of :func:`s2sam` anywhere inside ``opt_state`` (chains, wrappers, train states). Several
+    states on disjoint leaves, as under ``optax.multi_transform``, each use their own norm.
+
+    Args:
+      params: the clean parameters, any pytree.
+      opt_state: the optimizer state that holds an :class:`S2SAMState`, or a train state around it.
+
+    Returns:
+      The perturbed parameters, in the parameters' structure and dtypes.
+
+    Raises:
+      ValueError: when there is no such state (silence would mean plain SGD), or two states claim one leaf,
+        or a state belongs to another model.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax import perturb, s2sam
+      >>> tx, params = s2sam(rho=0.5), jnp.array([3.0, 4.0])
+      >>> _, state = tx.update(jnp.array([0.0, 2.0]), tx.init(params), params)
+      >>> print(perturb(params, state))
+      [3.  4.5]
+    """
+    states = find_states(opt_state, S2SAMState)
+    if not states:
+        raise ValueError(
+            f"perturb found no S2SAMState in opt_state (a {type(opt_state).__name__}). Put s2sam() into the optimizer "
+            "chain; if the state comes from a checkpoint, restore it into the structure of tx.init(params)."
+        )
+    clean, moved = named_leaves(params), {}
+    for state in states:
+        grads = named_leaves(_gradient(state))
+        for path, grad in grads.items():
+            where = "/".join(path)
+            if path not in clean or jnp.shape(clean[path]) != jnp.shape(grad):
+                raise ValueError(f"perturb: the S2SAMState has a gradient {where}{jnp.shape(grad)} that params lack.")
+            if path in moved:
+                raise ValueError(f"perturb: two S2SAMStates claim the leaf {where}; use one s2sam() per leaf.")
+        moved |= dict(zip(grads, _epsilon(state, [clean[path] for path in grads]), strict=True))
+
+    def shift(key_path, param):
+        path = path_names(key_path)
+        return add(param, moved[path]) if path in moved else param
+
+    return jax.tree_util.tree_map_with_path(shift, params)
+
+
+def _gradient(state: S2SAMState) -> Any:
+    return state.last_grad.tree if isinstance(state.last_grad, Unmasked) else state.last_grad
+
+
+def _remembered(updates: Params, masks: Masks | None, dense_grads: Params | None, perturb_pruned: bool) -> Params:
+    """The gradient to keep: dense where asked for, else live weights only."""
+    if perturb_pruned:
+        return updates if dense_grads is None else align(dense_grads, updates)
+    return updates if masks is None else masked(align(masks, updates), updates)
+
+
+def _epsilon(state: S2SAMState, params: list[jax.Array]) -> list[jax.Array]:
+    grads = jax.tree.leaves(_gradient(state))
+    rho, eps = scalar(state.rho), scalar(state.eps)
+    if state.norm is not None:
+        scale = rho / (scalar(state.norm) + eps)
+        return [scale * at_least_f32(g) ** 3 for g in grads]
+    return ascent(grads, params, rho=rho, eps=eps, eta=None if state.eta is None else scalar(state.eta))
+
+
+def _cubic_norm(grads: Params, params: Params | None, state: S2SAMState) -> jax.Array:
+    """``|| |u| * g ||`` with ``u`` the point at which ``g`` was taken."""
+    if params is None:
+        raise ValueError("s2sam(adaptive=True, compat='authors') needs params: call tx.update(grads, state, params).")
+    leaves = jax.tree.leaves(params)
+    points = [at_least_f32(p) + e for p, e in zip(leaves, _epsilon(state, leaves), strict=True)]
+    return norm([u * g for u, g in zip(points, jax.tree.leaves(grads), strict=True)]).astype(jnp.result_type(float))

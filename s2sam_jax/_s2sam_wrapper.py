@@ -1,0 +1,129 @@
+"""S2-SAM for loops that cannot be edited: the loop's parameters are the perturbed ones."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from s2sam_jax._masks import SparseState
+from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
+from s2sam_jax._tree import align, find_states, masked
+from s2sam_jax._types import Params, ScalarOrSchedule
+
+
+class S2SAMWrapperState(NamedTuple):
+    """State of :func:`s2sam_wrapper`.
+
+    Attributes:
+      count: int32[], steps taken.
+      clean: the unperturbed parameters.
+      inner_state: state of the wrapped optimizer, which only ever sees ``clean``.
+    """
+
+    count: jax.Array
+    clean: Params
+    inner_state: Any
+
+
+def s2sam_wrapper(
+    inner: optax.GradientTransformation,
+    rho: ScalarOrSchedule = 0.05,
+    *,
+    clean_dtype: jax.typing.DTypeLike | None = None,
+    eps: float = 1e-12,
+) -> optax.GradientTransformationExtraArgs:
+    r"""S2-SAM without :func:`perturb`: the loop holds ``w + epsilon``, the state keeps the clean ``w``.
+
+    .. math:: w_{t+1} = w_t + \mathrm{inner}(\hat g_t, w_t), \qquad
+              p_{t+1} = w_{t+1} + \rho\, \hat g_t / (\|\hat g_t\|_2 + \mathrm{eps})
+
+    Prefer :func:`s2sam` where the loop is yours. Evaluate and save :func:`eval_params`, never the loop's own
+    parameters. It goes outside everything but ``optax.MultiSteps`` and ``optax.apply_if_finite``, so
+    ``s2sam_wrapper(sparsify(...))``: methods and weight decay then see clean weights, and the perturbation
+    stays on live ones.
+
+    Args:
+      inner: the optimizer, possibly sparsified.
+      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
+      clean_dtype: type of the clean copy, e.g. ``jnp.float32`` beside bfloat16 parameters; the parameters' own
+        if ``None``.
+      eps: added to the norm.
+
+    Returns:
+      A transformation whose updates move the loop's parameters from one perturbed point to the next.
+
+    Raises:
+      ValueError: for a negative ``rho`` or ``eps``, or an update without ``params``.
+
+    Reference:
+      As :func:`s2sam`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from s2sam_jax import eval_params, s2sam_wrapper
+      >>> tx, params = s2sam_wrapper(optax.sgd(0.5), rho=0.5), jnp.array([3.0, 4.0])
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)  # gradient of |w|^2 / 2
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params, eval_params(params, state))
+      [1.8 2.4] [1.5 2. ]
+    """
+    check_non_negative(eps, "eps")
+    rho_at = schedule(rho, "rho")
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        clean = jax.tree.map(lambda p: jnp.array(p, dtype=clean_dtype, copy=True), params)
+        return S2SAMWrapperState(jnp.zeros((), jnp.int32), clean, inner.init(clean))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError("s2sam_wrapper needs params: call tx.update(grads, state, params).")
+        count = optax.safe_increment(state.count)
+        step, inner_state = inner.update(updates, state.inner_state, state.clean, **extra_args)
+        clean = optax.apply_updates(state.clean, step)
+        grads = updates
+        for sparse in find_states(inner_state, SparseState):
+            grads = masked(align(sparse.masks, grads), grads)
+        leaves, treedef = jax.tree.flatten(clean)
+        epsilon = ascent(jax.tree.leaves(grads), leaves, rho=rho_at(count), eps=eps)
+        target = treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
+        return jax.tree.map(lambda t, p: t - p, target, params), S2SAMWrapperState(count, clean, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def eval_params(params: Params, opt_state: Any) -> Params:
+    """The clean parameters to evaluate and save, whichever form of S2-SAM trains them.
+
+    The identity, unless :func:`s2sam_wrapper` is in the optimizer: then its clean copy, in the dtypes of
+    ``params``.
+
+    Args:
+      params: the loop's parameters.
+      opt_state: the optimizer state.
+
+    Returns:
+      Clean parameters, in the structure and dtypes of ``params``.
+
+    Raises:
+      ValueError: when two wrappers hold a copy.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import eval_params
+      >>> params = jnp.ones(2)
+      >>> print(eval_params(params, optax.sgd(0.1).init(params)))
+      [1. 1.]
+    """
+    states = find_states(opt_state, S2SAMWrapperState)
+    if not states:
+        return params
+    if len(states) > 1:
+        raise ValueError(
+            "eval_params: s2sam_wrapper appears more than once in opt_state; wrap the whole optimizer once."
+        )
+    clean = jax.tree.leaves(states[0].clean)
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten([c.astype(p.dtype) for c, p in zip(clean, leaves, strict=True)])

@@ -1,0 +1,93 @@
+"""SAM and ASAM as a transformation of gradients."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
+from s2sam_jax._types import GradFn, Params, ScalarOrSchedule
+
+
+class SAMState(NamedTuple):
+    """State of :func:`sam`.
+
+    Attributes:
+      count: int32[], steps taken.
+      rho: float[], radius of the last perturbation (of the first one, before it).
+    """
+
+    count: jax.Array
+    rho: jax.Array
+
+
+def sam(
+    rho: ScalarOrSchedule = 0.05, *, adaptive: bool = False, eta: float = 0.01, eps: float = 1e-12
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sharpness-aware minimization: replaces the gradient by the gradient at the ascent point.
+
+    .. math:: \epsilon = \rho\, g / (\|g\|_2 + \mathrm{eps}), \qquad \text{update} = \nabla L(w + \epsilon)
+
+    Two gradients a step: the loop's own, and one through the extra argument ``grad_fn`` of ``update``. Put it
+    first in its chain; weight decay and momentum after it then act at the unperturbed weights. Inside
+    :func:`sparsify`, the perturbation and both gradients live on the mask.
+
+    Args:
+      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
+      adaptive: ASAM: :math:`\epsilon = \rho\, T^2 g / (\|T g\| + \mathrm{eps})` with ``T = |w| + eta`` on every
+        leaf (its authors leave biases unscaled).
+      eta: the constant in ``T``; used with ``adaptive`` alone.
+      eps: added to the norm; a zero gradient gives a zero perturbation.
+
+    Returns:
+      A transformation whose ``update`` needs ``params`` and ``grad_fn``, a function from parameters to the
+      gradient of the current batch.
+
+    Raises:
+      ValueError: for a negative ``rho``, ``eta`` or ``eps``, or an update without ``params``.
+      TypeError: for an update without ``grad_fn``.
+
+    Reference:
+      Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021, Algorithm 1.
+      Kwon et al., "ASAM", ICML 2021, for the adaptive form.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from s2sam_jax import sam
+      >>> tx, params = sam(rho=0.5), jnp.array([3.0, 4.0])
+      >>> grad_fn = jax.grad(lambda w: 0.5 * jnp.sum(w**2))
+      >>> updates, state = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+      >>> print(updates)  # the gradient at [3, 4] + 0.5 * [0.6, 0.8]
+      [3.3 4.4]
+    """
+    check_non_negative(eta, "eta")
+    check_non_negative(eps, "eps")
+    rho_at = schedule(rho, "rho")
+
+    def init_fn(params):
+        del params
+        return SAMState(jnp.zeros((), jnp.int32), rho_at(jnp.zeros((), jnp.int32)))
+
+    def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+        del extra_args
+        params, grad_fn = check_extras("sam", params, grad_fn)
+        leaves, treedef = jax.tree.flatten(params)
+        grads, radius = treedef.flatten_up_to(updates), rho_at(state.count)
+        epsilon = ascent(grads, leaves, rho=radius, eps=eps, eta=eta if adaptive else None)
+        point = treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
+        return grad_fn(point), SAMState(optax.safe_increment(state.count), radius)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_extras(name: str, params: Params | None, grad_fn: GradFn | None) -> tuple[Params, GradFn]:
+    if params is None:
+        raise ValueError(f"{name} needs params: call tx.update(grads, state, params, grad_fn=grad_fn).")
+    if grad_fn is None:
+        raise TypeError(
+            f"{name} needs a second gradient: pass grad_fn, a function from parameters to the gradient of this batch, "
+            "to tx.update(grads, state, params, grad_fn=grad_fn). make_train_step does; "
+            "flax.training.TrainState.apply_gradients cannot pass it on."
+        )
+    return params, grad_fn

@@ -1,0 +1,300 @@
+"""One jitted training step for every optimizer and every sparse method."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from s2sam_jax._masks import SparseState, apply_masks
+from s2sam_jax._s2sam import S2SAMState, perturb
+from s2sam_jax._sam import SAMState
+from s2sam_jax._ssam import SSAMState, empirical_fisher
+from s2sam_jax._tree import copy_key, find_states, norm
+from s2sam_jax._types import Params
+
+Batch = Any  # a pytree whose leaves have the examples along their leading axis
+ModelState = Any
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Params, ModelState, Batch, jax.Array], tuple[jax.Array, tuple[ModelState, Metrics]]]
+TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+
+
+class TrainState(NamedTuple):
+    """All that changes during training, as one pytree of arrays.
+
+    Attributes:
+      step: int32[], calls of the train step.
+      params: parameters; exactly zero where pruned.
+      model_state: what the model keeps besides parameters, such as BatchNorm statistics.
+      opt_state: state of the optimizer, with masks, last gradient and keys inside.
+      key: typed PRNG key; a step uses ``fold_in(key, step)``.
+      first_bad_step: int32[], the first step whose loss or gradients were not finite, else -1. From it on the
+        parameters are frozen.
+    """
+
+    step: jax.Array
+    params: Params
+    model_state: ModelState
+    opt_state: Any
+    key: jax.Array
+    first_bad_step: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        params: Params,
+        tx: optax.GradientTransformation,
+        *,
+        model_state: ModelState = (),
+        seed: int | jax.Array = 0,
+    ) -> "TrainState":
+        """Initialises the optimizer and, where there are masks, applies them to the parameters.
+
+        Args:
+          params: initial parameters; copied, so that the state can be donated.
+          tx: the optimizer.
+          model_state: initial model state; copied.
+          seed: integer or PRNG key for dropout and the like.
+
+        Returns:
+          The state to start from.
+
+        Example:
+          >>> import jax.numpy as jnp, optax
+          >>> from s2sam_jax import TrainState, methods, sparsify
+          >>> tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.75)
+          >>> print(TrainState.create({"kernel": jnp.ones((2, 2))}, tx).params["kernel"].sum())
+          1.0
+        """
+        params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
+        opt_state = tx.init(params)
+        if find_states(opt_state, SparseState):
+            params = apply_masks(params, opt_state)
+        zero = jnp.zeros((), jnp.int32)
+        return cls(zero, params, model_state, opt_state, copy_key(seed), jnp.full((), -1, jnp.int32))
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    fisher_examples: int = 16,
+    fisher_loss_fn: LossFn | None = None,
+) -> TrainStep:
+    r"""Builds the train step: the same one for SGD, SAM, SSAM and S2-SAM, dense or sparse.
+
+    .. math:: \hat g = \nabla L(\mathrm{perturb}(w)), \qquad w \leftarrow w + \mathrm{tx}(\hat g, w)
+
+    Where the gradient is taken, and how many there are, follows from the state of ``tx``. The model state kept is that
+    of the first gradient's forward pass (the only one, except for SAM and SSAM). Called inside ``jit`` or
+    ``lax.scan`` the step is a pure function; called from Python it is jitted, donates its state, and keeps the clocks
+    of mask and perturbation updates on the host, so that they are separate programs on CPU.
+
+    Args:
+      loss_fn: ``(params, model_state, batch, key) -> (loss[], (model_state, metrics))``, the mean over the batch;
+        ``metrics`` is a dict of scalars.
+      tx: the optimizer.
+      accumulate: micro-batches per step. The batch is cut into as many equal parts; their gradients (and SAM's second
+        ones) are averaged at one fixed perturbation.
+      fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from.
+      fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
+
+    Returns:
+      ``step(state, batch) -> (state, metrics)``. Metrics are device scalars: ``loss``, ``grad_norm``, ``update_norm``,
+      those of ``loss_fn``, and where they apply ``rho`` (of this step) and ``sparsity`` (zeros over all parameters).
+
+    Raises:
+      ValueError: for ``accumulate`` below 1, and from the step: a batch that does not divide, an ``opt_state`` that is
+        not of this ``tx``, or ``sam``/``ssam`` inside ``optax.MultiSteps`` (use ``accumulate``).
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import TrainState, make_train_step, s2sam
+      >>> def loss_fn(params, model_state, batch, key):
+      ...     return jnp.mean((batch @ params) ** 2), (model_state, {})
+      >>> tx = optax.chain(s2sam(rho=0.05), optax.sgd(0.25))
+      >>> step = make_train_step(loss_fn, tx)
+      >>> state, metrics = step(TrainState.create(jnp.ones(1), tx), jnp.ones((4, 1)))
+      >>> print(state.params, metrics["loss"], metrics["grad_norm"])
+      [0.5] 1.0 2.0
+    """
+    if accumulate < 1:
+        raise ValueError(f"make_train_step needs accumulate >= 1; got {accumulate}.")
+    optimizer = optax.with_extra_args_support(tx)
+    fisher = _fisher_of(fisher_loss_fn or loss_fn)
+
+    def step(state: TrainState, batch: Batch, flags: tuple[tuple[str, bool], ...]) -> tuple[TrainState, Metrics]:
+        _check_state(tx, state)
+        key = jax.random.fold_in(state.key, state.step)
+        gradient = _averaged_gradient(loss_fn, state.model_state, batch, key, accumulate)
+        perturbs = bool(find_states(state.opt_state, S2SAMState))
+        point = perturb(state.params, state.opt_state) if perturbs else state.params
+        grads, loss, model_state, metrics = gradient(point)
+        updates, opt_state = optimizer.update(
+            grads,
+            state.opt_state,
+            state.params,
+            value=loss,
+            grad_fn=lambda params: gradient(params)[0],
+            fisher_fn=lambda params: fisher(params, state.model_state, _first(batch, fisher_examples), key),
+            **dict(flags),
+        )
+        metrics = {"loss": loss, "grad_norm": norm(grads), "update_norm": norm(updates), **metrics}
+        proposal = (optax.apply_updates(state.params, updates), model_state, opt_state)
+        new_state = _freeze_if_bad(state, proposal, metrics)
+        return new_state, metrics | _rho(state.opt_state, opt_state) | _sparsity(new_state)
+
+    jitted = jax.jit(step, donate_argnames="state", static_argnames="flags")
+    clock = _HostClock()
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if isinstance(state.step, jax.core.Tracer):
+            return step(state, batch, ())
+        flags = clock.flags(state)
+        new_state, metrics = jitted(state, batch, flags)
+        clock.advance(new_state, flags)
+        return new_state, metrics
+
+    return train_step
+
+
+def _averaged_gradient(loss_fn: LossFn, model_state: ModelState, batch: Batch, key: jax.Array, parts: int):
+    """``params -> (grads, loss, model_state, metrics)``, averaged over micro-batches."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def one(params, model_state, batch, key):
+        (loss, (model_state, metrics)), grads = value_and_grad(params, model_state, batch, key)
+        return (grads, loss, metrics), model_state
+
+    def single(params):
+        (grads, loss, metrics), new = one(params, model_state, batch, key)
+        return grads, loss, new, metrics
+
+    if parts == 1:
+        return single
+    micro = jax.tree.map(lambda x: _split(x, parts), batch)
+
+    def averaged(params):
+        first = jax.eval_shape(one, params, model_state, jax.tree.map(lambda x: x[0], micro), key)[0]
+
+        def body(carry, index_and_batch):
+            total, model_state = carry
+            index, part = index_and_batch
+            out, model_state = one(params, model_state, part, jax.random.fold_in(key, index))
+            return (jax.tree.map(lambda t, x: t + x / parts, total, out), model_state), None
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        # Unrolled on CPU, where XLA is slow at convolution gradients inside loops.
+        unroll = parts if jax.default_backend() == "cpu" else 1
+        (total, new), _ = jax.lax.scan(body, (zeros, model_state), (jnp.arange(parts), micro), unroll=unroll)
+        grads, loss, metrics = total
+        return grads, loss, new, metrics
+
+    return averaged
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    if x.shape[0] % parts:
+        raise ValueError(f"accumulate={parts} does not divide the batch of {x.shape[0]} examples.")
+    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+
+def _first(batch: Batch, examples: int) -> Batch:
+    return jax.tree.map(lambda x: x[:examples], batch)
+
+
+def _fisher_of(loss_fn: LossFn):
+    def fisher(params, model_state, batch, key):
+        def loss(params, example):
+            return loss_fn(params, model_state, jax.tree.map(lambda x: x[None], example), key)[0]
+
+        return empirical_fisher(loss)(params, batch)
+
+    return fisher
+
+
+def _freeze_if_bad(state: TrainState, proposal: tuple[Params, ModelState, Any], metrics: Metrics) -> TrainState:
+    """Takes the step, unless something in it, or in an earlier one, was not finite."""
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["update_norm"])
+    first_bad_step = jnp.where(finite | (state.first_bad_step >= 0), state.first_bad_step, state.step)
+    old = (state.params, state.model_state, state.opt_state)
+    good = first_bad_step < 0
+    params, model_state, opt_state = jax.tree.map(
+        lambda new, was: new if new is was else jnp.where(good, new, was), proposal, old
+    )
+    return TrainState(state.step + 1, params, model_state, opt_state, state.key, first_bad_step)
+
+
+def _rho(before: Any, after: Any) -> Metrics:
+    """The radius of this step: S2-SAM stores the next one, SAM and SSAM the last."""
+    used = find_states(before, S2SAMState) + find_states(after, SAMState) + find_states(after, SSAMState)
+    return {"rho": used[0].rho} if used else {}
+
+
+def _sparsity(state: TrainState) -> Metrics:
+    sparse = find_states(state.opt_state, SparseState)
+    if not sparse:
+        return {}
+    total = sum(p.size for p in jax.tree.leaves(state.params))
+    covered = sum(m.size for s in sparse for m in jax.tree.leaves(s.masks))
+    alive = sum((n for s in sparse for n in jax.tree.leaves(s.nnz)), jnp.zeros((), jnp.int32))
+    return {"sparsity": (covered - alive) / total}
+
+
+def _check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
+    expected = jax.eval_shape(tx.init, state.params)
+    want, have = jax.tree.structure(expected), jax.tree.structure(state.opt_state)
+    if want != have:
+        raise ValueError(
+            "opt_state is not a state of this tx; restore checkpoints into the structure of TrainState.create(params, tx)."
+            f"\n  expected {want}\n  got      {have}"
+        )
+    for outer in find_states(expected, optax.MultiStepsState):
+        if find_states(outer, SAMState) or find_states(outer, SSAMState):
+            raise ValueError(
+                "sam and ssam inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
+                "use make_train_step(..., accumulate=k) instead."
+            )
+
+
+class _HostClock:
+    """Foretells on the host which calls refresh a mask, without waiting for the device.
+
+    The clocks live in the optimizer state. They are read once, then counted along, and read again after each refresh
+    or when a state comes in that this clock has not just handed out. Off CPU, where a ``lax.cond`` is cheap, and where
+    a wrapper makes calls and updates differ, no flags are given and the state's own clock decides.
+    """
+
+    _FLAGS = ((SparseState, "refresh_masks", "step"), (SSAMState, "refresh_perturbation", "count"))
+
+    def __init__(self):
+        self._last: Callable[[], Any] = lambda: None
+        self._clocks: dict[str, tuple[int, int]] = {}
+
+    def flags(self, state: TrainState) -> tuple[tuple[str, bool], ...]:
+        if self._last() is not state.step:
+            self._clocks = self._read(state)
+        return tuple((name, now == due) for name, (now, due) in self._clocks.items())
+
+    def advance(self, state: TrainState, flags: tuple[tuple[str, bool], ...]) -> None:
+        if any(due for _, due in flags):
+            self._clocks = self._read(state)
+        else:
+            self._clocks = {name: (now + 1, due) for name, (now, due) in self._clocks.items()}
+        self._last = weakref.ref(state.step)
+
+    def _read(self, state: TrainState) -> dict[str, tuple[int, int]]:
+        opt_state = state.opt_state
+        wrapped = find_states(opt_state, optax.MultiStepsState) + find_states(opt_state, optax.ApplyIfFiniteState)
+        if wrapped or jax.default_backend() != "cpu":
+            return {}
+        clocks = {}
+        for kind, name, counter in self._FLAGS:
+            states = find_states(opt_state, kind)
+            if len(states) == 1:
+                clocks[name] = (int(getattr(states[0], counter)), int(states[0].next_update))
+        return clocks

@@ -1,0 +1,112 @@
+"""Pytree helpers. Leaves of different trees are matched by key path, so wrappers and subsets need no special case."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._types import Masks, Unmasked
+
+Path = tuple[str, ...]
+T = TypeVar("T")
+
+
+def path_names(key_path: Any) -> Path:
+    """Key path as strings, without the trailing ``.value`` that Flax NNX variables add."""
+    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
+
+
+def named_leaves(tree: Any) -> dict[Path, Any]:
+    """The leaves of a tree by their path, in order."""
+    return {path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """``jax.tree.map`` whose function gets ``"a/b/kernel"`` as its first argument."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn("/".join(path_names(path)), *leaves), tree, *rest)
+
+
+def align(tree: Any, like: Any) -> Any:
+    """``tree`` cut down to the leaves of ``like`` (which may lack some, as inside ``optax.masked``)."""
+    leaves = named_leaves(tree)
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_names(path)], like)
+
+
+def check_same_leaves(tree: Any, like: Any, name: str, like_name: str) -> None:
+    """Raises a ``ValueError`` that lists every leaf in which two trees differ by path or shape."""
+    have, want = named_leaves(tree), named_leaves(like)
+    problems = [f"{'/'.join(path)}: missing in {name}" for path in want.keys() - have.keys()]
+    problems += [f"{'/'.join(path)}: not in {like_name}" for path in have.keys() - want.keys()]
+    problems += [
+        f"{'/'.join(path)}: shape {jnp.shape(have[path])} in {name}, {jnp.shape(want[path])} in {like_name}"
+        for path in want.keys() & have.keys()
+        if jnp.shape(have[path]) != jnp.shape(want[path])
+    ]
+    if problems:
+        raise ValueError(f"{name} must have the leaves of {like_name}, but:\n  " + "\n  ".join(sorted(problems)))
+
+
+def find_states(tree: Any, kind: type[T]) -> list[T]:
+    """All states of a type, wherever wrappers have put them."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def map_states(fn: Callable[[T], Any], tree: Any, kind: type[T]) -> Any:
+    """Replaces every state of a type by ``fn(state)``."""
+    return jax.tree.map(lambda x: fn(x) if isinstance(x, kind) else x, tree, is_leaf=lambda x: isinstance(x, kind))
+
+
+def scalar(x: Any) -> jax.Array:
+    """The one array inside ``x``: a bare scalar, or one that Flax NNX has wrapped in a variable."""
+    return jax.tree.leaves(x)[0]
+
+
+def copy_key(seed: int | jax.Array) -> jax.Array:
+    """A typed key of the state's own: a caller's key would be lost when the state is donated."""
+    if not jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key):
+        return jax.random.key(seed)
+    return jax.random.wrap_key_data(jnp.array(jax.random.key_data(seed)), impl=jax.random.key_impl(seed))
+
+
+def at_least_f32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def norm(tree: Any) -> jax.Array:
+    """Global L2 norm, accumulated in float32 or wider."""
+    return jnp.sqrt(sum((jnp.sum(jnp.square(jnp.abs(at_least_f32(x)))) for x in jax.tree.leaves(tree)), jnp.zeros(())))
+
+
+def masked(masks: Masks, tree: Any) -> Any:
+    """Zero where a mask is off. ``where``, not a product: a NaN behind a mask must not survive."""
+    return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), masks, tree)
+
+
+def where(condition: Any, on_true: Any, on_false: Any) -> Any:
+    """Leafwise choice between two trees of one structure."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+
+
+def mask_mirrored(masks: Masks, state: Any) -> Any:
+    """The state rule: zero, off the mask, every floating state leaf that mirrors a parameter.
+
+    A leaf mirrors the parameter whose key path is the longest suffix of its own and whose shape is equal.
+    This holds for any optimizer, with no list of known states; ``Unmasked`` trees are left alone.
+    """
+    by_path = named_leaves(masks)
+
+    def rule(key_path, leaf):
+        if isinstance(leaf, Unmasked) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        names = path_names(key_path)
+        suffixes = (names[start:] for start in range(len(names) + 1))
+        mask = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
+        if mask is None or mask.shape != leaf.shape:
+            return leaf
+        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(rule, state, is_leaf=lambda x: isinstance(x, Unmasked))

@@ -1,0 +1,113 @@
+"""The vocabulary every other file shares: trees, the update clock, and what a sparse method is."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = Any  # a pytree of floating arrays
+Masks = Any  # bool arrays, exactly the treedef of the parameters; True where a weight lives
+GradFn = Callable[[Params], Params]
+ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
+Compat = Literal["paper", "authors"]
+
+NEVER = jnp.iinfo(jnp.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """A clock that fires at ``start, start + every, ...``, up to and including ``end``.
+
+    Args:
+      start: first call that fires, counted from 0.
+      every: calls between two firings, at least 1.
+      end: last call that may fire; ``None`` means no end. Methods that anneal over training (RigL) use it
+        as their horizon and ask for it.
+
+    Raises:
+      ValueError: when a bound is negative or out of order.
+
+    Example:
+      >>> clock = Every(start=0, every=100, end=250)
+      >>> [step for step in range(400) if clock.at_or_after(step) == step]
+      [0, 100, 200]
+    """
+
+    start: int = 0
+    every: int = 100
+    end: int | None = None
+
+    def __post_init__(self):
+        if self.start < 0 or self.every < 1:
+            raise ValueError(f"Every needs start >= 0 and every >= 1; got start={self.start}, every={self.every}.")
+        if self.end is not None and self.end < self.start:
+            raise ValueError(f"Every needs end >= start; got start={self.start}, end={self.end}.")
+
+    def at_or_after(self, step: jax.typing.ArrayLike) -> jax.Array:
+        """The first firing at or after ``step`` as int32[]; ``NEVER`` when there is none."""
+        step = jnp.maximum(jnp.asarray(step, jnp.int32), self.start)
+        due = step + (self.start - step) % self.every
+        return due if self.end is None else jnp.where(due <= self.end, due, NEVER)
+
+
+class MaskInputs(NamedTuple):
+    """What a mask-update function may look at. A superset: take what the method needs.
+
+    Attributes:
+      params: clean parameters (never the perturbed ones).
+      grads: dense gradient at the point the loop chose; ``None`` at initialisation.
+      masks: current masks; all true at initialisation.
+      sparsities: planned fraction of zeros per leaf, Python floats; exactly 0.0 on leaves that stay dense.
+      step: int32[], calls so far.
+      key: typed PRNG key, already folded with the step.
+      when: the update clock, for schedules that need its horizon; ``None`` when masks never change.
+      grad_fn: ``params -> dense gradient`` on the current batch, or ``None`` if the loop offers none.
+    """
+
+    params: Params
+    grads: Params | None
+    masks: Masks
+    sparsities: Any
+    step: jax.Array
+    key: jax.Array
+    when: Every | None
+    grad_fn: GradFn | None
+
+
+class MaskUpdate(NamedTuple):
+    """What a mask-update function returns.
+
+    Attributes:
+      masks: the new masks.
+      state: the method's own state.
+      skip: leave the inner optimizer alone on this call: surviving weights keep their value, dropped ones
+        become zero. A Python bool.
+    """
+
+    masks: Masks
+    state: Any = ()
+    skip: bool = False
+
+
+class SparseMethod(NamedTuple):
+    """A sparse-training method: two pure functions and what they promise.
+
+    Attributes:
+      init: ``MaskInputs -> MaskUpdate``, the first masks and the method's state.
+      update: ``(MaskInputs, state) -> MaskUpdate``, called when the clock fires; ``None`` for masks that
+        never change.
+      invariant: what stays true from call to call: ``"per_layer"`` (each leaf keeps its count), ``"total"``
+        (the sum of counts is kept), ``"monotone"`` (masks only shrink) or ``"bounded"``. The tests read it.
+    """
+
+    init: Callable[[MaskInputs], MaskUpdate]
+    update: Callable[[MaskInputs, Any], MaskUpdate] | None
+    invariant: Literal["per_layer", "total", "monotone", "bounded"]
+
+
+class Unmasked(NamedTuple):
+    """Marks a tree in an optimizer state that is meant to be non-zero on pruned weights."""
+
+    tree: Any
