@@ -247,7 +247,7 @@ def _sparse_states(opt_state: Any, caller: str) -> list[SparseState]:
     states = find_states(opt_state, SparseState)
     if not states:
         raise ValueError(
-            f"{caller} found no SparseState in opt_state (a {type(opt_state).__name__}). Wrap the optimizer in sparsify(); "
-            "if the state comes from a checkpoint, restore it into the structure of tx.init(params)."
+            f"{caller} found no SparseState in opt_state (a {type(opt_state).__name__}). Wrap the optimizer in "
+            "sparsify(); if the state comes from a checkpoint, restore it into the structure of tx.init(params)."
         )
     return states

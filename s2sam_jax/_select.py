@@ -5,6 +5,7 @@ k-th largest score is found bit by bit: 32 counts for float32, each one elementw
 is no sort and no reshape, so a sharded array keeps its sharding, and all leaves share one loop.
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -67,11 +68,11 @@ def select(
     if not leaves:
         return scores
     counts = _counts(scores, count, sparsity, scope)
-    allowed = [None] * len(leaves) if among is None else [m.astype(bool) for m in jax.tree.leaves(among)]
-    images = [_image(x) for x in leaves]
-    if scope == "global" and len({image.dtype for image in images}) > 1:
-        images = [_image(x.astype(jnp.result_type(*leaves))) for x in leaves]
-    return treedef.unflatten(_top(images, allowed, counts, scope))
+    allowed = [jnp.ones_like(x, dtype=bool) for x in leaves] if among is None else jax.tree.leaves(among)
+    if scope == "global":
+        leaves = [x.astype(jnp.result_type(*leaves)) for x in leaves]
+    bits = max(jnp.finfo(x.dtype).bits for x in leaves)
+    return treedef.unflatten(_top([_image(x, bits) for x in leaves], allowed, counts, scope))
 
 
 def kept(size: int, sparsity: float) -> int:
@@ -102,25 +103,23 @@ def _check_scores(name: str, x: Any) -> None:
         raise TypeError(f"select needs floating scores; leaf {name!r} has dtype {jnp.asarray(x).dtype}.")
 
 
-def _counts(scores: Any, count: Any, sparsity: Any, scope: Scope) -> list[Any]:
-    """One count per leaf, or a single one for the whole tree."""
+def _counts(scores: Any, count: Any, sparsity: Any, scope: Scope) -> list[jax.Array]:
+    """The number to keep, per leaf; in global scope the same total for each."""
     if (count is None) == (sparsity is None):
         raise ValueError("select needs exactly one of count and sparsity.")
-    named = named_leaves(scores)
-    sizes = {"/".join(path): x.size for path, x in named.items()}
-    if scope == "global":
-        sizes = {"": sum(sizes.values())}
+    sizes = {"/".join(path): x.size for path, x in named_leaves(scores).items()}
     given = sparsity if count is None else count
     if jax.tree.structure(given) == jax.tree.structure(0):
         values = [given] * len(sizes)
     elif scope == "global":
         raise ValueError(f"scope='global' needs one count or sparsity for all leaves; got {given!r}.")
     else:
-        check_same_leaves(
-            jax.tree.map(jnp.zeros_like, given), jax.tree.map(lambda _: jnp.zeros(()), scores), "count", "scores"
-        )
+        check_same_leaves(given, jax.tree.map(lambda _: 0, scores), "count", "scores")
         values = jax.tree.leaves(given)
-    return [_count(v, size, name, count is None) for v, (name, size) in zip(values, sizes.items(), strict=True)]
+    if scope == "global":
+        sizes = dict.fromkeys(sizes, sum(sizes.values()))
+    counts = [_count(v, size, name, count is None) for v, (name, size) in zip(values, sizes.items(), strict=True)]
+    return [jnp.asarray(k, jnp.int32) for k in counts]
 
 
 def _count(value: Any, size: int, name: str, is_sparsity: bool) -> Any:
@@ -133,94 +132,63 @@ def _count(value: Any, size: int, name: str, is_sparsity: bool) -> Any:
     return kept(size, float(value)) if is_sparsity else int(value)
 
 
-def _image(x: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the floats; NaN becomes 0, which no number maps to."""
-    bits = jnp.finfo(x.dtype).bits
-    unsigned = jnp.dtype(f"uint{bits}")
+def _image(x: jax.Array, bits: int) -> jax.Array:
+    """Unsigned integers of ``bits`` in the order of the floats; NaN becomes 0, which no number maps to."""
     checkify.debug_check(jnp.all(~jnp.isnan(x)), "select: NaN among the scores")
-    nan = jnp.isnan(x)
-    raw = jax.lax.bitcast_convert_type(jnp.where(x == 0, jnp.zeros((), x.dtype), x), unsigned)
-    sign = jnp.asarray(1 << (bits - 1), unsigned)
-    return jnp.where(nan, jnp.zeros((), unsigned), jnp.where(raw >= sign, ~raw, raw | sign))
+    own = jnp.finfo(x.dtype).bits
+    unsigned = jnp.dtype(f"uint{own}")
+    sign = jnp.asarray(1 << (own - 1), unsigned)
+    raw = jax.lax.bitcast_convert_type(x, unsigned)
+    # -0.0 becomes 0.0, on integers: as floats, XLA would flush subnormals to zero with it.
+    raw = jnp.where(raw == sign, jnp.zeros((), unsigned), raw)
+    ordered = jnp.where(jnp.isnan(x), jnp.zeros((), unsigned), jnp.where(raw >= sign, ~raw, raw | sign))
+    return ordered.astype(f"uint{bits}") << (bits - own)
 
 
-def _top(images: list, allowed: list, counts: list, scope: Scope) -> list[jax.Array]:
-    counts = [jnp.asarray(k, jnp.int32) for k in counts]
-    floor = _bisect(
-        lambda at: _totals([_at_least(i, m, t) for i, m, t in _each(images, allowed, at)], scope),
-        [i.dtype for i in (images[:1] if scope == "global" else images)],
-        counts,
-    )
-    threshold = list(floor) * (len(images) if scope == "global" else 1)
-    above = [_among(i > t, m) for i, m, t in zip(images, allowed, threshold, strict=True)]
-    ties = [_among(i == t, m) for i, m, t in zip(images, allowed, threshold, strict=True)]
-    room = [k - n for k, n in zip(counts, _totals(above, scope), strict=True)]
-    fits = jnp.stack([n <= r for n, r in zip(_totals(ties, scope), room, strict=True)]).all()
-    chosen = jax.lax.cond(fits, lambda: ties, lambda: _lowest(ties, room, scope))
+def _top(images: list[jax.Array], allowed: list[jax.Array], counts: list, scope: Scope) -> list[jax.Array]:
+    def totals(masks: list[jax.Array]) -> list[jax.Array]:
+        """What each leaf's count is compared with: its own ones, or those of all leaves."""
+        sums = [jnp.sum(m, dtype=jnp.int32) for m in masks]
+        return sums if scope == "leaf" else [sum(sums[1:], sums[0])] * len(sums)
+
+    thresholds = _kth_largest(images, allowed, counts, totals)
+    above = [(i > t) & m for i, t, m in zip(images, thresholds, allowed, strict=True)]
+    ties = [(i == t) & m for i, t, m in zip(images, thresholds, allowed, strict=True)]
+    room = [k - n for k, n in zip(counts, totals(above), strict=True)]
+
+    def lowest() -> list[jax.Array]:
+        """The first ``room`` ties in index order: the ``room`` largest of the complemented indices."""
+        backward = [~index for index in _indices(ties, scope)]
+        last = _kth_largest(backward, ties, room, totals)
+        return [(b >= t) & tie & (r > 0) for b, t, tie, r in zip(backward, last, ties, room, strict=True)]
+
+    fits = jnp.stack([n <= r for n, r in zip(totals(ties), room, strict=True)]).all()
+    chosen = jax.lax.cond(fits, lambda: ties, lowest)
     return [a | c for a, c in zip(above, chosen, strict=True)]
 
 
-def _each(images: list, allowed: list, at: list):
-    return zip(images, allowed, at * (len(images) // len(at)), strict=True)
+def _kth_largest(values: list[jax.Array], allowed: list[jax.Array], counts: list, totals: Any) -> list[jax.Array]:
+    """Per leaf, the largest t with at least ``count`` allowed values >= t, found bit by bit; 0 if there is none."""
+    one = jnp.ones((), values[0].dtype)
+    bits = jnp.iinfo(one.dtype).bits
+
+    def set_bit(step, thresholds):
+        trial = [t | (one << (bits - 1 - step).astype(one.dtype)) for t in thresholds]
+        reached = totals([(v >= t) & m for v, t, m in zip(values, trial, allowed, strict=True)])
+        return [jnp.where(n >= k, new, t) for n, k, new, t in zip(reached, counts, trial, thresholds, strict=True)]
+
+    return jax.lax.fori_loop(0, bits, set_bit, [jnp.zeros_like(one)] * len(values))
 
 
-def _at_least(image: jax.Array, allowed: jax.Array | None, threshold: jax.Array) -> jax.Array:
-    return _among(image >= threshold, allowed)
-
-
-def _among(mask: jax.Array, allowed: jax.Array | None) -> jax.Array:
-    return mask if allowed is None else mask & allowed
-
-
-def _totals(masks: list[jax.Array], scope: Scope) -> list[jax.Array]:
-    sums = [jnp.sum(m, dtype=jnp.int32) for m in masks]
-    return [sum(sums[1:], sums[0])] if scope == "global" else sums
-
-
-def _bisect(count_at_least, dtypes: list, counts: list) -> list[jax.Array]:
-    """Per group, the largest integer t with ``count_at_least(t) >= count``; t = 0 counts everything."""
-    bits = [jnp.iinfo(dtype).bits for dtype in dtypes]
-
-    def body(step, at):
-        trial = [
-            t
-            | jnp.where(
-                step < b, jnp.asarray(1, t.dtype) << jnp.asarray(b - 1 - jnp.minimum(step, b - 1), t.dtype), 0
-            ).astype(t.dtype)
-            for t, b in zip(at, bits, strict=True)
-        ]
-        return [
-            jnp.where(total >= k, new, old)
-            for total, k, new, old in zip(count_at_least(trial), counts, trial, at, strict=True)
-        ]
-
-    return jax.lax.fori_loop(0, max(bits), body, [jnp.zeros((), dtype) for dtype in dtypes])
-
-
-def _lowest(ties: list[jax.Array], room: list[jax.Array], scope: Scope) -> list[jax.Array]:
-    """The first ``room`` true entries in index order: again a bisection, now on the index."""
-    offset, indices = 0, []
-    for tie in ties:
-        indices.append(_index(tie) + jnp.uint32(offset))
-        offset += tie.size if scope == "global" else 0
-    # The largest reversed index t with at least `room` ties at or beyond it, i.e. the room-th tie from the front.
-    backward = [~index for index in indices]
-    groups = 1 if scope == "global" else len(ties)
-    at = _bisect(
-        lambda at: _totals([_at_least(b, t, a) for b, t, a in _each(backward, ties, at)], scope),
-        [jnp.uint32] * groups,
-        room,
-    )
-    return [
-        (b >= a) & t & (r > 0)
-        for b, t, a, r in zip(backward, ties, at * (len(ties) // groups), room * (len(ties) // groups), strict=True)
-    ]
-
-
-def _index(like: jax.Array) -> jax.Array:
-    """Row-major index of every entry, sharded as the array itself."""
-    index = jnp.zeros_like(like, jnp.uint32)
-    for axis, stride in enumerate(np.cumprod([1, *like.shape[:0:-1]])[::-1][: like.ndim]):
-        position = jnp.arange(like.shape[axis], dtype=jnp.uint32) * jnp.uint32(stride)
-        index = index + jnp.expand_dims(position, [a for a in range(like.ndim) if a != axis])
-    return index
+def _indices(leaves: list[jax.Array], scope: Scope) -> list[jax.Array]:
+    """Row-major index of every entry, sharded as its leaf; counted on through the leaves in global scope."""
+    indices, offset = [], 0
+    for leaf in leaves:
+        index = jnp.full_like(leaf, offset, dtype=jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            stride = math.prod(leaf.shape[axis + 1 :])
+            position = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(stride)
+            index = index + jnp.expand_dims(position, [a for a in range(leaf.ndim) if a != axis])
+        indices.append(index)
+        offset += leaf.size if scope == "global" else 0
+    return indices

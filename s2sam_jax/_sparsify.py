@@ -35,7 +35,7 @@ def sparsify(
     optimizer: a floating leaf that mirrors a parameter (momentum, second moments, the last gradient) is zero wherever
     the mask is off, so a newly grown weight starts from nothing. Everything that shapes the gradient goes inside::
 
-        sparsify(optax.chain(s2sam(), optax.clip_by_global_norm(1.0), optax.sgd(0.1)), methods.rigl(), sparsity=0.9, ...)
+        sparsify(optax.chain(s2sam(), optax.clip_by_global_norm(1.0), optax.sgd(0.1)), methods.rigl(), sparsity=0.9)
 
     and ``optax.MultiSteps`` and ``optax.apply_if_finite`` outside. Call ``apply_masks(params, opt_state)`` once
     after ``init``.

@@ -51,9 +51,7 @@ def uniform(
       >>> uniform({"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, 0.75)
       {'bias': 0.0, 'kernel': 0.75}
     """
-    return _distribute(
-        params, sparsity, prunable, overrides, lambda shapes: dict.fromkeys(shapes, 1.0), capped=False
-    )
+    return _distribute(params, sparsity, prunable, overrides, lambda shapes: dict.fromkeys(shapes, 1.0), capped=False)
 
 
 def erdos_renyi(

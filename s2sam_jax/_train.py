@@ -250,8 +250,8 @@ def _check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
     want, have = jax.tree.structure(expected), jax.tree.structure(state.opt_state)
     if want != have:
         raise ValueError(
-            "opt_state is not a state of this tx; restore checkpoints into the structure of TrainState.create(params, tx)."
-            f"\n  expected {want}\n  got      {have}"
+            "opt_state is not a state of this tx; restore checkpoints into the structure of TrainState.create(params, tx)"
+            f":\n  expected {want}\n  got      {have}"
         )
     for outer in find_states(expected, optax.MultiStepsState):
         if find_states(outer, SAMState) or find_states(outer, SSAMState):

@@ -1,0 +1,116 @@
+"""What a run is: every choice that its result depends on, and the name that follows from them."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from s2sam_jax import methods
+
+DatasetName = Literal["digits", "cifar10", "cifar100"]
+ModelName = Literal["resnet8", "resnet20", "resnet32"]
+OptimizerName = Literal["sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam"]
+DistributionName = Literal["uniform", "er", "erk"]
+
+# Where things lie, and the seed, which the name spells out.
+_NOT_HASHED = ("data", "out", "seed")
+
+
+def method_names() -> list[str]:
+    """``dense``, and every factory of ``s2sam_jax.methods``."""
+    return ["dense"] + sorted(name for name, value in vars(methods).items() if name[0] != "_" and callable(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    dataset: DatasetName = "digits"  # digits comes with scikit-learn; the others are read from --data.
+    data: Path | None = None  # TFDS folder, or an .npz with {train,test}_{images,labels}; default: the TFDS folder.
+    subset: int | None = None  # Train on the first so many rows only.
+
+    model: ModelName = "resnet8"  # A CIFAR ResNet of this depth.
+    width: int = 16  # Channels of its first stage; the others have twice and four times as many.
+
+    optimizer: OptimizerName = "s2sam"  # All of them end in SGD with momentum and weight decay.
+    rho: float = 0.05  # Radius of the perturbation.
+    eta: float = 0.01  # The constant of asam.
+    ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.
+    ssam_update_every: float = 1.0  # Epochs between two perturbation masks of ssam.
+
+    method: str = "rigl"  # How the masks are found: dense (none), or a name in s2sam_jax.methods.
+    sparsity: float = 0.9  # Fraction of zeros over all kernels.
+    distribution: DistributionName = "erk"  # How that is shared out among the layers.
+    update_every: float = 1.0  # Epochs between two mask updates.
+    update_end: float = 0.75  # Fraction of training after which masks stay as they are.
+    drop_fraction: float = 0.3  # Fraction of a layer's weights that the first mask update replaces.
+
+    epochs: int = 30
+    batch_size: int = 64
+    accumulate: int = 1  # Micro-batches per step.
+    learning_rate: float = 0.1  # At the start; a cosine takes it to zero.
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    eval_every: int = 1  # Epochs between two evaluations.
+
+    seed: int = 0  # Of initialisation, data order, augmentation and masks.
+    init_from: Path | None = None  # Start from the weights of this run; its largest ones make the first masks.
+    out: Path = Path("runs")  # The folder that run folders are made in.
+
+    def __post_init__(self):
+        _check_name("dataset", self.dataset, get_args(DatasetName))
+        _check_name("model", self.model, get_args(ModelName))
+        _check_name("optimizer", self.optimizer, get_args(OptimizerName))
+        _check_name("method", self.method, method_names())
+        _check_name("distribution", self.distribution, get_args(DistributionName))
+        for name in ("width", "epochs", "batch_size", "accumulate", "eval_every"):
+            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("sparsity", "ssam_sparsity", "label_smoothing", "momentum"):
+            _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        for name in ("update_end", "drop_fraction"):
+            _check(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        for name in ("rho", "eta", "learning_rate", "weight_decay"):
+            _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("update_every", "ssam_update_every"):
+            _check(getattr(self, name) > 0, name, "above 0 epochs", getattr(self, name))
+        _check(self.subset is None or self.subset >= self.batch_size, "subset", "at least one batch", self.subset)
+        _check(self.batch_size % self.accumulate == 0, "accumulate", "a divisor of batch_size", self.accumulate)
+
+    @property
+    def name(self) -> str:
+        """Readable, and unique by a hash of what differs from the defaults: a new field renames no old run."""
+        changed = {k: v for k, v in self.to_json().items() if v != _DEFAULTS[k] and k not in _NOT_HASHED}
+        if self.init_from is not None:
+            changed["init_from"] = self.init_from.resolve().name
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+        kind = "dense" if self.method == "dense" else f"{self.method}{self.sparsity:g}"
+        return f"{self.dataset}-{self.model}x{self.width}-{kind}-{self.optimizer}-{digest}-seed{self.seed}"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.out / self.name
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Config":
+        if unknown := sorted(values.keys() - _DEFAULTS.keys()):
+            raise ValueError(f"The stored config has fields that this version does not know: {unknown}.")
+        paths = {k: Path(values[k]) for k in ("data", "init_from", "out") if values.get(k) is not None}
+        return cls(**(values | paths))
+
+
+def _check_name(field: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"Unknown {field} {value!r}; there are {', '.join(known)}.")
+
+
+def _check(holds: bool, field: str, expected: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{field} must be {expected}; got {value}.")
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)} | {"out": "runs"}

@@ -1,0 +1,145 @@
+"""Image data sets that fit on the device: loading, order, augmentation, and exact evaluation batches."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Kind(NamedTuple):
+    """What is known about a data set before it is loaded. Mean and deviation are per channel, of pixels in [0, 1]."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: int
+    flip: bool
+
+
+KINDS = {
+    "digits": Kind((8, 8, 1), 10, (0.3054,), (0.3760,), pad=1, flip=False),
+    "cifar10": Kind((32, 32, 3), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), pad=4, flip=True),
+    "cifar100": Kind((32, 32, 3), 100, (0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615), pad=4, flip=True),
+}
+
+
+class Dataset(NamedTuple):
+    """Images uint8[n, height, width, channels], labels int32[n]."""
+
+    train_images: jax.Array
+    train_labels: jax.Array
+    test_images: jax.Array
+    test_labels: jax.Array
+
+
+def load(name: str, path: Path | None = None, subset: int | None = None) -> Dataset:
+    """Reads a data set onto the device, in its official order; ``subset`` keeps the first rows of the training set.
+
+    Raises:
+      FileNotFoundError: saying how to get the data.
+      ValueError: for a subset larger than the data set, or a file with other arrays.
+    """
+    if name == "digits":
+        arrays = _digits()
+    elif path is not None and path.suffix == ".npz":
+        arrays = _from_npz(name, path)
+    else:
+        arrays = _from_tfds(name, path)
+    train_images, train_labels, test_images, test_labels = arrays
+    if subset is not None and subset > len(train_labels):
+        raise ValueError(f"subset={subset} is more than the {len(train_labels)} training rows of {name}.")
+    pieces = (train_images[:subset], train_labels[:subset].astype(np.int32), test_images, test_labels.astype(np.int32))
+    return Dataset(*jax.device_put(pieces))
+
+
+def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.ndarray:
+    """Rows of the training set, int32[steps, batch_size]; the last partial batch is dropped."""
+    key = jax.random.fold_in(jax.random.key(seed), epoch)
+    steps = examples // batch_size
+    return np.asarray(jax.random.permutation(key, examples)[: steps * batch_size].reshape(steps, batch_size))
+
+
+def augment(key: jax.Array, images: jax.Array, kind: Kind) -> jax.Array:
+    """A random crop of each zero-padded image and, where the data set allows it, a random flip; uint8 to uint8."""
+    crop_key, flip_key = jax.random.split(key)
+    padded = jnp.pad(images, ((0, 0), (kind.pad, kind.pad), (kind.pad, kind.pad), (0, 0)))
+    corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * kind.pad + 1)
+    crop = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:]))
+    cropped = crop(padded, corners)
+    if not kind.flip:
+        return cropped
+    flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
+    return jnp.where(flipped, cropped[:, :, ::-1], cropped)
+
+
+def normalise(images: jax.Array, kind: Kind) -> jax.Array:
+    """uint8 to float32 of mean 0 and deviation 1."""
+    return (images.astype(jnp.float32) / 255 - jnp.array(kind.mean)) / jnp.array(kind.std)
+
+
+def eval_batches(images: jax.Array, labels: jax.Array, size: int = 500) -> list[tuple[jax.Array, jax.Array]]:
+    """Equal batches of all rows; the padding of the last one has label -1."""
+    missing = -len(labels) % size
+    images = jnp.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    labels = jnp.pad(labels, (0, missing), constant_values=-1)
+    return list(zip(images.reshape(-1, size, *images.shape[1:]), labels.reshape(-1, size), strict=True))
+
+
+def _digits() -> tuple[np.ndarray, ...]:
+    """scikit-learn's 8x8 digits: a fixed split, stratified by class, of 1437 and 360 rows."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    return images[train], labels[train], images[test], labels[test]
+
+
+def _from_npz(name: str, path: Path) -> tuple[np.ndarray, ...]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. {_how_to_get(name)}")
+    fields = ("train_images", "train_labels", "test_images", "test_labels")
+    with np.load(path) as stored:
+        if missing := set(fields) - set(stored.files):
+            raise ValueError(f"{path} lacks the arrays {sorted(missing)}; it has {sorted(stored.files)}.")
+        arrays = tuple(stored[field] for field in fields)
+    for field, images in zip(fields[::2], arrays[::2], strict=True):
+        if images.shape[1:] != KINDS[name].shape or images.dtype != np.uint8:
+            raise ValueError(
+                f"{field} in {path} must be uint8 with shape (n, {', '.join(map(str, KINDS[name].shape))}) for {name}; "
+                f"got {images.dtype} with shape {images.shape}."
+            )
+    for field, labels in zip(fields[1::2], arrays[1::2], strict=True):
+        if labels.min() < 0 or labels.max() >= KINDS[name].classes:
+            raise ValueError(
+                f"{field} in {path} must lie in [0, {KINDS[name].classes}) for {name}; "
+                f"got {labels.min()} to {labels.max()}."
+            )
+    return arrays
+
+
+def _from_tfds(name: str, folder: Path | None) -> tuple[np.ndarray, ...]:
+    """Reads prepared array_record files, which needs no TensorFlow; sorted by id, which is the official order."""
+    folder = (folder or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))).expanduser()
+    if not any((folder / name).glob("*/dataset_info.json")):
+        raise FileNotFoundError(f"There is no prepared {name} in {folder}. {_how_to_get(name)}")
+    import tensorflow_datasets as tfds
+
+    arrays = []
+    for source in tfds.data_source(name, split=["train", "test"], data_dir=folder, download=False):
+        rows = sorted(source, key=lambda row: row["id"])
+        arrays += [np.stack([row["image"] for row in rows]), np.array([row["label"] for row in rows])]
+    return tuple(arrays)
+
+
+def _how_to_get(name: str) -> str:
+    return (
+        f"Prepare it once (this needs tensorflow installed): python -c \"import tensorflow_datasets as tfds; "
+        f"tfds.data_source('{name}', data_dir='DIR')\", then pass --data DIR; or pass an .npz with train_images, "
+        "train_labels, test_images, test_labels as --data FILE.npz."
+    )

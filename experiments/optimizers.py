@@ -1,0 +1,62 @@
+"""From a config to one optax transformation."""
+
+import inspect
+
+import optax
+
+from experiments.config import Config
+from s2sam_jax import Every, SparseMethod, methods, s2sam, sam, sparsify, ssam
+
+
+def make(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+    """``sparsify(chain(sharpness, weight decay, SGD), method)``; its clocks are in epochs of so many steps."""
+    total_steps = config.epochs * steps_per_epoch
+    schedule = optax.cosine_decay_schedule(config.learning_rate, total_steps)
+    optimizer = optax.chain(
+        _sharpness(config, steps_per_epoch, total_steps),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(schedule, momentum=config.momentum),
+    )
+    if config.method == "dense":
+        return optimizer
+    return sparsify(
+        optimizer,
+        _method(config),
+        sparsity=config.sparsity,
+        distribution=config.distribution,
+        when=Every(0, _steps(config.update_every, steps_per_epoch), int(config.update_end * total_steps)),
+        seed=config.seed,
+    )
+
+
+def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.GradientTransformation:
+    """What the optimizer's name stands for; SGD is shared by all."""
+    match config.optimizer:
+        case "sgd":
+            return optax.identity()
+        case "sam":
+            return sam(config.rho)
+        case "asam":
+            return sam(config.rho, adaptive=True, eta=config.eta)
+        case "s2sam":
+            return s2sam(config.rho)
+        case "ssam-f" | "ssam-d":
+            return ssam(
+                config.rho,
+                mask="fisher" if config.optimizer == "ssam-f" else "dynamic",
+                sparsity=config.ssam_sparsity,
+                update_every=_steps(config.ssam_update_every, steps_per_epoch),
+                total_steps=total_steps,
+                seed=config.seed,
+            )
+
+
+def _method(config: Config) -> SparseMethod:
+    """The method of that name, with the drop fraction if it takes one."""
+    factory = getattr(methods, config.method)
+    takes_fraction = "drop_fraction" in inspect.signature(factory).parameters
+    return factory(drop_fraction=config.drop_fraction) if takes_fraction else factory()
+
+
+def _steps(epochs: float, steps_per_epoch: int) -> int:
+    return max(1, round(epochs * steps_per_epoch))
