@@ -3,8 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import jax
 
 from s2sam_jax import methods
 
@@ -80,17 +83,25 @@ class Config:
 
     @property
     def name(self) -> str:
-        """Readable, and unique by a hash of what differs from the defaults: a new field renames no old run."""
+        """Readable, and unique by the digest."""
+        kind = "dense" if self.method == "dense" else f"{self.method}{self.sparsity:g}"
+        return f"{self.dataset}-{self.model}x{self.width}-{kind}-{self.optimizer}-{self.digest}-seed{self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """A hash of what differs from the defaults, so that a new field renames no old run."""
         changed = {k: v for k, v in self.to_json().items() if v != _DEFAULTS[k] and k not in _NOT_HASHED}
         if self.init_from is not None:
             changed["init_from"] = self.init_from.resolve().name
-        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
-        kind = "dense" if self.method == "dense" else f"{self.method}{self.sparsity:g}"
-        return f"{self.dataset}-{self.model}x{self.width}-{kind}-{self.optimizer}-{digest}-seed{self.seed}"
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def run_dir(self) -> Path:
         return self.out / self.name
+
+    def key(self, purpose: str) -> jax.Array:
+        """A PRNG key of the run's seed for one purpose, independent of those for others."""
+        return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(purpose.encode()))
 
     def to_json(self) -> dict[str, Any]:
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}

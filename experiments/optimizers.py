@@ -25,7 +25,7 @@ def make(config: Config, steps_per_epoch: int) -> optax.GradientTransformationEx
         sparsity=config.sparsity,
         distribution=config.distribution,
         when=Every(0, _steps(config.update_every, steps_per_epoch), int(config.update_end * total_steps)),
-        seed=config.seed,
+        seed=config.key("masks"),
     )
 
 
@@ -47,7 +47,7 @@ def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.
                 sparsity=config.ssam_sparsity,
                 update_every=_steps(config.ssam_update_every, steps_per_epoch),
                 total_steps=total_steps,
-                seed=config.seed,
+                seed=config.key("ssam"),
             )
 
 

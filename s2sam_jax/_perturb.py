@@ -24,11 +24,11 @@ def ascent(
     """
     grads = [at_least_f32(g) for g in grads]
     if eta is None:
-        scale = rho / (norm(grads) + eps)
+        scale = jnp.asarray(rho) / (norm(grads) + eps)
         return [scale * g for g in grads]
     scales = [jnp.abs(at_least_f32(w)) + eta for w in params]
     scaled = [t * g for t, g in zip(scales, grads, strict=True)]
-    scale = rho / (norm(scaled) + eps)
+    scale = jnp.asarray(rho) / (norm(scaled) + eps)
     return [scale * t * tg for t, tg in zip(scales, scaled, strict=True)]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._perturb import add, ascent, check_compat, check_non_negative, schedule
-from s2sam_jax._tree import align, at_least_f32, find_states, masked, named_leaves, norm, path_names, scalar
+from s2sam_jax._tree import align, at_least_f32, find_states, increment, masked, named_leaves, norm, path_names, scalar
 from s2sam_jax._types import Compat, Masks, Params, ScalarOrSchedule, Unmasked
 
 
@@ -15,7 +15,7 @@ class S2SAMState(NamedTuple):
     """Everything :func:`perturb` needs, as arrays, so that any checkpoint format keeps it.
 
     Attributes:
-      count: int32[], gradients seen.
+      step: int32[], gradients seen.
       rho: float[], radius of the next perturbation.
       eps: float[], added to the norm.
       eta: float[] in the adaptive form, else ``None``.
@@ -23,7 +23,7 @@ class S2SAMState(NamedTuple):
       last_grad: the last gradient, a tree like the parameters, zero at first.
     """
 
-    count: jax.Array
+    step: jax.Array
     rho: jax.Array
     eps: jax.Array
     eta: jax.Array | None
@@ -92,10 +92,10 @@ def s2sam(
     rho_at = schedule(rho, "rho")
     cubic = adaptive and compat == "authors"
 
-    def init_fn(params):
+    def init_fn(params) -> Any:
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=grad_dtype), params)
         return S2SAMState(
-            count=jnp.zeros((), jnp.int32),
+            step=jnp.zeros((), jnp.int32),
             rho=rho_at(jnp.zeros((), jnp.int32)),
             eps=jnp.array(eps, jnp.result_type(float)),
             eta=jnp.array(eta, jnp.result_type(float)) if adaptive else None,
@@ -103,14 +103,14 @@ def s2sam(
             last_grad=Unmasked(zeros) if perturb_pruned else zeros,
         )
 
-    def update_fn(updates, state, params=None, *, masks=None, dense_grads=None, **extra_args):
+    def update_fn(updates, state, params=None, *, masks=None, dense_grads=None, **extra_args) -> Any:
         del extra_args
         grads = _remembered(updates, masks, dense_grads, perturb_pruned)
-        count = optax.safe_increment(state.count)
+        step = increment(state.step)
         stored = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, _gradient(state))
         state = S2SAMState(
-            count=count,
-            rho=rho_at(count),
+            step=step,
+            rho=rho_at(step),
             eps=state.eps,
             eta=state.eta,
             norm=_cubic_norm(grads, params, state) if cubic else None,

@@ -8,7 +8,7 @@ import optax
 
 from s2sam_jax._masks import SparseState
 from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
-from s2sam_jax._tree import align, find_states, masked
+from s2sam_jax._tree import align, find_states, increment, masked
 from s2sam_jax._types import Params, ScalarOrSchedule
 
 
@@ -16,12 +16,12 @@ class S2SAMWrapperState(NamedTuple):
     """State of :func:`s2sam_wrapper`.
 
     Attributes:
-      count: int32[], steps taken.
+      step: int32[], steps taken.
       clean: the unperturbed parameters.
       inner_state: state of the wrapped optimizer, which only ever sees ``clean``.
     """
 
-    count: jax.Array
+    step: jax.Array
     clean: Params
     inner_state: Any
 
@@ -80,16 +80,16 @@ def s2sam_wrapper(
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("s2sam_wrapper needs params: call tx.update(grads, state, params).")
-        count = optax.safe_increment(state.count)
-        step, inner_state = inner.update(updates, state.inner_state, state.clean, **extra_args)
-        clean = optax.apply_updates(state.clean, step)
+        step = increment(state.step)
+        moves, inner_state = inner.update(updates, state.inner_state, state.clean, **extra_args)
+        clean = optax.apply_updates(state.clean, moves)
         grads = updates
         for sparse in find_states(inner_state, SparseState):
             grads = masked(align(sparse.masks, grads), grads)
         leaves, treedef = jax.tree.flatten(clean)
-        epsilon = ascent(jax.tree.leaves(grads), leaves, rho=rho_at(count), eps=eps)
+        epsilon = ascent(jax.tree.leaves(grads), leaves, rho=rho_at(step), eps=eps)
         target = treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
-        return jax.tree.map(lambda t, p: t - p, target, params), S2SAMWrapperState(count, clean, inner_state)
+        return jax.tree.map(lambda t, p: t - p, target, params), S2SAMWrapperState(step, clean, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

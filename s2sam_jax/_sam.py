@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
+from s2sam_jax._tree import increment
 from s2sam_jax._types import GradFn, Params, ScalarOrSchedule
 
 
@@ -14,11 +15,11 @@ class SAMState(NamedTuple):
     """State of :func:`sam`.
 
     Attributes:
-      count: int32[], steps taken.
+      step: int32[], steps taken.
       rho: float[], radius of the last perturbation (of the first one, before it).
     """
 
-    count: jax.Array
+    step: jax.Array
     rho: jax.Array
 
 
@@ -73,10 +74,10 @@ def sam(
         del extra_args
         params, grad_fn = check_extras("sam", params, grad_fn)
         leaves, treedef = jax.tree.flatten(params)
-        grads, radius = treedef.flatten_up_to(updates), rho_at(state.count)
+        grads, radius = treedef.flatten_up_to(updates), rho_at(state.step)
         epsilon = ascent(grads, leaves, rho=radius, eps=eps, eta=eta if adaptive else None)
         point = treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
-        return grad_fn(point), SAMState(optax.safe_increment(state.count), radius)
+        return grad_fn(point), SAMState(increment(state.step), radius)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -10,8 +10,8 @@ import optax
 from s2sam_jax._masks import SparseState, count_masks
 from s2sam_jax._s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity import DISTRIBUTIONS, Distribution, Prunable, check_sparsity, kernels
-from s2sam_jax._tree import check_same_leaves, copy_key, find_states, mask_mirrored, masked, where
-from s2sam_jax._types import NEVER, Every, GradFn, MaskInputs, Masks, SparseMethod
+from s2sam_jax._tree import check_same_leaves, copy_key, find_states, increment, mask_mirrored, masked, where
+from s2sam_jax._types import NEVER, Every, GradFn, MaskInputs, Masks, MaskUpdate, SparseMethod
 
 
 def sparsify(
@@ -75,6 +75,7 @@ def sparsify(
     """
     check_sparsity(sparsity, "sparsity")
     _check_method(method, when)
+    update_masks = method.update or _unchanged
     inner = optax.with_extra_args_support(inner)
     distribute = _distribution(distribution)
 
@@ -100,7 +101,7 @@ def sparsify(
         def change():
             key = jax.random.fold_in(state.key, state.step)
             inputs = MaskInputs(live, grads, state.masks, plan(live), state.step, key, when, grad_fn)
-            masks, method_state, skip = method.update(inputs, state.method_state)
+            masks, method_state, skip = update_masks(inputs, state.method_state)
             return masks, count_masks(masks), method_state, skip
 
         def keep():
@@ -138,12 +139,16 @@ def sparsify(
         if mask_grads:
             inner_state = mask_mirrored(masks, inner_state)
 
-        step = optax.safe_increment(state.step)
+        step = increment(state.step)
         next_update = state.next_update if due is False else _next_update(method, when, step)
         new_state = SparseState(step, next_update, masks, nnz, state.key, method_state, inner_state)
         return jax.tree.map(_sparse_step, masks, state.masks, steps, params), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _unchanged(x: MaskInputs, state: Any) -> MaskUpdate:
+    return MaskUpdate(x.masks, state)
 
 
 def _sparse_step(mask: jax.Array, old_mask: jax.Array, step: jax.Array, param: jax.Array) -> jax.Array:

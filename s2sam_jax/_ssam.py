@@ -12,7 +12,7 @@ from s2sam_jax._perturb import add, ascent, check_compat, check_non_negative, sc
 from s2sam_jax._sam import check_extras
 from s2sam_jax._select import random_scores, select
 from s2sam_jax._sparsity import check_sparsity
-from s2sam_jax._tree import align, copy_key
+from s2sam_jax._tree import align, copy_key, increment
 from s2sam_jax._types import NEVER, Compat, Every, Masks, Params, ScalarOrSchedule
 
 
@@ -20,14 +20,14 @@ class SSAMState(NamedTuple):
     """State of :func:`ssam`.
 
     Attributes:
-      count: int32[], steps taken.
+      step: int32[], steps taken.
       next_update: int32[], the step that refreshes the perturbation mask next.
       rho: float[], radius of the last perturbation (of the first one, before it).
       perturb_masks: bool tree like the parameters, True where SAM perturbs.
-      key: typed PRNG key; a refresh uses ``fold_in(key, count)``.
+      key: typed PRNG key; a refresh uses ``fold_in(key, step)``.
     """
 
-    count: jax.Array
+    step: jax.Array
     next_update: jax.Array
     rho: jax.Array
     perturb_masks: Masks
@@ -97,6 +97,7 @@ def ssam(
     """
     _check(mask, sparsity, update_every, total_steps, drop_fraction, eps, compat)
     rho_at, authors = schedule(rho, "rho"), compat == "authors"
+    horizon = total_steps or 1
     clock = Every(start=int(authors and mask == "fisher"), every=update_every)
 
     def init_fn(params):
@@ -115,9 +116,9 @@ def ssam(
             return select(
                 _fisher(fisher_fn, params), count=_kept(_size(params, live), sparsity), among=live, scope="global"
             )
-        rate = cosine(drop_fraction, state.count, total_steps)
+        rate = cosine(drop_fraction, state.step, horizon)
         move = _move_authors if authors else _move
-        return move(grads, state.perturb_masks, live, sparsity, rate, jax.random.fold_in(state.key, state.count))
+        return move(grads, state.perturb_masks, live, sparsity, rate, jax.random.fold_in(state.key, state.step))
 
     def update_fn(
         updates,
@@ -133,7 +134,7 @@ def ssam(
         del extra_args
         params, grad_fn = check_extras("ssam", params, grad_fn)
         live = None if masks is None else align(masks, params)
-        due = state.count == state.next_update if refresh_perturbation is None else refresh_perturbation
+        due = state.step == state.next_update if refresh_perturbation is None else refresh_perturbation
 
         def change():
             return refreshed(updates, state, params, live, fisher_fn)
@@ -143,10 +144,10 @@ def ssam(
         else:
             new = jax.lax.cond(due, change, lambda: state.perturb_masks)
         acting = state.perturb_masks if authors and mask == "dynamic" else new
-        radius = rho_at(state.count)
+        radius = rho_at(state.step)
         grads = grad_fn(_masked_ascent(params, updates, acting, radius, eps))
-        count = optax.safe_increment(state.count)
-        return grads, SSAMState(count, clock.at_or_after(count), radius, new, state.key)
+        step = increment(state.step)
+        return grads, SSAMState(step, clock.at_or_after(step), radius, new, state.key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from s2sam_jax._masks import SparseState, apply_masks
 from s2sam_jax._s2sam import S2SAMState, perturb
@@ -152,7 +153,7 @@ def make_train_step(
     clock = _HostClock()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if isinstance(state.step, jax.core.Tracer):
+        if isinstance(state.step, Tracer):
             return step(state, batch, ())
         flags = clock.flags(state)
         new_state, metrics = jitted(state, batch, flags)
@@ -250,7 +251,8 @@ def _check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
     want, have = jax.tree.structure(expected), jax.tree.structure(state.opt_state)
     if want != have:
         raise ValueError(
-            "opt_state is not a state of this tx; restore checkpoints into the structure of TrainState.create(params, tx)"
+            "opt_state is not a state of this tx; restore checkpoints into the structure of "
+            "TrainState.create(params, tx)"
             f":\n  expected {want}\n  got      {have}"
         )
     for outer in find_states(expected, optax.MultiStepsState):
@@ -269,7 +271,7 @@ class _HostClock:
     a wrapper makes calls and updates differ, no flags are given and the state's own clock decides.
     """
 
-    _FLAGS = ((SparseState, "refresh_masks", "step"), (SSAMState, "refresh_perturbation", "count"))
+    _FLAGS = ((SparseState, "refresh_masks"), (SSAMState, "refresh_perturbation"))
 
     def __init__(self):
         self._last: Callable[[], Any] = lambda: None
@@ -293,8 +295,8 @@ class _HostClock:
         if wrapped or jax.default_backend() != "cpu":
             return {}
         clocks = {}
-        for kind, name, counter in self._FLAGS:
+        for kind, name in self._FLAGS:
             states = find_states(opt_state, kind)
             if len(states) == 1:
-                clocks[name] = (int(getattr(states[0], counter)), int(states[0].next_update))
+                clocks[name] = (int(states[0].step), int(states[0].next_update))
         return clocks

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._types import Masks, Unmasked
+from s2sam_jax._types import NEVER, Masks, Unmasked
 
 Path = tuple[str, ...]
 T = TypeVar("T")
@@ -63,6 +63,11 @@ def map_states(fn: Callable[[T], Any], tree: Any, kind: type[T]) -> Any:
 def scalar(x: Any) -> jax.Array:
     """The one array inside ``x``: a bare scalar, or one that Flax NNX has wrapped in a variable."""
     return jax.tree.leaves(x)[0]
+
+
+def increment(step: jax.Array) -> jax.Array:
+    """The next step; saturates, as a counter that wraps would fire its clocks again."""
+    return jnp.minimum(step, NEVER - 1) + 1
 
 
 def copy_key(seed: int | jax.Array) -> jax.Array:

@@ -21,8 +21,8 @@ def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: 
     dropped and regrown in one update keeps both. A newly grown weight starts from zero, without momentum.
 
     Args:
-      drop_fraction: :math:`\alpha` in ``[0, 1]``, annealed by the cosine with :math:`T` = ``when.end``; or a function of
-        the step that gives :math:`f_t` itself.
+      drop_fraction: :math:`\alpha` in ``[0, 1]``, annealed by the cosine with :math:`T` = ``when.end``; or a function
+        of the step that gives :math:`f_t` itself.
       skip_step: do no gradient step on the calls that change the masks, as the paper's code does.
 
     Returns:

@@ -1,0 +1,46 @@
+"""Evaluates a finished run from its folder alone, and checks its masks."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from experiments import data, loop, runs
+from s2sam_jax import check_masks, eval_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Evaluates a run: test accuracy, sparsity, and whether every promise about its masks holds."""
+
+    run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
+    data: Path | None = None  # Where its data set lies, if no longer where it was.
+
+
+def evaluate(arguments: Arguments, console: Console) -> tuple[float, float]:
+    """Prints and returns test accuracy and sparsity (fraction of zeros over all kernels)."""
+    config = runs.read_config(arguments.run_dir)
+    dataset = data.load(config.dataset, arguments.data or config.data)
+    state = runs.restore(arguments.run_dir)
+    params = eval_params(state.params, state.opt_state)
+    if config.method != "dense":
+        check_masks(params, state.opt_state)
+    accuracy = loop.evaluator(loop.build(config), data.KINDS[config.dataset], dataset)(params, state.model_state)
+    layers = loop.layer_sparsity(config, state).values()
+    sparsity = sum(zeros for zeros, _ in layers) / max(1, sum(size for _, size in layers))
+    console.print(f"test accuracy {accuracy:.2%}, sparsity {sparsity:.2%}, masks checked")
+    return accuracy, sparsity
+
+
+def main(argv: list[str] | None = None) -> tuple[float, float]:
+    arguments = tyro.cli(Arguments, args=argv)
+    try:
+        return evaluate(arguments, Console())
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The perturbation masks of SSAM: which coordinates, how many, when."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+from s2sam_jax import Every, empirical_fisher, methods, sparsify, ssam
+from s2sam_jax._ssam import _move, _move_authors
+
+
+def grads_like(params, seed):
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape), jnp.float32), params)
+
+
+PARAMS = {"kernel": jnp.ones((5, 6)), "bias": jnp.ones(7)}
+
+
+def run(tx, steps, params=PARAMS, **extra):
+    state, states = tx.init(params), []
+    update = jax.jit(lambda g, s: tx.update(g, s, params, grad_fn=lambda p: p, **extra))
+    for step in range(steps):
+        _, state = update(grads_like(params, step), state)
+        states.append(state)
+    return states
+
+
+def flat(masks):
+    return np.concatenate([np.asarray(m).ravel() for m in jax.tree.leaves(masks)])
+
+
+def test_fisher_worked_example():
+    fisher = {"w": jnp.array([0.04, 0.01, 0.25, 0.09, 0.0, 0.16])}
+    params = {"w": jnp.zeros(6)}
+    tx = ssam(mask="fisher", sparsity=0.5)
+    _, state = tx.update(params, tx.init(params), params, grad_fn=lambda p: p, fisher_fn=lambda p: fisher)
+    np.testing.assert_array_equal(state.perturb_masks["w"], [0, 0, 1, 1, 0, 1])
+
+
+def test_fisher_ranks_over_all_leaves_and_refreshes_on_time():
+    tx = ssam(mask="fisher", sparsity=0.7, update_every=4)
+    state, history, calls = tx.init(PARAMS), [], []
+    for step in range(12):
+
+        def fisher_fn(params, step=step):
+            calls.append(step)
+            return jax.tree.map(jnp.square, grads_like(params, 100 + step))
+
+        _, state = tx.update(
+            grads_like(PARAMS, step), state, PARAMS, grad_fn=lambda p: p, fisher_fn=fisher_fn,
+            refresh_perturbation=step % 4 == 0,
+        )  # fmt: skip
+        history.append(flat(state.perturb_masks))
+    assert calls == [0, 4, 8]
+    for step, mask in enumerate(history):
+        scores = flat(jax.tree.map(jnp.square, grads_like(PARAMS, 100 + step // 4 * 4)))
+        np.testing.assert_array_equal(mask, oracles.top_mask(scores, int(37 * 0.3)))
+
+
+def test_the_clock_in_the_state_agrees_with_the_flag():
+    tx = ssam(mask="fisher", sparsity=0.7, update_every=3)
+    states = run(tx, 8, fisher_fn=lambda p: jax.tree.map(jnp.square, p))
+    assert [int(s.next_update) for s in states] == [3, 3, 3, 6, 6, 6, 9, 9]
+
+
+def test_dynamic_keeps_its_count_and_moves_as_many_as_the_cosine_says():
+    tx = ssam(mask="dynamic", sparsity=0.6, update_every=5, total_steps=100, drop_fraction=0.5)
+    previous = flat(tx.init(PARAMS).perturb_masks)
+    kept = int(round(37 * 0.4, 6))
+    assert previous.sum() == kept
+    for step, state in enumerate(run(tx, 60)):
+        mask = flat(state.perturb_masks)
+        assert mask.sum() == kept
+        if step % 5:
+            np.testing.assert_array_equal(mask, previous)
+        else:
+            drop = int(kept * 0.25 * (1 + np.cos(np.pi * step / 100)))
+            stay = oracles.top_mask(np.abs(flat(grads_like(PARAMS, step))), kept - drop, previous)
+            assert (mask & stay).sum() == kept - drop  # the largest gradients stay
+            assert (mask & ~stay).sum() == drop
+        previous = mask
+
+
+def test_dynamic_worked_example_of_the_released_code(monkeypatch):
+    """Two truncated counts: at epoch 0 of 200 the mask shrinks from three ones to two."""
+    grads = {"w": jnp.array([0.3, -0.1, 0.5, 0.2, 0.4, -0.6])}
+    masks = {"w": jnp.array([True, True, True, False, False, False])}
+    draws = {"w": jnp.array([0.9, 0.1, 0.2, 0.3, 0.8, 0.6])}
+    monkeypatch.setattr("s2sam_jax._ssam.random_scores", lambda key, like: draws)
+    first = _move_authors(grads, masks, None, 0.5, 0.5, None)
+    later = _move_authors(grads, masks, None, 0.5, 0.25, None)
+    np.testing.assert_array_equal(first["w"], [0, 0, 1, 0, 1, 0])
+    np.testing.assert_array_equal(later["w"], [1, 0, 1, 0, 0, 0])
+    # a = 3, drop floor(1.5) = 1 (coordinate 1), grow one: its draw 0.1 loses to 0.8.
+    paper = _move(grads, masks, None, 0.5, 0.5, None)
+    np.testing.assert_array_equal(paper["w"], [1, 0, 1, 0, 1, 0])
+
+
+def test_dynamic_authors_let_a_new_mask_act_from_the_next_step():
+    """Same seed, same masks at first: the paper's step 0 already uses the moved mask, the released code's does not."""
+    params, grads = {"w": jnp.zeros(8)}, {"w": jnp.arange(1.0, 9.0)}
+    moved = {}
+    for compat in ("paper", "authors"):
+        tx = ssam(rho=1.0, mask="dynamic", sparsity=0.5, total_steps=10, drop_fraction=1.0, compat=compat)
+        before = tx.init(params)
+        point, after = tx.update(grads, before, params, grad_fn=lambda p: p)
+        moved[compat] = (point["w"] != 0, before.perturb_masks["w"], after.perturb_masks["w"])
+    np.testing.assert_array_equal(moved["paper"][0], moved["paper"][2])
+    np.testing.assert_array_equal(moved["authors"][0], moved["authors"][1])
+    assert not np.array_equal(moved["paper"][1], moved["paper"][2])
+    assert not np.array_equal(moved["authors"][1], moved["authors"][2])
+
+
+@pytest.mark.parametrize("mask", ["fisher", "dynamic"])
+def test_counts_live_weights_only_in_a_sparse_network(mask):
+    inner = optax.chain(ssam(mask=mask, sparsity=0.5, update_every=2, total_steps=40), optax.sgd(0.1))
+    tx = sparsify(inner, methods.rigl(0.3), sparsity=0.8, when=Every(0, 4, 30))
+    params = {"kernel": jnp.ones((10, 10)), "bias": jnp.ones(10)}
+    state = tx.init(params)
+
+    def fisher_fn(p):
+        return jax.tree.map(jnp.square, grads_like(p, 5))
+
+    update = jax.jit(lambda g, s: tx.update(g, s, params, grad_fn=lambda p: p, fisher_fn=fisher_fn))
+    for step in range(12):
+        _, state = update(grads_like(params, step), state)
+        inner_steps = int(state.inner_state[0].step)
+        chosen, live = flat(state.inner_state[0].perturb_masks), flat(state.masks)
+        assert live.sum() == 30
+        if step % 4 and inner_steps % 2 == 1:  # just refreshed, under the present masks
+            assert chosen.sum() == 15
+            assert not (chosen & ~live).any()
+
+
+def test_empirical_fisher_is_the_sum_of_squared_per_example_gradients():
+    draw = np.random.default_rng(0)
+    x, w = draw.normal(size=(10, 3)), draw.normal(size=3)
+    y = draw.normal(size=10)
+
+    def loss(w, example):
+        return 0.5 * (example["x"] @ w - example["y"]) ** 2
+
+    want = sum(((x[i] @ w - y[i]) * x[i]) ** 2 for i in range(10))
+    with jax.enable_x64(True):
+        batch = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
+        for chunk in (1, 3, 10, 64):
+            got = empirical_fisher(loss, chunk_size=chunk)(jnp.asarray(w), batch)
+            np.testing.assert_allclose(got, want, rtol=1e-12)

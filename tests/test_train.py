@@ -1,0 +1,142 @@
+"""The train step: BatchNorm statistics, non-finite steps, the host's clocks, recalibration."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from s2sam_jax import (
+    Every,
+    TrainState,
+    make_train_step,
+    methods,
+    perturb,
+    recalibrate_batch_stats,
+    s2sam,
+    sam,
+    sparsify,
+    ssam,
+)
+
+DRAW = np.random.default_rng(0)
+BATCHES = [jnp.asarray(DRAW.normal(size=(8, 3)) + 1, jnp.float32) for _ in range(8)]
+
+
+def loss_fn(params, model_state, batch, key):
+    """A linear layer whose model state records the weights it was run at and a moving mean."""
+    del key
+    out = batch @ params["kernel"]
+    new = {"seen": params["kernel"], "mean": 0.9 * model_state["mean"] + 0.1 * out.mean(0)}
+    return jnp.mean((out - 1.0) ** 2), (new, {"largest": out.max()})
+
+
+def start(tx):
+    params = {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32)}
+    model_state = {"seen": jnp.zeros((3, 4)), "mean": jnp.zeros(4)}
+    return TrainState.create(params, tx, model_state=model_state)
+
+
+def test_model_state_is_that_of_the_first_pass():
+    """SAM: the clean weights; S2-SAM: the perturbed ones, its only pass."""
+    tx = optax.chain(sam(0.5), optax.sgd(0.1))
+    state = start(tx)
+    clean = jnp.array(state.params["kernel"])
+    state, _ = make_train_step(loss_fn, tx)(state, BATCHES[0])
+    np.testing.assert_array_equal(state.model_state["seen"], clean)
+
+    tx = optax.chain(s2sam(0.5), optax.sgd(0.1))
+    step = make_train_step(loss_fn, tx)
+    state, _ = step(start(tx), BATCHES[0])
+    point = perturb(state.params, state.opt_state)["kernel"]
+    assert float(jnp.abs(point - state.params["kernel"]).max()) > 0.1
+    state, _ = step(state, BATCHES[1])
+    np.testing.assert_allclose(state.model_state["seen"], point, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "sam", "s2sam"])
+def test_a_non_finite_step_freezes_everything_and_is_named(kind):
+    tx = optax.chain({"sgd": optax.identity, "sam": sam, "s2sam": s2sam}[kind](), optax.sgd(0.1, momentum=0.9))
+    tx = sparsify(tx, methods.rigl(0.3), sparsity=0.5, when=Every(0, 2, 100))
+    step, state = make_train_step(loss_fn, tx), start(tx)
+    for index in range(3):
+        state, _ = step(state, BATCHES[index])
+    assert int(state.first_bad_step) == -1
+    kept = jax.tree.map(jnp.array, (state.params, state.model_state, state.opt_state.masks))
+    state, metrics = step(state, BATCHES[3].at[0, 0].set(jnp.nan))
+    assert not np.isfinite(metrics["loss"])
+    state, _ = step(state, BATCHES[4])
+    assert int(state.first_bad_step) == 3
+    assert int(state.step) == 5
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.model_state, state.opt_state.masks), kept)
+
+
+def test_metrics():
+    inner = optax.chain(s2sam(rho=lambda step: 0.1 * (step + 1.0)), optax.sgd(0.1))
+    tx = sparsify(inner, methods.static(), sparsity=0.5)
+    step, state = make_train_step(loss_fn, tx), start(tx)
+    for index in range(3):
+        before = jax.tree.map(jnp.array, state)
+        state, metrics = step(state, BATCHES[index])
+        point = perturb(before.params, before.opt_state)
+        grads = jax.grad(lambda p: loss_fn(p, before.model_state, BATCHES[index], None)[0])(point)
+        np.testing.assert_allclose(metrics["grad_norm"], jnp.linalg.norm(grads["kernel"]), rtol=1e-5)
+        np.testing.assert_allclose(metrics["rho"], 0.1 * (index + 1), rtol=1e-6)
+        np.testing.assert_allclose(metrics["sparsity"], 0.5)
+        moved = jnp.linalg.norm(state.params["kernel"] - before.params["kernel"])
+        np.testing.assert_allclose(metrics["update_norm"], moved, rtol=1e-5)
+        assert "largest" in metrics
+
+
+def test_host_clock_equals_the_clock_in_the_state():
+    """Flags from the host and ``lax.cond`` from the state give the same run, also when a state is taken up again."""
+    inner = optax.chain(ssam(0.1, mask="dynamic", update_every=3, total_steps=30), optax.sgd(0.1, momentum=0.9))
+    tx = sparsify(inner, methods.rigl(0.5), sparsity=0.5, when=Every(1, 2, 20))
+    hosted = make_train_step(loss_fn, tx)
+    pure = jax.jit(lambda state, batch: hosted(state, batch))
+    a, b = start(tx), start(tx)
+    for index, batch in enumerate(BATCHES):
+        if index == 5:
+            a = jax.tree.map(jnp.array, a)  # a copy, as after a restore: the host must read the clocks again
+        a, _ = hosted(a, batch)
+        b, _ = pure(b, batch)
+        jax.tree.map(np.testing.assert_array_equal, a.opt_state.masks, b.opt_state.masks)
+        perturb_masks = [s.opt_state.inner_state[0].perturb_masks for s in (a, b)]
+        jax.tree.map(np.testing.assert_array_equal, *perturb_masks)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), a.params, b.params)
+
+
+def test_create_copies_so_that_donation_leaves_the_callers_arrays():
+    params, key = {"kernel": jnp.ones((3, 4))}, jax.random.key(3)
+    tx = sparsify(optax.chain(s2sam(), optax.sgd(0.1)), methods.static(), sparsity=0.5, seed=key)
+    state = TrainState.create(params, tx, model_state={"seen": jnp.zeros((3, 4)), "mean": jnp.zeros(4)}, seed=key)
+    make_train_step(loss_fn, tx)(state, BATCHES[0])
+    assert float(params["kernel"].sum()) == 12.0
+    assert jax.random.key_data(key).shape == (2,)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
+def test_recalibration_is_the_plain_average_whatever_the_momentum(momentum):
+    def loss(params, model_state, batch, key):
+        out = batch @ params
+        new = {
+            "mean": momentum * model_state["mean"] + (1 - momentum) * out.mean(0),
+            "var": momentum * model_state["var"] + (1 - momentum) * out.var(0),
+            "calls": model_state["calls"] + 1,
+            "fixed": model_state["fixed"],
+        }
+        return out.sum(), (new, {})
+
+    params = jnp.asarray(DRAW.normal(size=(3, 4)), jnp.float32)
+    old = {"mean": jnp.full(4, 7.0), "var": jnp.full(4, 9.0), "calls": jnp.int32(5), "fixed": jnp.array([1.0, 2.0])}
+    new = recalibrate_batch_stats(loss, params, old, BATCHES)
+    outs = [np.asarray(batch @ params, np.float64) for batch in BATCHES]
+    np.testing.assert_allclose(new["mean"], np.mean([o.mean(0) for o in outs], 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(new["var"], np.mean([o.var(0) for o in outs], 0), rtol=1e-4)
+    assert int(new["calls"]) == 5
+    np.testing.assert_array_equal(new["fixed"], [1.0, 2.0])
+
+
+def test_recalibration_without_batches_is_an_error():
+    with pytest.raises(ValueError, match="at least one batch"):
+        recalibrate_batch_stats(loss_fn, None, {"mean": jnp.zeros(2)}, [])
