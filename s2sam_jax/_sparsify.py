@@ -19,7 +19,7 @@ def sparsify(
     method: SparseMethod,
     *,
     sparsity: float,
-    distribution: str | Distribution = "erk",
+    distribution: str | Distribution | None = None,
     when: Every | None = None,
     prunable: Prunable = kernels,
     overrides: Mapping[str, float] | None = None,
@@ -44,8 +44,10 @@ def sparsify(
       inner: the optimizer.
       method: a mask-update method, e.g. ``methods.rigl()``.
       sparsity: fraction of zeros in ``[0, 1)``, over the prunable leaves.
-      distribution: ``"uniform"``, ``"er"``, ``"erk"``, or a function with the signature of :func:`uniform`.
-      when: when masks change, counted in calls of update; needed by methods whose masks change.
+      distribution: ``"uniform"``, ``"er"``, ``"erk"``, or a function with the signature of :func:`uniform`. By default
+        ``"erk"``, and ``"uniform"`` for methods that rank all leaves together, where only its total counts.
+      when: when masks change, counted in calls of update; needed by methods whose masks change, unless they bring a
+        clock of their own.
       prunable: ``(path, leaf) -> bool``; by default leaves of two or more dimensions.
       overrides: sparsity by path pattern, as in :func:`uniform`.
       seed: integer or PRNG key, possibly traced, for random masks and growth.
@@ -74,10 +76,10 @@ def sparsify(
       (4, 4)
     """
     check_sparsity(sparsity, "sparsity")
-    _check_method(method, when)
+    when = _clock(method, when)
     update_masks = method.update or _unchanged
     inner = optax.with_extra_args_support(inner)
-    distribute = _distribution(distribution)
+    distribute = _distribution(distribution, method)
 
     def plan(params):
         return distribute(params, sparsity, prunable=prunable, overrides=overrides)
@@ -85,40 +87,46 @@ def sparsify(
     def init_fn(params):
         key, step = copy_key(seed), jnp.zeros((), jnp.int32)
         dense = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
-        inputs = MaskInputs(params, None, dense, plan(params), step, jax.random.fold_in(key, NEVER), when, None)
-        masks, method_state, _ = method.init(inputs)
-        inner_state = inner.init(masked(masks, params))
+        inner_state = inner.init(params)
         _check_order(inner_state)
+        first_key = jax.random.fold_in(key, NEVER)
+        new = method.init(MaskInputs(params, None, dense, plan(params), step, first_key, when, None, inner_state))
         if mask_grads:
-            inner_state = mask_mirrored(masks, inner_state)
-        return SparseState(
-            step, _next_update(method, when, step), masks, count_masks(masks), key, method_state, inner_state
-        )
+            inner_state = mask_mirrored(new.masks, inner_state)
+        nnz = count_masks(new.masks)
+        return SparseState(step, _next_update(method, when, step), new.masks, nnz, key, new.state, inner_state)
 
-    def new_masks(due, grads, state, live, grad_fn):
-        """The masks of this step, with their counts, the method's state, and whether the inner update is skipped."""
+    def change_masks(due, grads, state, live, grad_fn):
+        """What the method wants at this step, and the ones per leaf of its masks."""
+        if due is False:
+            return MaskUpdate(state.masks, state.method_state), state.nnz
 
         def change():
             key = jax.random.fold_in(state.key, state.step)
-            inputs = MaskInputs(live, grads, state.masks, plan(live), state.step, key, when, grad_fn)
-            masks, method_state, skip = update_masks(inputs, state.method_state)
-            return masks, count_masks(masks), method_state, skip
+            inputs = MaskInputs(
+                live, grads, state.masks, plan(live), state.step, key, when, grad_fn, state.inner_state
+            )  # fmt: skip
+            new = update_masks(inputs, state.method_state)
+            return new, count_masks(new.masks)
 
         def keep():
-            return state.masks, state.nnz, state.method_state, False
+            values = None if asked.values is None else live
+            inner_state = None if asked.inner_state is None else state.inner_state
+            return MaskUpdate(state.masks, state.method_state, values, inner_state, skip=False), state.nnz
 
-        if isinstance(due, bool):
-            return change() if due else keep()
+        if due is True:
+            return change()
+        asked, _ = jax.eval_shape(change)  # which of the optional trees this method returns
         return jax.lax.cond(due, change, keep)
 
-    def run_inner(grads, state, live, masks, grad_fn, extra_args):
-        """One update of the wrapped optimizer, on masked gradients and with the state rule before and after."""
-        inner_state, inner_grads = state.inner_state, grads
+    def run_inner(grads, inner_state, weights, masks, grad_fn, extra_args):
+        """One update of the wrapped optimizer, on masked gradients and a state that obeys the rule."""
+        inner_grads = grads
         if mask_grads:
             inner_state, inner_grads = mask_mirrored(masks, inner_state), masked(masks, grads)
             grad_fn = _masked_grad_fn(grad_fn, masks)
         extra_args |= {"masks": masks, "dense_grads": grads, "grad_fn": grad_fn}
-        return inner.update(inner_grads, inner_state, masked(masks, live), **extra_args)
+        return inner.update(inner_grads, inner_state, masked(masks, weights), **extra_args)
 
     def update_fn(updates, state, params=None, *, grad_fn=None, refresh_masks=None, **extra_args):
         if params is None:
@@ -127,22 +135,22 @@ def sparsify(
         check_same_leaves(params, state.masks, "params", "the masks")
         live = masked(state.masks, params)
         due = _due(method, state, refresh_masks)
-        masks, nnz, method_state, skip = new_masks(due, updates, state, live, grad_fn)
+        new, nnz = change_masks(due, updates, state, live, grad_fn)
+        weights = live if new.values is None else new.values
+        inner_state = state.inner_state if new.inner_state is None else new.inner_state
 
-        if skip is True:
-            steps, inner_state = jax.tree.map(jnp.zeros_like, updates), state.inner_state
-        else:
-            steps, inner_state = run_inner(updates, state, live, masks, grad_fn, extra_args)
-        if isinstance(skip, jax.Array):
-            steps = where(skip, jax.tree.map(jnp.zeros_like, steps), steps)
-            inner_state = where(skip, state.inner_state, inner_state)
+        steps = jax.tree.map(jnp.zeros_like, updates)
+        if new.skip is not True:
+            moved = run_inner(updates, inner_state, weights, new.masks, grad_fn, extra_args)
+            stayed = (steps, inner_state)
+            steps, inner_state = where(new.skip, stayed, moved) if isinstance(new.skip, jax.Array) else moved
         if mask_grads:
-            inner_state = mask_mirrored(masks, inner_state)
+            inner_state = mask_mirrored(new.masks, inner_state)
 
         step = increment(state.step)
         next_update = state.next_update if due is False else _next_update(method, when, step)
-        new_state = SparseState(step, next_update, masks, nnz, state.key, method_state, inner_state)
-        return jax.tree.map(_sparse_step, masks, state.masks, steps, params), new_state
+        new_state = SparseState(step, next_update, new.masks, nnz, state.key, new.state, inner_state)
+        return jax.tree.map(_sparse_step, new.masks, steps, weights, params), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -151,9 +159,9 @@ def _unchanged(x: MaskInputs, state: Any) -> MaskUpdate:
     return MaskUpdate(x.masks, state)
 
 
-def _sparse_step(mask: jax.Array, old_mask: jax.Array, step: jax.Array, param: jax.Array) -> jax.Array:
-    """Lands pruned weights on exactly 0.0 and starts grown ones from it, even if ``param`` was never masked."""
-    return jnp.where(mask, jnp.where(old_mask, step, step - param), -param)
+def _sparse_step(mask: jax.Array, step: jax.Array, weight: jax.Array, param: jax.Array) -> jax.Array:
+    """To ``weight + step``, or to exactly 0.0; ``weight - param`` is zero unless weights are replaced."""
+    return jnp.where(mask, step + (weight - param), -param)
 
 
 def _masked_grad_fn(grad_fn: GradFn | None, masks: Masks) -> GradFn | None:
@@ -171,19 +179,22 @@ def _next_update(method: SparseMethod, when: Every | None, step: jax.Array) -> j
     return never if method.update is None or when is None else when.at_or_after(step)
 
 
-def _distribution(distribution: str | Distribution) -> Distribution:
+def _distribution(distribution: str | Distribution | None, method: SparseMethod) -> Distribution:
     if callable(distribution):
         return distribution
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"Unknown distribution {distribution!r}; use one of {sorted(DISTRIBUTIONS)} or a function.")
-    return DISTRIBUTIONS[distribution]
+    name = distribution or ("uniform" if method.ranks == "global" else "erk")
+    if name not in DISTRIBUTIONS:
+        raise ValueError(f"Unknown distribution {name!r}; use one of {sorted(DISTRIBUTIONS)} or a function.")
+    return DISTRIBUTIONS[name]
 
 
-def _check_method(method: SparseMethod, when: Every | None) -> None:
+def _clock(method: SparseMethod, when: Every | None) -> Every | None:
     if not isinstance(method, SparseMethod):
         raise TypeError(f"sparsify needs a SparseMethod, such as methods.rigl(); got {method!r}.")
+    when = when or method.when
     if method.update is not None and when is None:
         raise ValueError("This method changes its masks: pass when=Every(start, every, end), in calls of update.")
+    return when
 
 
 def _check_order(inner_state: Any) -> None:

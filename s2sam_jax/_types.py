@@ -64,6 +64,7 @@ class MaskInputs(NamedTuple):
       key: typed PRNG key, already folded with the step.
       when: the update clock, for schedules that need its horizon; ``None`` when masks never change.
       grad_fn: ``params -> dense gradient`` on the current batch, or ``None`` if the loop offers none.
+      inner_state: state of the wrapped optimizer, for methods that rewind it.
     """
 
     params: Params
@@ -74,6 +75,7 @@ class MaskInputs(NamedTuple):
     key: jax.Array
     when: Every | None
     grad_fn: GradFn | None
+    inner_state: Any
 
 
 class MaskUpdate(NamedTuple):
@@ -82,13 +84,17 @@ class MaskUpdate(NamedTuple):
     Attributes:
       masks: the new masks.
       state: the method's own state.
+      values: weights to go on from, for methods that rewind them; ``None`` keeps the present ones.
+      inner_state: state for the wrapped optimizer to go on from; ``None`` keeps the present one.
       skip: leave the inner optimizer alone on this call: surviving weights keep their value, dropped ones
-        become zero. A Python bool.
+        become zero. A bool, possibly traced.
     """
 
     masks: Masks
     state: Any = ()
-    skip: bool = False
+    values: Params | None = None
+    inner_state: Any = None
+    skip: bool | jax.Array = False
 
 
 class SparseMethod(NamedTuple):
@@ -100,11 +106,15 @@ class SparseMethod(NamedTuple):
         never change.
       invariant: what stays true from call to call: ``"per_layer"`` (each leaf keeps its count), ``"total"``
         (the sum of counts is kept), ``"monotone"`` (masks only shrink) or ``"bounded"``. The tests read it.
+      ranks: whether it spends the sparsity ``"leaf"`` by leaf, or over all leaves together (``"global"``).
+      when: the clock, if the method brings its own; ``sparsify(when=...)`` goes before it.
     """
 
     init: Callable[[MaskInputs], MaskUpdate]
     update: Callable[[MaskInputs, Any], MaskUpdate] | None
     invariant: Literal["per_layer", "total", "monotone", "bounded"]
+    ranks: Literal["leaf", "global"] = "leaf"
+    when: Every | None = None
 
 
 class Unmasked(NamedTuple):
