@@ -29,6 +29,12 @@ def bits(text):
 METHODS = [
     MethodRow("static", methods.static, random_updates=False),
     MethodRow(
+        "snip",
+        methods.snip,
+        random_updates=False,
+        golden=Golden([0.5, -1, 0.2, 2, -0.1], [1, 0.3, -4, 0.05, 2], bits("11111"), bits("11100")),
+    ),
+    MethodRow(
         "rigl",
         lambda: methods.rigl(lambda step: 0.5),
         random_updates=False,

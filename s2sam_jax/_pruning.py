@@ -1,0 +1,102 @@
+"""The pieces that methods which rank all leaves together are made of."""
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._select import kept, select
+from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
+from s2sam_jax._tree import map_named, named_leaves
+from s2sam_jax._types import MaskInputs, Masks, MaskUpdate
+
+
+def dense_init(x: MaskInputs) -> MaskUpdate:
+    """All true, and no state."""
+    return MaskUpdate(x.masks)
+
+
+def sparse_size(x: MaskInputs) -> int:
+    """Weights in the leaves that are to be sparse."""
+    leaves = zip(jax.tree.leaves(x.params), jax.tree.leaves(x.sparsities), strict=True)
+    return sum(p.size for p, sparsity in leaves if sparsity > 0)
+
+
+def global_count(x: MaskInputs) -> int:
+    """How many weights survive in the sparse leaves together, ``N - floor(S N)``."""
+    leaves = zip(jax.tree.leaves(x.params), jax.tree.leaves(x.sparsities), strict=True)
+    size = sparse_size(x)
+    return kept(size, math.fsum(p.size * sparsity for p, sparsity in leaves) / size) if size else 0
+
+
+def keep_largest(x: MaskInputs, scores: Any, count: int | jax.Array, keep_at_least: int = 0) -> Masks:
+    """Keeps ``count`` live weights of the sparse leaves, ranked together; dense leaves stay as they are.
+
+    With ``keep_at_least``, that many of each leaf (or all it has) are kept first.
+    """
+    sparse = [sparsity > 0 for sparsity in jax.tree.leaves(x.sparsities)]
+    masks, treedef = jax.tree.flatten(x.masks)
+
+    def only_sparse(leaves):
+        return [leaf for leaf, chosen in zip(leaves, sparse, strict=True) if chosen]
+
+    ranked, live = only_sparse(jax.tree.leaves(scores)), only_sparse(masks)
+    if not ranked:
+        return x.masks
+    reserved = select(ranked, count=[min(keep_at_least, s.size) for s in ranked], among=live)
+    room = jnp.maximum(count - sum(jnp.sum(m, dtype=jnp.int32) for m in reserved), 0)
+    others = [m & ~r for m, r in zip(live, reserved, strict=True)]
+    chosen = select(ranked, count=room, among=others, scope="global")
+    new = iter([r | c for r, c in zip(reserved, chosen, strict=True)])
+    return treedef.unflatten([next(new) if s else m for m, s in zip(masks, sparse, strict=True)])
+
+
+def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kernels, keep_at_least: int = 0) -> Masks:
+    r"""One-shot masks from scores, the largest kept, ranked over all prunable leaves together.
+
+    .. math:: m = \mathrm{top}_\kappa(s), \qquad \kappa = N - \lfloor S N \rfloor
+
+    Install them with ``set_masks`` and apply them with ``apply_masks``.
+
+    Args:
+      scores: pytree like the parameters, e.g. of :func:`snip_scores`.
+      sparsity: fraction of zeros in ``[0, 1)`` over the prunable leaves.
+      prunable: ``(path, leaf) -> bool``, as in ``sparsify``; other leaves get masks that are all true.
+      keep_at_least: weights each leaf keeps whatever its scores.
+
+    Returns:
+      Bool masks like ``scores``. A layer that keeps nothing is named in a warning.
+
+    Raises:
+      ValueError: for a sparsity out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax import methods
+      >>> scores = {"a": jnp.array([[1.0, 9.0]]), "b": jnp.array([[8.0, 2.0]]), "bias": jnp.zeros(2)}
+      >>> masks = methods.masks_from_scores(scores, 0.5)
+      >>> print(masks["a"], masks["b"], masks["bias"])
+      [[False  True]] [[ True False]] [ True  True]
+    """
+    check_sparsity(sparsity, "sparsity")
+    dense = jax.tree.map(lambda s: jnp.ones_like(s, dtype=bool), scores)
+    plan = map_named(lambda name, s: sparsity if prunable(name, s) else 0.0, scores)
+    x = MaskInputs(scores, None, dense, plan, jnp.int32(0), jax.random.key(0), None, None, None)
+    masks = keep_largest(x, scores, global_count(x), keep_at_least)
+    warn_if_collapsed(masks, "masks_from_scores")
+    return masks
+
+
+def warn_if_collapsed(masks: Masks, method: str) -> None:
+    """A warning, from the device, that names every layer which has lost all its weights."""
+    names = ["/".join(path) for path in named_leaves(masks)]
+    alive = jnp.stack([m.any() for m in jax.tree.leaves(masks)])
+
+    def report(alive):
+        dead = [name for name, ok in zip(names, alive.tolist(), strict=True) if not ok]
+        if dead:
+            warnings.warn(f"{method} left no weight in {dead}; keep_at_least=1 prevents it.", stacklevel=2)
+
+    jax.debug.callback(report, alive)

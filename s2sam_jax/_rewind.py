@@ -1,0 +1,64 @@
+"""Iterative pruning in rounds: train, prune a fraction of what is left, go back."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._pruning import dense_init, global_count, keep_largest, sparse_size
+from s2sam_jax._tree import masked, where
+from s2sam_jax._types import MaskInputs, MaskUpdate, Params, SparseMethod
+
+
+class RewindState(NamedTuple):
+    """State of ``lottery`` and ``lrr``.
+
+    Attributes:
+      firings: int32[], times the clock has fired; the first one saves, each later one ends a round.
+      params: weights to go back to; ``None`` for ``lrr``.
+      inner_state: optimizer state to go back to.
+    """
+
+    firings: jax.Array
+    params: Params | None
+    inner_state: Any
+
+
+def remaining_weights(size: int, target: int, fraction: float) -> list[int]:
+    """Weights left after 0, 1, ... prunings of ``ceil(fraction * remaining)``; the last one stops at the target."""
+    left = [size]
+    while left[-1] > target:
+        left.append(max(target, left[-1] - math.ceil(round(fraction * left[-1], 6))))
+    return left
+
+
+def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights: bool) -> SparseMethod:
+    """The method both share; ``rewind_weights`` tells them apart."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"{name} needs 0 < prune_fraction < 1; got {fraction}.")
+
+    def init(x: MaskInputs) -> MaskUpdate:
+        left = remaining_weights(sparse_size(x), global_count(x), fraction)
+        if rounds is not None and rounds != len(left) - 1:
+            raise ValueError(
+                f"{name}: rounds={rounds} and the sparsity disagree: pruning {fraction:g} of the rest each round "
+                f"reaches {left[-1]} of {left[0]} weights in {len(left) - 1} rounds. Give one, or both in agreement."
+            )
+        params = jax.tree.map(jnp.array, x.params) if rewind_weights else None
+        saved = RewindState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.array, x.inner_state))
+        return dense_init(x)._replace(state=saved)
+
+    def update(x: MaskInputs, state: RewindState) -> MaskUpdate:
+        left = remaining_weights(sparse_size(x), global_count(x), fraction)
+        first = state.firings == 0
+        ends_round = ~first & (state.firings < len(left))
+        count = jnp.asarray(left, jnp.int32)[jnp.minimum(state.firings, len(left) - 1)]
+        masks = keep_largest(x, jax.tree.map(jnp.abs, x.params), count)
+        inner_state = where(first, x.inner_state, state.inner_state)
+        params = where(first, x.params, state.params) if rewind_weights else None
+        values = where(ends_round, masked(masks, params), x.params) if rewind_weights else None
+        saved = RewindState(state.firings + 1, params, inner_state)
+        return MaskUpdate(masks, saved, values, where(ends_round, inner_state, x.inner_state), skip=first | ends_round)
+
+    return SparseMethod(init, update, "monotone", ranks="global")

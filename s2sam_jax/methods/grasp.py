@@ -1,0 +1,127 @@
+"""GraSP: prune before training, keeping what carries the gradient flow."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from s2sam_jax._pruning import dense_init, global_count, keep_largest, warn_if_collapsed
+from s2sam_jax._types import Every, GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
+
+
+def grasp(*, keep_at_least: int = 0) -> SparseMethod:
+    r"""Prunes once, on the first batch, so that the gradient norm after pruning is preserved.
+
+    .. math:: m = \mathrm{top}_\kappa\big(w \odot H g\big)
+
+    that is, the weights of largest :math:`-w \odot Hg` go. ``Hg`` is computed forward over reverse, at about the price
+    of two gradients. The call that makes the mask takes no gradient step: survivors keep their initial value, and
+    their optimizer state is untouched; pruned weights are zero, with no state, for good. This form sees one batch, at
+    the loss's own temperature; the paper's (several batches, logits divided by 200) is :func:`grasp_scores` and
+    :func:`masks_from_scores` with ``set_masks`` and ``methods.static``.
+
+    Args:
+      keep_at_least: weights each leaf keeps whatever its scores; at 0 whole layers can vanish, and a warning names
+        them.
+
+    Returns:
+      A method with its own clock, the first call; that call of ``update`` needs ``grad_fn``.
+
+    Raises:
+      ValueError: for a negative ``keep_at_least``.
+      TypeError: from ``update`` without ``grad_fn``.
+
+    Reference:
+      Wang et al., "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020, Algorithm 1. Its
+      code removes one weight fewer, by its threshold, and re-initialises the last layer for scoring; here neither.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from s2sam_jax import methods, sparsify
+      >>> hessian = jnp.array([[2, -1, 0], [-1, 1, 0.5], [0, 0.5, 3]])
+      >>> grad_fn = jax.grad(lambda w: 0.5 * w @ hessian @ w + jnp.dot(jnp.array([0.5, -1, 1]), w))
+      >>> tx = sparsify(optax.sgd(0.1), methods.grasp(), sparsity=0.34, prunable=lambda path, leaf: True)
+      >>> params = jnp.array([1.0, 2.0, -1.0])
+      >>> _, state = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+      >>> print(state.masks)
+      [ True False  True]
+    """
+    if keep_at_least < 0:
+        raise ValueError(f"grasp needs keep_at_least >= 0; got {keep_at_least}.")
+
+    def update(x: MaskInputs, state: Any) -> MaskUpdate:
+        if x.grad_fn is None:
+            raise TypeError(
+                "grasp needs grad_fn for its Hessian product: tx.update(grads, state, params, grad_fn=grad_fn)."
+            )
+        scores = jax.tree.map(jnp.multiply, x.params, _hvp(x.grad_fn, x.params, x.grads))
+        masks = keep_largest(x, scores, global_count(x), keep_at_least)
+        if not keep_at_least:
+            warn_if_collapsed(masks, "grasp")
+        return MaskUpdate(masks, state, skip=True)
+
+    return SparseMethod(dense_init, update, "monotone", ranks="global", when=Every(0, 1, 0))
+
+
+def grasp_scores(
+    logits_fn: Callable[[Params, Any], jax.Array],
+    params: Params,
+    batches: Sequence[tuple[Any, jax.Array]],
+    *,
+    temperature: float = 200.0,
+) -> Params:
+    r"""GraSP's scores over several batches, signed so that the largest are kept.
+
+    .. math:: g = \sum_b \nabla L_b, \qquad s = w \odot \sum_b H_b\, g, \qquad
+              L_b = \mathrm{mean\ cross\ entropy}(\mathrm{logits} / T)
+
+    All gradients are summed before the Hessian product.
+
+    Args:
+      logits_fn: ``(params, inputs) -> logits[batch, classes]``.
+      params: the initial weights.
+      batches: pairs of inputs and integer labels; gone through twice.
+      temperature: T, which divides the logits.
+
+    Returns:
+      A tree like ``params``; keep the largest.
+
+    Raises:
+      ValueError: when there is no batch, or a temperature that is not positive.
+
+    Reference:
+      Wang et al., ICLR 2020, Algorithm 1, with ``S = -s``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax import methods
+      >>> batches = [(jnp.eye(2), jnp.array([0, 1]))]
+      >>> methods.grasp_scores(lambda w, x: x @ w, jnp.eye(2), batches).shape
+      (2, 2)
+    """
+    if not batches:
+        raise ValueError("grasp_scores needs at least one batch; got none.")
+    if temperature <= 0:
+        raise ValueError(f"grasp_scores needs temperature > 0; got {temperature}.")
+
+    def loss_fn(params, inputs, labels):
+        logits = logits_fn(params, inputs) / temperature
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradient = jax.jit(jax.grad(loss_fn))
+    product = jax.jit(lambda p, g, inputs, labels: _hvp(lambda q: jax.grad(loss_fn)(q, inputs, labels), p, g))
+    grads = _sum(gradient(params, *batch) for batch in batches)
+    return jax.tree.map(jnp.multiply, params, _sum(product(params, grads, *batch) for batch in batches))
+
+
+def _hvp(grad_fn: GradFn, params: Params, vector: Params) -> Params:
+    return jax.jvp(grad_fn, (params,), (vector,))[1]
+
+
+def _sum(trees: Any) -> Any:
+    first, *rest = trees
+    for tree in rest:
+        first = jax.tree.map(jnp.add, first, tree)
+    return first

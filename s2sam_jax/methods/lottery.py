@@ -1,0 +1,115 @@
+"""Lottery tickets: iterative magnitude pruning with weight rewinding."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._pruning import keep_largest
+from s2sam_jax._rewind import remaining_weights, rewinding
+from s2sam_jax._select import kept
+from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
+from s2sam_jax._tree import map_named, masked
+from s2sam_jax._types import MaskInputs, Masks, Params, SparseMethod
+
+
+def lottery(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMethod:
+    r"""Trains, prunes a fraction of the remaining weights by magnitude over all leaves, rewinds, and so on.
+
+    .. math:: n_{i+1} = \max(n_{target},\ n_i - \lceil p\, n_i \rceil), \qquad w \leftarrow m \odot w_k, \quad
+              \text{optimizer state} \leftarrow \text{that of step } k
+
+    All rounds run inside one transformation. The clock's first firing, ``when.start`` = k, saves weights and optimizer
+    state; every later one ends a round: it prunes and restores both. None of them takes a gradient step, so with rounds of
+    L steps ``when = Every(start=k, every=L - k + 1)``. The learning rate schedule is in the optimizer state, so it rewinds too.
+    Pruned weights are zero for good; survivors get value and moments of step k.
+
+    Args:
+      prune_fraction: p in ``(0, 1)``, of the weights that remain.
+      rounds: number of prunings, if it is to be checked against ``sparsify(sparsity=...)``, which decides; the last
+        round prunes exactly to it.
+
+    Returns:
+      A method that needs ``when``. It keeps a copy of parameters and optimizer state.
+
+    Raises:
+      ValueError: for a fraction out of range, or rounds that disagree with the sparsity.
+
+    Reference:
+      Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; Frankle et al., "Linear Mode Connectivity and the
+      Lottery Ticket Hypothesis", ICML 2020, for k > 0. The published open_lth code prunes one weight more each round.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import Every, methods, sparsify
+      >>> tx = sparsify(optax.sgd(0.1), methods.lottery(0.2, rounds=11), sparsity=0.9, when=Every(0, 1001))
+      >>> int(tx.init({"kernel": jnp.ones((25, 40))}).nnz["kernel"])  # the first round is dense
+      1000
+    """
+    return rewinding(prune_fraction, rounds, "lottery", rewind_weights=True)
+
+
+class Round(NamedTuple):
+    """One round of :func:`lottery_rounds`.
+
+    Attributes:
+      number: 0 for the dense round.
+      masks: bool tree like the parameters.
+      remaining: weights left in the pruned leaves.
+      params: the parameters after training.
+    """
+
+    number: int
+    masks: Masks
+    remaining: int
+    params: Params
+
+
+def lottery_rounds(
+    train: Callable[[Params, Masks, int], Params],
+    params: Params,
+    *,
+    sparsity: float,
+    prune_fraction: float = 0.2,
+    rewind: bool = True,
+    prunable: Prunable = kernels,
+) -> Iterator[Round]:
+    """The rounds of :func:`lottery` (or ``lrr``) for those who drive, and save, each round themselves.
+
+    Args:
+      train: ``(params, masks, number) -> trained params``; install the masks with ``set_masks`` over
+        ``methods.static``.
+      params: what to rewind to: the weights of step k.
+      sparsity: fraction of zeros to end at, in ``[0, 1)``.
+      prune_fraction: of the remaining weights, a round.
+      rewind: ``False`` goes on from the trained weights, as learning-rate rewinding does.
+      prunable: ``(path, leaf) -> bool``.
+
+    Yields:
+      A :class:`Round` after each training, the dense one first.
+
+    Raises:
+      ValueError: for a fraction or sparsity out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax import methods
+      >>> train = lambda params, masks, number: params
+      >>> rounds = methods.lottery_rounds(train, {"kernel": jnp.arange(100.0).reshape(10, 10)}, sparsity=0.4)
+      >>> [(r.number, r.remaining) for r in rounds]
+      [(0, 100), (1, 80), (2, 64), (3, 60)]
+    """
+    check_sparsity(sparsity, "sparsity")
+    if not 0 < prune_fraction < 1:
+        raise ValueError(f"lottery_rounds needs 0 < prune_fraction < 1; got {prune_fraction}.")
+    plan = map_named(lambda name, p: sparsity if prunable(name, p) else 0.0, params)
+    masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+    size = sum(p.size for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(plan), strict=True) if s)
+    weights = params
+    for number, count in enumerate(remaining_weights(size, kept(size, sparsity), prune_fraction)):
+        if number:
+            x = MaskInputs(weights, None, masks, plan, jnp.int32(number), jax.random.key(0), None, None, None)
+            masks = keep_largest(x, jax.tree.map(jnp.abs, weights), count)
+        weights = train(masked(masks, params if rewind else weights), masks, number)
+        yield Round(number, masks, count, weights)

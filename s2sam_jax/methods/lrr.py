@@ -1,0 +1,38 @@
+"""LRR: iterative magnitude pruning with learning-rate rewinding."""
+
+from s2sam_jax._rewind import rewinding
+from s2sam_jax._types import SparseMethod
+
+
+def lrr(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMethod:
+    r"""Trains, prunes a fraction of the remaining weights by magnitude over all leaves, and retrains from there.
+
+    .. math:: n_{i+1} = \max(n_{target},\ n_i - \lceil p\, n_i \rceil), \qquad w \leftarrow m \odot w, \quad
+              \text{optimizer state} \leftarrow \text{that of step } k
+
+    As :func:`lottery`, but the weights keep their trained values: only the optimizer goes back to step
+    ``when.start`` = k, and with it the learning rate schedule and the momentum (for k = 0, a fresh start). Calls
+    on which the clock fires take no gradient step, so with rounds of L steps ``when = Every(start=k, every=L - k + 1)``. Pruned weights are zero for good.
+
+    Args:
+      prune_fraction: p in ``(0, 1)``, of the weights that remain.
+      rounds: number of prunings, if it is to be checked against ``sparsify(sparsity=...)``, which decides; the last
+        round prunes exactly to it.
+
+    Returns:
+      A method that needs ``when``. It keeps a copy of the optimizer state.
+
+    Raises:
+      ValueError: for a fraction out of range, or rounds that disagree with the sparsity.
+
+    Reference:
+      Renda et al., "Comparing Rewinding and Fine-tuning in Neural Network Pruning", ICLR 2020.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import Every, methods, sparsify
+      >>> tx = sparsify(optax.sgd(0.1), methods.lrr(0.2), sparsity=0.9, when=Every(0, 1001))
+      >>> int(tx.init({"kernel": jnp.ones((10, 10))}).nnz["kernel"])  # the first round is dense
+      100
+    """
+    return rewinding(prune_fraction, rounds, "lrr", rewind_weights=False)

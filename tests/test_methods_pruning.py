@@ -1,0 +1,246 @@
+"""The methods that rank all leaves together: SNIP, GraSP, lottery tickets and learning-rate rewinding."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+from s2sam_jax import Every, apply_masks, check_masks, get_masks, methods, perturb, s2sam, set_masks, sparsify
+from s2sam_jax._rewind import remaining_weights
+
+DRAW = np.random.default_rng(0)
+PARAMS = {
+    "a": {"kernel": jnp.asarray(DRAW.normal(size=(3, 3, 2, 4)), jnp.float32), "bias": jnp.ones(4)},
+    "b": {"kernel": jnp.asarray(DRAW.normal(size=(16, 10)), jnp.float32)},
+}
+SIZE = 72 + 160
+
+
+def random_grads(seed):
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape), jnp.float32), PARAMS)
+
+
+def flat(tree):
+    """The prunable leaves as one vector, in tree order."""
+    return np.concatenate([np.asarray(tree["a"]["kernel"]).ravel(), np.asarray(tree["b"]["kernel"]).ravel()])
+
+
+# SNIP and GraSP
+
+
+def quadratic_grad(params):
+    """Gradient of a coupled quadratic in all weights, so that the Hessian is not diagonal."""
+    return jax.grad(lambda p: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(p)) ** 2)(params)
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+@pytest.mark.parametrize("keep_at_least", [0, 7])
+def test_one_shot_in_chain(name, keep_at_least):
+    tx = sparsify(
+        optax.chain(s2sam(0.1), optax.sgd(0.1, momentum=0.9)),
+        getattr(methods, name)(keep_at_least=keep_at_least),
+        sparsity=0.9,
+    )
+    state, params = tx.init(PARAMS), PARAMS
+    assert bool(flat(state.masks).all())
+    update = jax.jit(lambda g, s, p: tx.update(g, s, p, grad_fn=quadratic_grad))
+    grads = quadratic_grad(perturb(params, state))
+    updates, state = update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+
+    w, g = flat(PARAMS).astype(np.float64), flat(grads).astype(np.float64)
+    if name == "snip":
+        scores = np.abs(w * g)
+    else:  # L = S(w)^2 over every leaf: Hg = 2 c (c.g) - 2 S sin(w) g, with c = cos(w), S = sum sin(w)
+        every_w = np.concatenate([w, np.ones(4)])
+        every_g = np.concatenate([g, np.asarray(grads["a"]["bias"], np.float64)])
+        c, total = np.cos(every_w), np.sin(every_w).sum()
+        scores = (every_w * (2 * c * (c @ every_g) - 2 * total * np.sin(every_w) * every_g))[:SIZE]
+    count = SIZE - math.floor(0.9 * SIZE)
+    reserved = np.concatenate(
+        [oracles.top_mask(scores[:72], keep_at_least), oracles.top_mask(scores[72:], keep_at_least)]
+    )
+    mask = reserved | oracles.top_mask(scores, count - reserved.sum(), ~reserved)
+    np.testing.assert_array_equal(flat(state.masks), mask)
+    np.testing.assert_array_equal(flat(params), flat(PARAMS) * mask)  # the step that makes the mask moves nothing
+    assert all(not leaf.any() for leaf in jax.tree.leaves(state.inner_state[1]))
+
+    before = state.masks
+    for seed in range(3):
+        updates, state = update(random_grads(seed), state, params)
+        params = optax.apply_updates(params, updates)
+        check_masks(params, state)
+    jax.tree.map(np.testing.assert_array_equal, state.masks, before)
+
+
+def test_grasp_needs_a_gradient_function():
+    tx = sparsify(optax.sgd(0.1), methods.grasp(), sparsity=0.9)
+    with pytest.raises(TypeError, match="grasp needs grad_fn"):
+        tx.update(random_grads(0), tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_collapsed_layers_are_named_and_can_be_prevented(name):
+    params = {"dead/kernel": jnp.full((4, 4), 1e-9), "b/kernel": jnp.ones((8, 8))}
+    for keep_at_least in (0, 2):
+        tx = sparsify(optax.sgd(0.1), getattr(methods, name)(keep_at_least=keep_at_least), sparsity=0.8)
+        grad_fn = jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p)))
+
+        def update(tx=tx, grad_fn=grad_fn):
+            _, state = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+            jax.effects_barrier()
+            return state
+
+        if keep_at_least:
+            assert int(update().nnz["dead/kernel"]) == keep_at_least
+        else:
+            with pytest.warns(UserWarning, match="dead/kernel"):
+                state = update()
+            assert int(state.nnz["dead/kernel"]) == 0
+        assert int(sum(jax.tree.leaves(tx.init(params).nnz))) == 80
+
+
+def test_snip_scores_add_up_over_batches_and_install():
+    def loss_fn(params, batch):
+        return jnp.sum(jnp.tanh(batch @ params["kernel"]))
+
+    params = {"kernel": jnp.asarray(DRAW.normal(size=(5, 6)), jnp.float32)}
+    batches = [jnp.asarray(DRAW.normal(size=(7, 5)), jnp.float32) for _ in range(3)]
+    w = np.asarray(params["kernel"], np.float64)
+    total = sum(np.asarray(b, np.float64).T @ (1 - np.tanh(np.asarray(b, np.float64) @ w) ** 2) for b in batches)
+    scores = methods.snip_scores(loss_fn, params, batches)
+    np.testing.assert_allclose(scores["kernel"], np.abs(w * total), rtol=2e-4, atol=1e-5)
+    tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.7)
+    state = set_masks(tx.init(params), methods.masks_from_scores(scores, 0.7))
+    mask = oracles.top_mask(np.asarray(scores["kernel"]), 9)
+    np.testing.assert_array_equal(get_masks(state)["kernel"], mask)
+    np.testing.assert_array_equal(apply_masks(params, state)["kernel"], np.asarray(params["kernel"]) * mask)
+    with pytest.raises(ValueError, match="at least one batch"):
+        methods.snip_scores(loss_fn, params, [])
+
+
+def test_grasp_scores_sum_gradients_before_the_hessian_product():
+    """Against a dense Hessian in float64; per-batch products of per-batch gradients would differ."""
+    with jax.enable_x64(True):
+        params = jnp.asarray(DRAW.normal(size=(4, 3)))
+        batches = [(jnp.asarray(DRAW.normal(size=(6, 4))), jnp.asarray(DRAW.integers(0, 3, 6))) for _ in range(2)]
+
+        def loss(flat_params, batch, temperature):
+            logits = batch[0] @ flat_params.reshape(4, 3) / temperature
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+        for temperature in (1.0, 200.0):
+            w = params.ravel()
+            grads = sum(jax.grad(loss)(w, b, temperature) for b in batches)
+            hessian = sum(jax.hessian(loss)(w, b, temperature) for b in batches)
+            got = methods.grasp_scores(lambda p, x: x @ p, params, batches, temperature=temperature)
+            np.testing.assert_allclose(got.ravel(), w * (hessian @ grads), rtol=1e-10, atol=1e-20)
+    with pytest.raises(ValueError, match="at least one batch"):
+        methods.grasp_scores(lambda p, x: x @ p, params, [])
+
+
+# Rewinding
+
+
+def test_remaining_weights_is_the_exact_integer_sequence():
+    assert remaining_weights(1000, 100, 0.2) == [1000, 800, 640, 512, 409, 327, 261, 208, 166, 132, 105, 100]
+    assert [len(remaining_weights(10**6, 10**5, p)) - 1 for p in (0.2, 0.3, 0.4)] == [11, 7, 5]
+    assert remaining_weights(10, 10, 0.2) == [10]
+
+
+@pytest.mark.parametrize("name", ["lottery", "lrr"])
+@pytest.mark.parametrize("k", [0, 2])
+def test_rounds_against_an_explicit_loop(name, k):
+    """Rounds of L = 5 steps with momentum and a decaying rate: masks, weights, momentum, schedule, step by step."""
+    length, p, sparsity = 5, 0.3, 0.6
+    rate = np.array([0.1, 0.08, 0.05, 0.03, 0.01, 0.005, 0.001])
+    inner = optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(lambda count: jnp.asarray(rate)[count]))
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.asarray(DRAW.normal(size=(6, 5)))}
+        tx = sparsify(inner, getattr(methods, name)(p), sparsity=sparsity, when=Every(k, length - k + 1))
+        state, update = tx.init(params), jax.jit(tx.update)
+
+        w, v, count = np.asarray(params["kernel"]), np.zeros((6, 5)), 0
+        mask, saved, left, ended = np.ones((6, 5), bool), None, remaining_weights(30, 12, p), 0
+        for call in range(length * (len(left) + 2)):
+            g = DRAW.normal(size=(6, 5))
+            fires = call >= k and (call - k) % (length - k + 1) == 0
+            updates, state = update({"kernel": jnp.asarray(g)}, state, params)
+            params = optax.apply_updates(params, updates)
+            if fires and saved is None:
+                saved = (w.copy(), v.copy(), count)
+            elif fires and ended < len(left) - 1:
+                ended += 1
+                mask = oracles.top_mask(np.abs(w), left[ended], mask)
+                w = (saved[0] if name == "lottery" else w) * mask
+                v, count = saved[1] * mask, saved[2]
+            else:
+                fires = False
+            if not fires:
+                v = (0.9 * v + g) * mask
+                w, count = w - rate[min(count, 6)] * v, count + 1
+            np.testing.assert_array_equal(state.masks["kernel"], mask)
+            np.testing.assert_allclose(params["kernel"], w, rtol=1e-12, atol=1e-14)
+            assert int((params["kernel"] == 0).sum()) == 30 - left[ended]
+        assert ended == len(left) - 1
+
+
+@pytest.mark.parametrize("name", ["lottery", "lrr"])
+def test_rounds_and_sparsity_must_agree(name):
+    tx = sparsify(optax.sgd(0.1), getattr(methods, name)(0.2, rounds=4), sparsity=0.9, when=Every(0, 10))
+    with pytest.raises(ValueError, match=r"rounds=4 and the sparsity disagree.* in 11 rounds"):
+        tx.init({"kernel": jnp.ones((25, 40))})
+
+
+def test_lottery_survives_donation():
+    """What is saved are copies: a donated state must not take the rewind point with it."""
+    tx = sparsify(optax.chain(s2sam(), optax.adam(0.1)), methods.lottery(0.5), sparsity=0.8, when=Every(0, 3))
+    start = jax.tree.map(jnp.array, PARAMS)
+    params, state = jax.tree.map(jnp.array, PARAMS), tx.init(PARAMS)
+
+    @jax.jit
+    def plain(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    donating = jax.jit(plain, donate_argnums=(0, 1))
+    for seed in range(7):
+        params, state = donating(params, state, random_grads(seed))
+        if seed in (3, 6):
+            jax.tree.map(
+                lambda p, s, m: np.testing.assert_allclose(p, jnp.where(m, s, 0), rtol=1e-6, atol=1e-7),
+                params, start, state.masks,
+            )  # fmt: skip
+    assert int(sum(jax.tree.leaves(state.nnz))) == SIZE // 4 + 4
+
+
+def test_lottery_rounds_equals_the_transformation():
+    """Driven from outside: the same masks and the same final weights."""
+
+    def steps(params, state, tx, count):
+        for seed in range(count):
+            updates, state = tx.update(random_grads(seed), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    static = sparsify(optax.sgd(0.1, momentum=0.9), methods.static(), sparsity=0.6)
+
+    def train(params, masks, number):
+        return steps(params, set_masks(static.init(params), masks), static, 4)
+
+    driven = list(methods.lottery_rounds(train, PARAMS, sparsity=0.6, prune_fraction=0.3))
+    tx = sparsify(optax.sgd(0.1, momentum=0.9), methods.lottery(0.3), sparsity=0.6, when=Every(0, 5))
+    params, state, order = PARAMS, tx.init(PARAMS), []
+    for _ in driven:
+        for seed in (99, 0, 1, 2, 3):  # the first call of each round saves or rewinds, whatever its gradient
+            updates, state = tx.update(random_grads(seed), state, params)
+            params = optax.apply_updates(params, updates)
+        order.append((state.masks, params))
+    for outside, (masks, weights) in zip(driven, order, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, outside.masks, masks)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), outside.params, weights)
