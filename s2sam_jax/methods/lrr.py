@@ -11,8 +11,9 @@ def lrr(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMeth
               \text{optimizer state} \leftarrow \text{that of step } k
 
     As :func:`lottery`, but the weights keep their trained values: only the optimizer goes back to step
-    ``when.start`` = k, and with it the learning rate schedule and the momentum (for k = 0, a fresh start). Calls
-    on which the clock fires take no gradient step, so with rounds of L steps ``when = Every(start=k, every=L - k + 1)``. Pruned weights are zero for good.
+    ``when.start`` = k, and with it the learning rate schedule and the momentum (for k = 0, a fresh start). Calls on
+    which the clock fires take no gradient step, so with rounds of L steps ``when = Every(start=k, every=L - k + 1)``.
+    Pruned weights are zero for good.
 
     Args:
       prune_fraction: p in ``(0, 1)``, of the weights that remain.
