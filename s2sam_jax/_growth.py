@@ -43,3 +43,50 @@ def move_smallest(x: MaskInputs, fraction: Any, growth_scores: Any) -> Masks:
     grown = select(only_sparse(growth_scores), count=moved, among=[~m for m in keep])
     new = iter([k | g for k, g in zip(keep, grown, strict=True)])
     return treedef.unflatten([next(new) if chosen else m for m, chosen in zip(masks, sparse, strict=True)])
+
+
+def sparse_leaves(x: MaskInputs, tree: Any) -> list[Any]:
+    """The leaves of a tree like the parameters that are to be sparse."""
+    planned = zip(jax.tree.leaves(tree), jax.tree.leaves(x.sparsities), strict=True)
+    return [leaf for leaf, sparsity in planned if sparsity > 0]
+
+
+def replace_sparse(x: MaskInputs, tree: Any, new: list[Any]) -> Any:
+    """The tree with other sparse leaves; the dense ones stay as they are."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rest = iter(new)
+    planned = zip(leaves, jax.tree.leaves(x.sparsities), strict=True)
+    return treedef.unflatten([next(rest) if sparsity > 0 else leaf for leaf, sparsity in planned])
+
+
+def ones(masks: list[Any]) -> list[jax.Array]:
+    """Ones per mask, int32[]."""
+    return [jnp.sum(m, dtype=jnp.int32) for m in masks]
+
+
+def grow(x: MaskInputs, keep: list[Any], added: list[Any], scores: Any) -> Masks:
+    """The kept weights and, per sparse leaf, ``added`` more: the best-scored of all that were not kept."""
+    grown = select(sparse_leaves(x, scores), count=added, among=[~m for m in keep])
+    return replace_sparse(x, x.masks, [k | g for k, g in zip(keep, grown, strict=True)])
+
+
+def magnitude_init(x: MaskInputs) -> MaskUpdate:
+    """Masks of the largest weights with exactly the planned count per leaf, and no state."""
+    weights = sparse_leaves(x, x.params)
+    planned = zip(weights, sparse_leaves(x, x.sparsities), strict=True)
+    masks = select([jnp.abs(w) for w in weights], count=[kept(w.size, sparsity) for w, sparsity in planned])
+    return MaskUpdate(replace_sparse(x, x.masks, masks))
+
+
+def total_zeros(x: MaskInputs) -> int:
+    """The zeros planned over all sparse leaves together: their mean sparsity, weighted by size."""
+    sizes = [p.size for p in sparse_leaves(x, x.params)]
+    zeros = sum(size * sparsity for size, sparsity in zip(sizes, sparse_leaves(x, x.sparsities), strict=True))
+    return sum(sizes) - kept(sum(sizes), zeros / max(sum(sizes), 1))
+
+
+def first_and_last(x: MaskInputs, method: str) -> tuple[int, int]:
+    """The first and the last call on which the clock fires; the last may lie before ``end``."""
+    if x.when is None or x.when.end is None:
+        raise ValueError(f"{method} follows the clock to its end: give when=Every(..., end=...).")
+    return x.when.start, x.when.end - (x.when.end - x.when.start) % x.when.every

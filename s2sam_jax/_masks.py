@@ -9,7 +9,7 @@ import optax
 
 from s2sam_jax._tree import (
     align,
-    check_same_leaves,
+    check_same_named,
     find_states,
     map_states,
     mask_mirrored,
@@ -109,11 +109,15 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     wrong = ["/".join(path) for path, mask in named_leaves(masks).items() if mask.dtype != jnp.bool_]
     if wrong:
         raise TypeError(f"set_masks needs bool masks; these are not: {wrong}.")
-    covered = {path for state in _sparse_states(opt_state, "set_masks") for path in named_leaves(state.masks)}
-    if len(find_states(opt_state, SparseState)) == 1:
-        check_same_leaves(masks, find_states(opt_state, SparseState)[0].masks, "masks", "the masks in opt_state")
-    elif missing := covered - set(named_leaves(masks)):
-        raise ValueError(f"set_masks: no mask for {sorted('/'.join(path) for path in missing)}.")
+    covered = {
+        path: mask
+        for state in _sparse_states(opt_state, "set_masks")
+        for path, mask in named_leaves(state.masks).items()
+    }
+    given = named_leaves(masks)
+    if len(find_states(opt_state, SparseState)) > 1:  # each covers a part of the parameters
+        given = {path: mask for path, mask in given.items() if path in covered}
+    check_same_named(given, covered, "masks", "the masks in opt_state")
 
     def install(state: SparseState) -> SparseState:
         new = jax.tree.map(jnp.array, align(masks, state.masks))
@@ -221,7 +225,7 @@ def check_masks(params: Params, opt_state: Any) -> None:
     named = named_leaves(params)
     for state in _sparse_states(opt_state, "check_masks"):
         masks, counts = named_leaves(state.masks), named_leaves(state.nnz)
-        check_same_leaves(masks, {path: named.get(path, jnp.zeros(0)) for path in masks}, "the masks", "params")
+        check_same_named(masks, {path: p for path, p in named.items() if path in masks}, "the masks", "params")
         for path, mask in masks.items():
             problems += [f"{'/'.join(path)}: {fault}" for fault in _faults(named[path], mask, counts[path])]
     if problems:

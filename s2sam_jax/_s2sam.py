@@ -52,7 +52,8 @@ def s2sam(
     touches live weights only.
 
     Args:
-      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
+      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (Injected by
+        ``optax.inject_hyperparams`` it acts one step late: optax sets it when the update before has begun.)
       adaptive: scale by ``T = |w| + eta``: :math:`\epsilon = \rho\, T^2 g / (\|T g\| + \mathrm{eps})` (ASAM).
       eta: the constant in ``T``; used with ``adaptive`` alone.
       perturb_pruned: remember the dense gradient under :func:`sparsify`, so that pruned weights are perturbed

@@ -41,7 +41,8 @@ def s2sam_wrapper(
     Prefer :func:`s2sam` where the loop is yours. Evaluate and save :func:`eval_params`, never the loop's own
     parameters. It goes outside everything but ``optax.MultiSteps`` and ``optax.apply_if_finite``, so
     ``s2sam_wrapper(sparsify(...))``: methods and weight decay then see clean weights, and the perturbation
-    stays on live ones.
+    stays on live ones. It always perturbs along the newest gradient, while :func:`s2sam` inside ``sparsify`` keeps the
+    one before a skipped mask-update step.
 
     Args:
       inner: the optimizer, possibly sparsified.
@@ -83,11 +84,9 @@ def s2sam_wrapper(
         step = increment(state.step)
         moves, inner_state = inner.update(updates, state.inner_state, state.clean, **extra_args)
         clean = optax.apply_updates(state.clean, moves)
-        grads = updates
-        for sparse in find_states(inner_state, SparseState):
-            grads = masked(align(sparse.masks, grads), grads)
         leaves, treedef = jax.tree.flatten(clean)
-        epsilon = ascent(jax.tree.leaves(grads), leaves, rho=rho_at(step), eps=eps)
+        grads = jax.tree.leaves(_on_masks(inner_state, updates))
+        epsilon = ascent(grads, leaves, rho=rho_at(step), eps=eps)
         target = treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
         return jax.tree.map(lambda t, p: t - p, target, params), S2SAMWrapperState(step, clean, inner_state)
 
@@ -120,10 +119,15 @@ def eval_params(params: Params, opt_state: Any) -> Params:
     states = find_states(opt_state, S2SAMWrapperState)
     if not states:
         return params
-    if len(states) > 1:
-        raise ValueError(
-            "eval_params: s2sam_wrapper appears more than once in opt_state; wrap the whole optimizer once."
-        )
-    clean = jax.tree.leaves(states[0].clean)
+    if len(states) > 1 or find_states(states[0].inner_state, S2SAMWrapperState):
+        raise ValueError("eval_params: s2sam_wrapper is in opt_state more than once; wrap the whole optimizer once.")
+    clean = jax.tree.leaves(_on_masks(states[0].inner_state, states[0].clean))
     leaves, treedef = jax.tree.flatten(params)
     return treedef.unflatten([c.astype(p.dtype) for c, p in zip(clean, leaves, strict=True)])
+
+
+def _on_masks(inner_state: Any, tree: Any) -> Any:
+    """Zero off the masks of the wrapped optimizer, if it has any."""
+    for sparse in find_states(inner_state, SparseState):
+        tree = masked(align(sparse.masks, tree), tree)
+    return tree

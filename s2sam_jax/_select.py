@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import checkify
 
 from s2sam_jax._tree import check_same_leaves, map_named, named_leaves
@@ -123,12 +124,15 @@ def _counts(scores: Any, count: Any, sparsity: Any, scope: Scope) -> list[jax.Ar
 
 
 def _count(value: Any, size: int, name: str, is_sparsity: bool) -> Any:
-    if not isinstance(value, int | float | np.number):
-        return value
+    """A checked number to keep; a traced one cannot be checked, and a traced sparsity is multiplied in float32."""
+    if isinstance(value, Tracer):
+        return size - jnp.floor(value * size + 1e-4).astype(jnp.int32) if is_sparsity else value
     limit = 1 if is_sparsity else size
     if not 0 <= value <= limit:
         what = "sparsity" if is_sparsity else "count"
         raise ValueError(f"select needs 0 <= {what} <= {limit} (leaf {name!r}, {size} scores); got {value}.")
+    if not is_sparsity and value != int(value):
+        raise ValueError(f"select needs whole counts (leaf {name!r}); got {value}.")
     return kept(size, float(value)) if is_sparsity else int(value)
 
 

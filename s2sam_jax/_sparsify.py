@@ -198,11 +198,12 @@ def _clock(method: SparseMethod, when: Every | None) -> Every | None:
 
 
 def _check_order(inner_state: Any) -> None:
+    if find_states(inner_state, SparseState):
+        raise ValueError("sparsify(sparsify(...)): one is enough; masks of two methods would contradict each other.")
     for kind, name in (
         (optax.MultiStepsState, "optax.MultiSteps"),
         (optax.ApplyIfFiniteState, "optax.apply_if_finite"),
         (S2SAMWrapperState, "s2sam_wrapper"),
-        (SparseState, "sparsify"),
     ):
         if find_states(inner_state, kind):
             raise ValueError(

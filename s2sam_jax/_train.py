@@ -1,6 +1,5 @@
 """One jitted training step for every optimizer and every sparse method."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from s2sam_jax._host_clock import HostClock
 from s2sam_jax._masks import SparseState, apply_masks
 from s2sam_jax._s2sam import S2SAMState, perturb
 from s2sam_jax._sam import SAMState
@@ -150,14 +150,14 @@ def make_train_step(
         return new_state, metrics | _rho(state.opt_state, opt_state) | _sparsity(new_state)
 
     jitted = jax.jit(step, donate_argnames="state", static_argnames="flags")
-    clock = _HostClock()
+    clock = HostClock()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if isinstance(state.step, Tracer):
             return step(state, batch, ())
-        flags = clock.flags(state)
+        flags = clock.flags(state.step, state.opt_state)
         new_state, metrics = jitted(state, batch, flags)
-        clock.advance(new_state, flags)
+        clock.advance(new_state.step, new_state.opt_state, flags)
         return new_state, metrics
 
     return train_step
@@ -261,42 +261,3 @@ def _check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
                 "sam and ssam inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
                 "use make_train_step(..., accumulate=k) instead."
             )
-
-
-class _HostClock:
-    """Foretells on the host which calls refresh a mask, without waiting for the device.
-
-    The clocks live in the optimizer state. They are read once, then counted along, and read again after each refresh
-    or when a state comes in that this clock has not just handed out. Off CPU, where a ``lax.cond`` is cheap, and where
-    a wrapper makes calls and updates differ, no flags are given and the state's own clock decides.
-    """
-
-    _FLAGS = ((SparseState, "refresh_masks"), (SSAMState, "refresh_perturbation"))
-
-    def __init__(self):
-        self._last: Callable[[], Any] = lambda: None
-        self._clocks: dict[str, tuple[int, int]] = {}
-
-    def flags(self, state: TrainState) -> tuple[tuple[str, bool], ...]:
-        if self._last() is not state.step:
-            self._clocks = self._read(state)
-        return tuple((name, now == due) for name, (now, due) in self._clocks.items())
-
-    def advance(self, state: TrainState, flags: tuple[tuple[str, bool], ...]) -> None:
-        if any(due for _, due in flags):
-            self._clocks = self._read(state)
-        else:
-            self._clocks = {name: (now + 1, due) for name, (now, due) in self._clocks.items()}
-        self._last = weakref.ref(state.step)
-
-    def _read(self, state: TrainState) -> dict[str, tuple[int, int]]:
-        opt_state = state.opt_state
-        wrapped = find_states(opt_state, optax.MultiStepsState) + find_states(opt_state, optax.ApplyIfFiniteState)
-        if wrapped or jax.default_backend() != "cpu":
-            return {}
-        clocks = {}
-        for kind, name in self._FLAGS:
-            states = find_states(opt_state, kind)
-            if len(states) == 1:
-                clocks[name] = (int(states[0].step), int(states[0].next_update))
-        return clocks

@@ -11,12 +11,12 @@ from s2sam_jax._types import NEVER, Masks, Unmasked
 Path = tuple[str, ...]
 T = TypeVar("T")
 
+NNX_VALUE = jax.tree_util.GetAttrKey("value")
+
 
 def path_names(key_path: Any) -> Path:
     """Key path as strings, without the trailing ``.value`` that Flax NNX variables add."""
-    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
-        key_path = key_path[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in key_path)
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in _keys(key_path))
 
 
 def named_leaves(tree: Any) -> dict[Path, Any]:
@@ -37,7 +37,11 @@ def align(tree: Any, like: Any) -> Any:
 
 def check_same_leaves(tree: Any, like: Any, name: str, like_name: str) -> None:
     """Raises a ``ValueError`` that lists every leaf in which two trees differ by path or shape."""
-    have, want = named_leaves(tree), named_leaves(like)
+    check_same_named(named_leaves(tree), named_leaves(like), name, like_name)
+
+
+def check_same_named(have: dict[Path, Any], want: dict[Path, Any], name: str, like_name: str) -> None:
+    """As :func:`check_same_leaves`, for leaves by path."""
     problems = [f"{'/'.join(path)}: missing in {name}" for path in want.keys() - have.keys()]
     problems += [f"{'/'.join(path)}: not in {like_name}" for path in have.keys() - want.keys()]
     problems += [
@@ -99,19 +103,34 @@ def where(condition: Any, on_true: Any, on_false: Any) -> Any:
 def mask_mirrored(masks: Masks, state: Any) -> Any:
     """The state rule: zero, off the mask, every floating state leaf that mirrors a parameter.
 
-    A leaf mirrors the parameter whose key path is the longest suffix of its own and whose shape is equal.
+    A subtree of the parameters' structure mirrors them leaf by leaf. Elsewhere, as in the cut trees of
+    ``optax.masked``, a leaf mirrors the parameter whose key path is the longest suffix of its own. Shapes must agree.
     This holds for any optimizer, with no list of known states; ``Unmasked`` trees are left alone.
     """
-    by_path = named_leaves(masks)
+    structure = jax.tree.structure(masks)
+    by_keys = {_keys(path): mask for path, mask in jax.tree_util.tree_leaves_with_path(masks)}
 
-    def rule(key_path, leaf):
-        if isinstance(leaf, Unmasked) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return leaf
-        names = path_names(key_path)
-        suffixes = (names[start:] for start in range(len(names) + 1))
-        mask = next((by_path[suffix] for suffix in suffixes if suffix in by_path), None)
-        if mask is None or mask.shape != leaf.shape:
-            return leaf
-        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+    def is_whole(node):
+        return isinstance(node, Unmasked) or jax.tree.structure(node) == structure
 
-    return jax.tree_util.tree_map_with_path(rule, state, is_leaf=lambda x: isinstance(x, Unmasked))
+    def rule(path, node):
+        if isinstance(node, Unmasked):
+            return node
+        if jax.tree.structure(node) == structure:
+            return jax.tree.map(_zero_off, masks, node)
+        keys = _keys(path)
+        suffixes = (keys[start:] for start in range(len(keys) + 1))
+        return _zero_off(next((by_keys[suffix] for suffix in suffixes if suffix in by_keys), None), node)
+
+    return jax.tree_util.tree_map_with_path(rule, state, is_leaf=is_whole)
+
+
+def _keys(path: Any) -> tuple[Any, ...]:
+    """Key entries, which tell a module named ``mu`` from Adam's field ``mu``."""
+    return tuple(path[:-1] if path and path[-1] == NNX_VALUE else path)
+
+
+def _zero_off(mask: jax.Array | None, leaf: jax.Array) -> jax.Array:
+    if mask is None or mask.shape != leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))

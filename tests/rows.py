@@ -45,4 +45,51 @@ METHODS = [
             new_mask=bits("11010100"),
         ),
     ),
+    MethodRow("magnitude", methods.magnitude, random_updates=False),
+    MethodRow(
+        "gmp",
+        methods.gmp,
+        random_updates=False,
+        # Halfway 1 - 1/8 of the 4 zeros are due: 3.
+        golden=Golden([0.5, -0.05, 0.3, -0.9, 0.2, -0.4, 0.1, 0.6], [0.0] * 8, bits("11111111"), bits("10110111"), 75),
+    ),
+    MethodRow(
+        "set",
+        lambda: methods.set(0.5),
+        random_updates=True,
+        # Half of one positive, and half of one negative weight, is none.
+        golden=Golden([0.5, -0.3, 0, 0, 0, 0, 0, 0], [0.0] * 8, bits("11000000"), bits("11000000")),
+    ),
+    MethodRow(
+        "dsr",
+        lambda: methods.dsr(threshold=0.3),
+        random_updates=True,
+        # Two fall below 0.3, and of the places open to growth there are two.
+        golden=Golden([0.5, 0.4, -0.2, 0.6, 0.29, -0.7, 0, 0], [0.0] * 8, bits("11111100"), bits("11010111")),
+    ),
+    MethodRow(
+        "itop",
+        lambda: methods.itop("gradient"),
+        random_updates=False,
+        # Half of three weights, rounded up, is two: the largest stays, and two large gradients come.
+        golden=Golden(
+            weights=[0.5, -0.05, 0.3, 0, 0, 0, 0, 0],
+            grads=[0.1, 0.8, -0.05, 0.2, 0.3, -0.7, 0.05, 0.6],
+            mask=bits("11100000"),
+            new_mask=bits("11000100"),
+        ),
+    ),
+    MethodRow(
+        "mest",
+        lambda: methods.mest(((0.0, 0.1),), lam=0.5),
+        random_updates=True,
+        # The last update only prunes: to the four largest |w| + |g| / 2.
+        golden=Golden(
+            weights=[0.5, -0.05, 0.3, -0.9, 0.2, -0.4, 0.1, 0.6],
+            grads=[0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+            mask=bits("11111111"),
+            new_mask=bits("11010001"),
+            step=150,
+        ),
+    ),
 ]

@@ -104,7 +104,7 @@ CONSTRUCTION = {
     "method_not_called": (lambda: sparsify(SGD, methods.static, sparsity=0.5), TypeError, r"needs a SparseMethod"),
     "no_when": (lambda: sparsify(SGD, methods.rigl(), sparsity=0.5), ValueError, r"pass when=Every\("),
     "distribution": (
-        lambda: static(distribution="ER-K"), ValueError, r"Unknown distribution 'ER-K'; use one of \['er', .*'uniform'\]"
+        lambda: static(distribution="ER-K"), ValueError, r"Unknown distribution 'ER-K'; use one of \['er', .*'erk'"
     ),
     "accumulate": (lambda: make_train_step(None, SGD, accumulate=0), ValueError, r"accumulate >= 1; got 0"),
 }  # fmt: skip
@@ -140,7 +140,7 @@ UPDATES = {
     "ssam_no_params": (lambda: update(ssam(total_steps=9), grad_fn=jnp.sin), ValueError, r"ssam needs params"),
     "wrapper_no_params": (lambda: update(s2sam_wrapper(SGD)), ValueError, r"s2sam_wrapper needs params"),
     "cubic_no_params": (
-        lambda: update(s2sam(adaptive=True, compat="authors")), ValueError, r"adaptive=True, compat='authors'\) needs par"
+        lambda: update(s2sam(adaptive=True, compat="authors")), ValueError, r"adaptive=True, compat='authors'\) needs"
     ),
     "sam_no_grad_fn": (lambda: update(sam(), params=make_params()), TypeError, r"sam needs a second .*pass grad_fn"),
     "ssam_no_grad_fn": (
@@ -152,7 +152,7 @@ UPDATES = {
     "ssam_no_fisher_fn": (
         lambda: update(ssam(mask="fisher"), params=make_params(), grad_fn=lambda p: p), TypeError, r"needs fisher_fn"
     ),
-    "grads_missing": (lambda: update(static(), missing_leaf(), make_params()), ValueError, r"b/kernel: missing in grads"),
+    "grads_missing": (lambda: update(static(), missing_leaf(), make_params()), ValueError, r"b/kernel: missing in gra"),
     "grads_extra": (lambda: update(static(), extra_leaf(), make_params()), ValueError, r"c/kernel: not in the masks"),
     "grads_shape": (
         lambda: update(static(), wrong_shape(), make_params()), ValueError,
@@ -175,12 +175,12 @@ SELECT = {
     "negative": (lambda: select(scores(), count={"x": 0, "y": -1}), ValueError, r"leaf 'y', 6 scores\); got -1"),
     "too_many_global": (lambda: select(scores(), count=11, scope="global"), ValueError, r"0 <= count <= 10 .*got 11"),
     "sparsity": (lambda: select(scores(), sparsity=1.5), ValueError, r"0 <= sparsity <= 1 .*got 1\.5"),
-    "integers": (lambda: select({"x": jnp.arange(3)}, count=1), TypeError, r"floating scores; leaf 'x' has dtype int32"),
+    "integers": (lambda: select({"x": jnp.arange(3)}, count=1), TypeError, r"floating scores; leaf 'x' has dtype int"),
     "tree_global": (
         lambda: select(scores(), count={"x": 1, "y": 1}, scope="global"), ValueError, r"needs one count or sparsity"
     ),
     "tree": (lambda: select(scores(), count={"x": 1}), ValueError, r"y: missing in count"),
-    "among_leaf": (lambda: select(scores(), count=1, among={"x": jnp.ones(4, bool)}), ValueError, r"y: missing in among"),
+    "among": (lambda: select(scores(), count=1, among={"x": jnp.ones(4, bool)}), ValueError, r"y: missing in among"),
     "among_shape": (
         lambda: select({"x": jnp.ones(4)}, count=1, among={"x": jnp.ones(3, bool)}), ValueError,
         r"x: shape \(3,\) in among, \(4,\) in scores",
@@ -244,7 +244,7 @@ def untyped(state):
 
 
 FINDERS = {
-    "perturb": (lambda state: perturb(make_params(), state), r"perturb found no S2SAMState .*restore it into the struct"),
+    "perturb": (lambda state: perturb(make_params(), state), r"perturb found no S2SAMState .*restore it into the"),
     "get_masks": (get_masks, r"get_masks found no SparseState"),
     "set_masks": (
         lambda state: set_masks(state, jax.tree.map(lambda x: x > 0, make_params())), r"set_masks found no SparseState"
@@ -283,9 +283,14 @@ def test_perturb_of_another_model():
         perturb(make_params(), optax.flatten(s2sam()).init(make_params()))
 
 
-def test_two_wrappers():
-    state = s2sam_wrapper(s2sam_wrapper(SGD)).init(make_params())
-    with pytest.raises(ValueError, match=r"s2sam_wrapper appears more than once"):
+@pytest.mark.parametrize(
+    "tx",
+    [optax.chain(s2sam_wrapper(SGD), s2sam_wrapper(SGD)), s2sam_wrapper(s2sam_wrapper(SGD))],
+    ids=["beside", "inside"],
+)
+def test_two_wrappers(tx):
+    state = tx.init(make_params())
+    with pytest.raises(ValueError, match=r"s2sam_wrapper is in opt_state more than once"):
         eval_params(make_params(), state)
 
 
@@ -310,7 +315,7 @@ def test_set_masks_misuse():
         set_masks(state, jax.tree.map(lambda x: x > 0, wrong_shape()))
     with pytest.raises(ValueError, match=r"c/kernel: not in the masks in opt_state"):
         set_masks(state, jax.tree.map(lambda x: x > 0, extra_leaf()))
-    with pytest.raises(ValueError, match=r"no mask for \['b/kernel'\]"):
+    with pytest.raises(ValueError, match=r"b/kernel: missing in masks"):
         set_masks(two_sparse(), {"a": masks["a"]})
     with pytest.raises(ValueError, match=r"a/kernel"):
         set_masks(two_sparse(), jax.tree.map(lambda x: x > 0, wrong_shape()))
@@ -333,7 +338,7 @@ def flipped(masks):
 
 
 FAULTS = {
-    "count": (lambda p, s: (p, s._replace(masks=flipped(s.masks))), r"b/kernel: the mask has 9 ones, 8 at the last mask"),
+    "count": (lambda p, s: (p, s._replace(masks=flipped(s.masks))), r"b/kernel: the mask has 9 ones, 8 at the last"),
     "stray": (
         lambda p, s: (swapped(p, jnp.where(s.masks["b"]["kernel"], p["b"]["kernel"], 1e-30)), s),
         r"b/kernel: 8 pruned weights are not zero; call apply_masks",
@@ -348,7 +353,9 @@ FAULTS = {
         lambda p, s: (swapped(p, jnp.ones((4, 5))), s), r"b/kernel: shape \(4, 4\) in the masks, \(4, 5\) in params"
     ),
     "missing": (lambda p, s: ({"a": p["a"]}, s), r"b/kernel"),
-    "mask_shape": (lambda p, s: (p, s._replace(masks=swapped(s.masks, jnp.ones((2, 2), bool)))), r"b/kernel: shape \(2, 2\)"),
+    "mask_shape": (
+        lambda p, s: (p, s._replace(masks=swapped(s.masks, jnp.ones((2, 2), bool)))), r"b/kernel: shape \(2, 2\) in the"
+    ),
     "two": (
         lambda p, s: (jax.tree.map(lambda x: x + 1, p), s._replace(masks=flipped(s.masks))),
         r"(?s)a/kernel: 8 pruned weights.*b/kernel: the mask has 9.*b/kernel: 7 pruned",

@@ -3,12 +3,19 @@
 import pkgutil
 
 from s2sam_jax._pruning import masks_from_scores as masks_from_scores
+from s2sam_jax.methods.dsr import dsr as dsr
+from s2sam_jax.methods.gmp import gmp as gmp
 from s2sam_jax.methods.grasp import grasp as grasp
 from s2sam_jax.methods.grasp import grasp_scores as grasp_scores
+from s2sam_jax.methods.itop import explored_fraction as explored_fraction
+from s2sam_jax.methods.itop import itop as itop
 from s2sam_jax.methods.lottery import lottery as lottery
 from s2sam_jax.methods.lottery import lottery_rounds as lottery_rounds
 from s2sam_jax.methods.lrr import lrr as lrr
+from s2sam_jax.methods.magnitude import magnitude as magnitude
+from s2sam_jax.methods.mest import mest as mest
 from s2sam_jax.methods.rigl import rigl as rigl
+from s2sam_jax.methods.set import set as set
 from s2sam_jax.methods.snip import snip as snip
 from s2sam_jax.methods.snip import snip_scores as snip_scores
 from s2sam_jax.methods.static import static as static

@@ -1,0 +1,48 @@
+"""One-shot magnitude pruning of trained weights."""
+
+import jax.numpy as jnp
+
+from s2sam_jax._growth import magnitude_init, replace_sparse, sparse_leaves, total_zeros
+from s2sam_jax._select import Scope, select
+from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
+
+
+def magnitude(scope: Scope = "leaf") -> SparseMethod:
+    r"""Prunes once, at ``tx.init``, to the largest weights of the given parameters: pre-trained ones, usually.
+
+    .. math:: m_l = \mathrm{top}_{N_l - \lfloor S_l N_l \rfloor}(|w_l|)
+
+    or one ranking over all sparse leaves, with :math:`N = \sum_l N_l` and :math:`S = \sum_l S_l N_l / N`. Pruned
+    weights become zero with ``apply_masks``, never come back, and have no optimizer state.
+
+    Args:
+      scope: rank within each ``"leaf"``, or over all of them together (``"global"``); then a leaf may lose all it has.
+
+    Returns:
+      A method whose masks never change; ``sparsify`` needs no ``when``.
+
+    Raises:
+      ValueError: for another scope.
+
+    Reference:
+      Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import methods, sparsify
+      >>> tx = sparsify(optax.sgd(0.1), methods.magnitude(), sparsity=0.5)
+      >>> print(tx.init({"kernel": jnp.array([[0.5, -2.0], [1.0, 0.1]])}).masks["kernel"])
+      [[False  True]
+       [ True False]]
+    """
+    if scope not in ("leaf", "global"):
+        raise ValueError(f"magnitude needs scope 'leaf' or 'global'; got {scope!r}.")
+
+    def init(x: MaskInputs) -> MaskUpdate:
+        if scope == "leaf":
+            return magnitude_init(x)
+        scores = [jnp.abs(w) for w in sparse_leaves(x, x.params)]
+        count = sum(s.size for s in scores) - total_zeros(x)
+        return MaskUpdate(replace_sparse(x, x.masks, select(scores, count=count, scope="global")))
+
+    return SparseMethod(init=init, update=None, invariant="per_layer" if scope == "leaf" else "total", ranks=scope)

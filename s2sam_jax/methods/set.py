@@ -1,0 +1,74 @@
+"""SET: drop the weights closest to zero on either side, grow at random."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._growth import grow, move_smallest, ones, random_init, sparse_leaves
+from s2sam_jax._select import random_scores, select
+from s2sam_jax._types import MaskInputs, Masks, MaskUpdate, SparseMethod
+
+
+def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: bool = True) -> SparseMethod:
+    r"""Drops the weights of each leaf that are closest to zero and grows as many anywhere, at random.
+
+    .. math:: \text{kept} = \mathrm{top}_{n_+ - \lfloor \zeta n_+ \rfloor}(w \ge 0) \cup
+              \mathrm{top}_{n_- - \lfloor \zeta n_- \rfloor}(-w > 0), \quad
+              m_l \leftarrow \text{kept} \cup \mathrm{random}_{\|m_l\|_0 - |\text{kept}|}(\text{off kept})
+
+    with :math:`n_\pm` live weights of either sign; a live weight that is exactly zero counts as positive. The count of
+    each leaf never changes. A dropped weight becomes zero and loses its optimizer state. A weight that is dropped and
+    regrown in one update keeps both. A newly grown weight starts from zero, without momentum. No gradient step is
+    skipped.
+
+    Args:
+      drop_fraction: :math:`\zeta` in ``[0, 1]``, the same at every update; or a function of the step that gives it.
+      by_sign: drop the fraction among positive and among negative weights; ``False`` drops
+        :math:`\lfloor \zeta \|m_l\|_0 \rfloor` smallest magnitudes, as the RigL code's SET does.
+
+    Returns:
+      A method that needs ``when``. The paper: once an epoch.
+
+    Raises:
+      ValueError: for a fraction outside ``[0, 1]``.
+
+    Reference:
+      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", Nature
+      Communications 2018, Algorithm 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import Every, methods, sparsify
+      >>> tx = sparsify(optax.sgd(0.1), methods.set(0.3), sparsity=0.9, when=Every(0, 500))
+      >>> int(tx.init({"kernel": jnp.ones((10, 10))}).nnz["kernel"])
+      10
+    """
+    if isinstance(drop_fraction, int | float) and not 0 <= drop_fraction <= 1:
+        raise ValueError(f"set needs 0 <= drop_fraction <= 1; got {drop_fraction}.")
+
+    def update(x: MaskInputs, state: Any) -> MaskUpdate:
+        fraction = drop_fraction(x.step) if callable(drop_fraction) else drop_fraction
+        scores = random_scores(x.key, x.params)
+        move = _move_by_sign if by_sign else move_smallest
+        return MaskUpdate(move(x, fraction, scores), state)
+
+    return SparseMethod(init=random_init, update=update, invariant="per_layer")
+
+
+def _move_by_sign(x: MaskInputs, fraction: Any, growth_scores: Any) -> Masks:
+    weights, old = sparse_leaves(x, x.params), sparse_leaves(x, x.masks)
+    negative = [m & (w < 0) for m, w in zip(old, weights, strict=True)]
+    sides = [m & ~n for m, n in zip(old, negative, strict=True)] + negative
+    live = ones(sides)
+    dropped = [jnp.floor(n * jnp.asarray(fraction, jnp.float32)).astype(jnp.int32) for n in live]
+    halves = select(
+        [jnp.abs(w) for w in weights] * 2,
+        count=[n - k for n, k in zip(live, dropped, strict=True)],
+        among=sides,
+    )
+    layers = len(weights)
+    keep = [a | b for a, b in zip(halves[:layers], halves[layers:], strict=True)]
+    moved = [a + b for a, b in zip(dropped[:layers], dropped[layers:], strict=True)]
+    return grow(x, keep, moved, growth_scores)
