@@ -51,7 +51,7 @@ METHODS = [
         methods.gmp,
         random_updates=False,
         # Halfway 1 - 1/8 of the 4 zeros are due: 3.
-        golden=Golden([0.5, -0.05, 0.3, -0.9, 0.2, -0.4, 0.1, 0.6], [0.0] * 8, bits("11111111"), bits("10110111"), 75),
+        golden=Golden([0.5, -0.05, 0.3, -0.9, 0.2, -0.4, 0.1, 0.6], [0.0] * 8, bits("11111111"), bits("10110101"), 75),
     ),
     MethodRow(
         "set",
