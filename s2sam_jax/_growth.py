@@ -1,4 +1,4 @@
-"""The pieces that drop-and-grow methods are made of."""
+"""The pieces that methods are made of: which leaves, drop and grow, first masks, schedules."""
 
 from typing import Any
 
@@ -21,30 +21,6 @@ def cosine(fraction: float, step: jax.Array, end: int) -> jax.Array:
     return 0.5 * fraction * (1.0 + jnp.cos(jnp.pi * progress))
 
 
-def move_smallest(x: MaskInputs, fraction: Any, growth_scores: Any) -> Masks:
-    """Per sparse leaf, drops ``floor(fraction * active)`` smallest weights and grows as many of the best-scored.
-
-    All positions that were not kept are candidates, those just dropped among them.
-    """
-    sparse = [sparsity > 0 for sparsity in jax.tree.leaves(x.sparsities)]
-    masks, treedef = jax.tree.flatten(x.masks)
-
-    def only_sparse(tree):
-        return [leaf for leaf, chosen in zip(jax.tree.leaves(tree), sparse, strict=True) if chosen]
-
-    old = only_sparse(masks)
-    active = [jnp.sum(m, dtype=jnp.int32) for m in old]
-    moved = [jnp.floor(n * jnp.asarray(fraction, jnp.float32)).astype(jnp.int32) for n in active]
-    keep = select(
-        [jnp.abs(w) for w in only_sparse(x.params)],
-        count=[n - k for n, k in zip(active, moved, strict=True)],
-        among=old,
-    )
-    grown = select(only_sparse(growth_scores), count=moved, among=[~m for m in keep])
-    new = iter([k | g for k, g in zip(keep, grown, strict=True)])
-    return treedef.unflatten([next(new) if chosen else m for m, chosen in zip(masks, sparse, strict=True)])
-
-
 def sparse_leaves(x: MaskInputs, tree: Any) -> list[Any]:
     """The leaves of a tree like the parameters that are to be sparse."""
     planned = zip(jax.tree.leaves(tree), jax.tree.leaves(x.sparsities), strict=True)
@@ -64,10 +40,23 @@ def ones(masks: list[Any]) -> list[jax.Array]:
     return [jnp.sum(m, dtype=jnp.int32) for m in masks]
 
 
-def grow(x: MaskInputs, keep: list[Any], added: list[Any], scores: Any) -> Masks:
+def grow(x: MaskInputs, keep: list[Any], added: list[Any], scores: list[Any]) -> Masks:
     """The kept weights and, per sparse leaf, ``added`` more: the best-scored of all that were not kept."""
-    grown = select(sparse_leaves(x, scores), count=added, among=[~m for m in keep])
+    grown = select(scores, count=added, among=[~m for m in keep])
     return replace_sparse(x, x.masks, [k | g for k, g in zip(keep, grown, strict=True)])
+
+
+def move_smallest(x: MaskInputs, fraction: Any, growth_scores: Any) -> Masks:
+    """Per sparse leaf, drops ``floor(fraction * active)`` smallest weights and grows as many of the best-scored.
+
+    All positions that were not kept are candidates, those just dropped among them.
+    """
+    old = sparse_leaves(x, x.masks)
+    active = ones(old)
+    moved = [jnp.floor(n * jnp.asarray(fraction, jnp.float32)).astype(jnp.int32) for n in active]
+    left = [n - k for n, k in zip(active, moved, strict=True)]
+    keep = select([jnp.abs(w) for w in sparse_leaves(x, x.params)], count=left, among=old)
+    return grow(x, keep, moved, sparse_leaves(x, growth_scores))
 
 
 def magnitude_init(x: MaskInputs) -> MaskUpdate:

@@ -1,13 +1,13 @@
 """The pieces that methods which rank all leaves together are made of."""
 
-import math
 import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._select import kept, select
+from s2sam_jax._growth import ones, replace_sparse, sparse_leaves, total_zeros
+from s2sam_jax._select import select
 from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
 from s2sam_jax._tree import map_named, named_leaves
 from s2sam_jax._types import MaskInputs, Masks, MaskUpdate
@@ -20,15 +20,12 @@ def dense_init(x: MaskInputs) -> MaskUpdate:
 
 def sparse_size(x: MaskInputs) -> int:
     """Weights in the leaves that are to be sparse."""
-    leaves = zip(jax.tree.leaves(x.params), jax.tree.leaves(x.sparsities), strict=True)
-    return sum(p.size for p, sparsity in leaves if sparsity > 0)
+    return sum(p.size for p in sparse_leaves(x, x.params))
 
 
 def global_count(x: MaskInputs) -> int:
-    """How many weights survive in the sparse leaves together, ``N - floor(S N)``."""
-    leaves = zip(jax.tree.leaves(x.params), jax.tree.leaves(x.sparsities), strict=True)
-    size = sparse_size(x)
-    return kept(size, math.fsum(p.size * sparsity for p, sparsity in leaves) / size) if size else 0
+    """How many of them survive, ``N - floor(S N)``."""
+    return sparse_size(x) - total_zeros(x)
 
 
 def keep_largest(x: MaskInputs, scores: Any, count: int | jax.Array, keep_at_least: int = 0) -> Masks:
@@ -36,21 +33,13 @@ def keep_largest(x: MaskInputs, scores: Any, count: int | jax.Array, keep_at_lea
 
     With ``keep_at_least``, that many of each leaf (or all it has) are kept first.
     """
-    sparse = [sparsity > 0 for sparsity in jax.tree.leaves(x.sparsities)]
-    masks, treedef = jax.tree.flatten(x.masks)
-
-    def only_sparse(leaves):
-        return [leaf for leaf, chosen in zip(leaves, sparse, strict=True) if chosen]
-
-    ranked, live = only_sparse(jax.tree.leaves(scores)), only_sparse(masks)
+    ranked, live = sparse_leaves(x, scores), sparse_leaves(x, x.masks)
     if not ranked:
         return x.masks
     reserved = select(ranked, count=[min(keep_at_least, s.size) for s in ranked], among=live)
-    room = jnp.maximum(count - sum(jnp.sum(m, dtype=jnp.int32) for m in reserved), 0)
     others = [m & ~r for m, r in zip(live, reserved, strict=True)]
-    chosen = select(ranked, count=room, among=others, scope="global")
-    new = iter([r | c for r, c in zip(reserved, chosen, strict=True)])
-    return treedef.unflatten([next(new) if s else m for m, s in zip(masks, sparse, strict=True)])
+    chosen = select(ranked, count=jnp.maximum(count - sum(ones(reserved)), 0), among=others, scope="global")
+    return replace_sparse(x, x.masks, [r | c for r, c in zip(reserved, chosen, strict=True)])
 
 
 def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kernels, keep_at_least: int = 0) -> Masks:

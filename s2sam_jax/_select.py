@@ -5,8 +5,9 @@ k-th largest score is found bit by bit: 32 counts for float32, each one elementw
 is no sort and no reshape, so a sharded array keeps its sharding, and all leaves share one loop.
 """
 
+import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,14 +90,22 @@ def random_masks(key: jax.Array, counts: Any, like: Any, among: Masks | None = N
 def random_scores(key: jax.Array, like: Any) -> Any:
     """Uniform [0, 1) float32 scores shaped (and sharded) like a tree, one key a leaf."""
     leaves, treedef = jax.tree.flatten(like)
-    keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
-    return treedef.unflatten([_uniform(k, x) for k, x in zip(keys, leaves, strict=True)])
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(leaves)))
+    # Leaves of one shape are drawn in one call: the generator takes long to compile.
+    groups: dict[Any, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        groups.setdefault((leaf.shape, _explicit_sharding(leaf)), []).append(index)
+    scores: dict[int, jax.Array] = {}
+    for (shape, sharding), indices in groups.items():
+        draw = functools.partial(jax.random.uniform, shape=shape, dtype=jnp.float32, out_sharding=sharding)
+        scores |= dict(zip(indices, jax.vmap(draw)(keys[jnp.array(indices)]), strict=True))
+    return treedef.unflatten([scores[index] for index in range(len(leaves))])
 
 
-def _uniform(key: jax.Array, like: jax.Array) -> jax.Array:
-    sharding = jax.typeof(like).sharding
-    explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
-    return jax.random.uniform(key, like.shape, jnp.float32, out_sharding=sharding if explicit else None)
+def _explicit_sharding(leaf: jax.Array) -> Any:
+    """The sharding of an array, where it is part of its type; else ``None``."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding if any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types) else None
 
 
 def _check_scores(name: str, x: Any) -> None:
@@ -149,39 +158,61 @@ def _image(x: jax.Array, bits: int) -> jax.Array:
     return ordered.astype(f"uint{bits}") << (bits - own)
 
 
+@functools.partial(jax.jit, static_argnames="scope")
 def _top(images: list[jax.Array], allowed: list[jax.Array], counts: list, scope: Scope) -> list[jax.Array]:
     def totals(masks: list[jax.Array]) -> list[jax.Array]:
         """What each leaf's count is compared with: its own ones, or those of all leaves."""
         sums = [jnp.sum(m, dtype=jnp.int32) for m in masks]
         return sums if scope == "leaf" else [sum(sums[1:], sums[0])] * len(sums)
 
-    thresholds = _kth_largest(images, allowed, counts, totals)
-    above = [(i > t) & m for i, t, m in zip(images, thresholds, allowed, strict=True)]
-    ties = [(i == t) & m for i, t, m in zip(images, thresholds, allowed, strict=True)]
-    room = [k - n for k, n in zip(counts, totals(above), strict=True)]
+    def reached_scores(at):
+        return totals([(i >= t) & m for i, t, m in zip(images, at, allowed, strict=True)])
 
-    def lowest() -> list[jax.Array]:
-        """The first ``room`` ties in index order: the ``room`` largest of the complemented indices."""
-        backward = [~index for index in _indices(ties, scope)]
-        last = _kth_largest(backward, ties, room, totals)
-        return [(b >= t) & tie & (r > 0) for b, t, tie, r in zip(backward, last, ties, room, strict=True)]
+    found = _bisect(reached_scores, counts, images[0].dtype)
+    thresholds = found.at
+    # Where more scores tie at the threshold than there is room for, the first ones in index order get it. They are the
+    # largest complemented indices, so the same bisection finds the last of them. It runs only if it is needed.
+    room = [k - n for k, n in zip(counts, found.above, strict=True)]
+    needed = jnp.stack([n > k for n, k in zip(found.reached, counts, strict=True)]).any()
+    backward = [~index for index in _indices(images, scope)]
 
-    fits = jnp.stack([n <= r for n, r in zip(totals(ties), room, strict=True)]).all()
-    chosen = jax.lax.cond(fits, lambda: ties, lowest)
-    return [a | c for a, c in zip(above, chosen, strict=True)]
+    def reached_ties(at):
+        ties = [(i == t) & m for i, t, m in zip(images, thresholds, allowed, strict=True)]
+        return totals([tie & (b >= t) for tie, b, t in zip(ties, backward, at, strict=True)])
+
+    last = _bisect(reached_ties, room, jnp.dtype(jnp.uint32), needed).at
+    return [
+        ((i > t) | ((i == t) & (b >= e) & (r > 0))) & m
+        for i, t, b, e, r, m in zip(images, thresholds, backward, last, room, allowed, strict=True)
+    ]
 
 
-def _kth_largest(values: list[jax.Array], allowed: list[jax.Array], counts: list, totals: Any) -> list[jax.Array]:
-    """Per leaf, the largest t with at least ``count`` allowed values >= t, found bit by bit; 0 if there is none."""
-    one = jnp.ones((), values[0].dtype)
-    bits = jnp.iinfo(one.dtype).bits
+class _Bisection(NamedTuple):
+    """Per leaf: the largest integer that ``count`` entries reach, how many reach it, how many pass it."""
 
-    def set_bit(step, thresholds):
-        trial = [t | (one << (bits - 1 - step).astype(one.dtype)) for t in thresholds]
-        reached = totals([(v >= t) & m for v, t, m in zip(values, trial, allowed, strict=True)])
-        return [jnp.where(n >= k, new, t) for n, k, new, t in zip(reached, counts, trial, thresholds, strict=True)]
+    at: list[jax.Array]
+    reached: list[jax.Array]
+    above: list[jax.Array]
 
-    return jax.lax.fori_loop(0, bits, set_bit, [jnp.zeros_like(one)] * len(values))
+
+def _bisect(reached_at: Any, counts: list[jax.Array], dtype: Any, needed: jax.Array | bool = True) -> _Bisection:
+    """Finds, bit by bit, the largest t with ``reached_at(t) >= count``; 0 where there is none, or if not needed."""
+    bits, one = jnp.iinfo(dtype).bits, jnp.ones((), dtype)
+    largest = jnp.full((), jnp.iinfo(jnp.int32).max, jnp.int32)
+
+    def set_bit(carry):
+        bit, (at, reached, above) = carry
+        trial = [t | (one << bit.astype(dtype)) for t in at]
+        hits = reached_at(trial)
+        fits = [n >= k for n, k in zip(hits, counts, strict=True)]
+        at = [jnp.where(f, new, t) for f, new, t in zip(fits, trial, at, strict=True)]
+        reached = [jnp.where(f, n, old) for f, n, old in zip(fits, hits, reached, strict=True)]
+        above = [jnp.where(f, old, n) for f, n, old in zip(fits, hits, above, strict=True)]
+        return bit - 1, _Bisection(at, reached, above)
+
+    zero = jnp.zeros((), jnp.int32)
+    start = _Bisection([jnp.zeros_like(one)] * len(counts), [largest] * len(counts), [zero] * len(counts))
+    return jax.lax.while_loop(lambda carry: (carry[0] >= 0) & needed, set_bit, (zero + bits - 1, start))[1]
 
 
 def _indices(leaves: list[jax.Array], scope: Scope) -> list[jax.Array]:

@@ -30,7 +30,7 @@ METHODS = [
     MethodRow("static", methods.static, random_updates=False),
     MethodRow(
         "snip",
-        methods.snip,
+        lambda: methods.snip(keep_at_least=1),
         random_updates=False,
         golden=Golden([0.5, -1, 0.2, 2, -0.1], [1, 0.3, -4, 0.05, 2], bits("11111"), bits("11100")),
     ),
@@ -45,6 +45,16 @@ METHODS = [
             new_mask=bits("11010100"),
         ),
     ),
+    MethodRow(
+        "grasp",
+        lambda: methods.grasp(keep_at_least=1),
+        random_updates=False,
+        # With the gradient function w**3, H g = 3 w**2 g, so that the scores are 3 w**3 g.
+        golden=Golden([1, -1, 0.5, 2], [1, 1, -4, 0.1], bits("1111"), bits("1001")),
+    ),
+    # The first firing only saves; the rounds have a test of their own.
+    MethodRow("lottery", methods.lottery, False, Golden([0.5, -0.1, 0.3, 0.2], [0.0] * 4, bits("1111"), bits("1111"))),
+    MethodRow("lrr", methods.lrr, False, Golden([0.5, -0.1, 0.3, 0.2], [0.0] * 4, bits("1111"), bits("1111"))),
     MethodRow("magnitude", methods.magnitude, random_updates=False),
     MethodRow(
         "gmp",

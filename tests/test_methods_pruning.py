@@ -222,24 +222,30 @@ def test_lottery_survives_donation():
 def test_lottery_rounds_equals_the_transformation():
     """Driven from outside: the same masks and the same final weights."""
 
-    def steps(params, state, tx, count):
-        for seed in range(count):
-            updates, state = tx.update(random_grads(seed), state, params)
-            params = optax.apply_updates(params, updates)
-        return params
+    def stepper(tx):
+        @jax.jit
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return step
 
     static = sparsify(optax.sgd(0.1, momentum=0.9), methods.static(), sparsity=0.6)
 
+    plain = stepper(static)
+
     def train(params, masks, number):
-        return steps(params, set_masks(static.init(params), masks), static, 4)
+        state = set_masks(static.init(params), masks)
+        for seed in range(4):
+            params, state = plain(params, state, random_grads(seed))
+        return params
 
     driven = list(methods.lottery_rounds(train, PARAMS, sparsity=0.6, prune_fraction=0.3))
     tx = sparsify(optax.sgd(0.1, momentum=0.9), methods.lottery(0.3), sparsity=0.6, when=Every(0, 5))
-    params, state, order = PARAMS, tx.init(PARAMS), []
+    params, state, order, rewinding = PARAMS, tx.init(PARAMS), [], stepper(tx)
     for _ in driven:
         for seed in (99, 0, 1, 2, 3):  # the first call of each round saves or rewinds, whatever its gradient
-            updates, state = tx.update(random_grads(seed), state, params)
-            params = optax.apply_updates(params, updates)
+            params, state = rewinding(params, state, random_grads(seed))
         order.append((state.masks, params))
     for outside, (masks, weights) in zip(driven, order, strict=True):
         jax.tree.map(np.testing.assert_array_equal, outside.masks, masks)

@@ -77,9 +77,11 @@ def itop(
         old = sparse_leaves(x, x.masks)
         live = ones(old)
         moved = [jnp.ceil(n * fraction).astype(jnp.int32) for n in live]
-        weights = [jnp.abs(w) for w in sparse_leaves(x, x.params)]
-        keep = select(weights, count=[n - k for n, k in zip(live, moved, strict=True)], among=old)
-        scores = random_scores(x.key, x.params) if growth == "random" else jax.tree.map(jnp.abs, x.grads)
+        weights = sparse_leaves(x, x.params)
+        survivors = [n - k for n, k in zip(live, moved, strict=True)]
+        keep = select([jnp.abs(w) for w in weights], count=survivors, among=old)
+        random = growth == "random"
+        scores = random_scores(x.key, weights) if random else [jnp.abs(g) for g in sparse_leaves(x, x.grads)]
         masks = grow(x, keep, moved, scores)
         seen = zip(state.explored, old, sparse_leaves(x, masks), strict=True)
         return MaskUpdate(masks, ITOPState([before | m | new for before, m, new in seen]))

@@ -73,7 +73,7 @@ def mest(
             scores = [s + lam * jnp.abs(g) for s, g in zip(scores, sparse_leaves(x, x.grads), strict=True)]
         keep = select(scores, count=lower, among=sparse_leaves(x, x.masks))
         added = [n - k for n, k in zip(upper, ones(keep), strict=True)]
-        masks = grow(x, keep, added, random_scores(x.key, x.params))
+        masks = grow(x, keep, added, random_scores(x.key, weights))
         left = [jnp.where(k, w, jnp.zeros_like(w)) for k, w in zip(keep, weights, strict=True)]
         return MaskUpdate(masks, state, values=replace_sparse(x, x.params, left))
 

@@ -1,14 +1,16 @@
 """SET: drop the weights closest to zero on either side, grow at random."""
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import grow, move_smallest, ones, random_init, sparse_leaves
+from s2sam_jax._growth import grow, ones, random_init, sparse_leaves
 from s2sam_jax._select import random_scores, select
-from s2sam_jax._types import MaskInputs, Masks, MaskUpdate, SparseMethod
+from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
 
 def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: bool = True) -> SparseMethod:
@@ -50,25 +52,24 @@ def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: boo
 
     def update(x: MaskInputs, state: Any) -> MaskUpdate:
         fraction = drop_fraction(x.step) if callable(drop_fraction) else drop_fraction
-        scores = random_scores(x.key, x.params)
-        move = _move_by_sign if by_sign else move_smallest
-        return MaskUpdate(move(x, fraction, scores), state)
+        weights, old = sparse_leaves(x, x.params), sparse_leaves(x, x.masks)
+        groups = _by_sign(weights, old) if by_sign else [old]
+        among = [mask for group in groups for mask in group]
+        live = ones(among)
+        dropped = [jnp.floor(n * jnp.asarray(fraction, jnp.float32)).astype(jnp.int32) for n in live]
+        chosen = select(
+            [jnp.abs(w) for w in weights] * len(groups),
+            count=[n - k for n, k in zip(live, dropped, strict=True)],
+            among=among,
+        )
+        leaves = range(len(weights))
+        keep = [functools.reduce(operator.or_, chosen[i :: len(weights)]) for i in leaves]
+        moved = [sum(dropped[i :: len(weights)]) for i in leaves]
+        return MaskUpdate(grow(x, keep, moved, random_scores(x.key, weights)), state)
 
     return SparseMethod(init=random_init, update=update, invariant="per_layer")
 
 
-def _move_by_sign(x: MaskInputs, fraction: Any, growth_scores: Any) -> Masks:
-    weights, old = sparse_leaves(x, x.params), sparse_leaves(x, x.masks)
-    negative = [m & (w < 0) for m, w in zip(old, weights, strict=True)]
-    sides = [m & ~n for m, n in zip(old, negative, strict=True)] + negative
-    live = ones(sides)
-    dropped = [jnp.floor(n * jnp.asarray(fraction, jnp.float32)).astype(jnp.int32) for n in live]
-    halves = select(
-        [jnp.abs(w) for w in weights] * 2,
-        count=[n - k for n, k in zip(live, dropped, strict=True)],
-        among=sides,
-    )
-    layers = len(weights)
-    keep = [a | b for a, b in zip(halves[:layers], halves[layers:], strict=True)]
-    moved = [a + b for a, b in zip(dropped[:layers], dropped[layers:], strict=True)]
-    return grow(x, keep, moved, growth_scores)
+def _by_sign(weights: list[jax.Array], masks: list[jax.Array]) -> list[list[jax.Array]]:
+    negative = [m & (w < 0) for w, m in zip(weights, masks, strict=True)]
+    return [[m & ~n for m, n in zip(masks, negative, strict=True)], negative]

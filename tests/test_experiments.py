@@ -1,0 +1,363 @@
+"""The experiments: data, models, and whole runs through the command line."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from experiments import checkpoint, data, evaluate, loop, models, optimizers, runs, train
+from experiments.config import Config
+from s2sam_jax import TrainState, get_masks, make_train_step, methods
+
+TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def run_dir(out):
+    """A finished run: 2 epochs of RigL and S2-SAM on 128 digits."""
+    return train.main([*TINY, "--out", str(out)])["s2sam"]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture
+def cifar_arrays():
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, size in (("train", 24), ("test", 10)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (size, 32, 32, 3), np.uint8)
+        arrays[f"{split}_labels"] = rng.integers(0, 10, size)
+    return arrays
+
+
+class Silent:
+    def steps(self, count):
+        pass
+
+    def row(self, row):
+        pass
+
+
+# Config
+
+
+def test_run_name_is_stable_and_unique():
+    assert Config().name == "digits-resnet8x16-rigl0.9-s2sam-44136fa3-seed0"
+    changes = [{"rho": 0.1}, {"epochs": 31}, {"optimizer": "sam"}, {"init_from": Path("a")}, {"init_from": Path("b")}]
+    assert len({Config(**change).digest for change in [{}, *changes]}) == 6
+
+
+def test_run_name_does_not_depend_on_where_things_lie():
+    assert Config(data=Path("x.npz"), out=Path("y")).name == Config().name
+    assert Config(init_from=Path("here/run")).name == Config(init_from=Path("there/run")).name
+    assert Config(seed=3).digest == Config().digest
+
+
+def test_config_survives_json():
+    config = Config(data=Path("x.npz"), subset=100, init_from=Path("a"), rho=0.1)
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+    with pytest.raises(ValueError, match=r"does not know: \['colour'\]"):
+        Config.from_json({"colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "rigel"}, "Unknown method 'rigel'; there are dense, .*rigl, .*static"),
+        ({"dataset": "mnist"}, "Unknown dataset 'mnist'; there are digits, cifar10, cifar100"),
+        ({"optimizer": "adam"}, "Unknown optimizer 'adam'; there are sgd, sam"),
+        ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\); got 1.0"),
+        ({"accumulate": 3}, "accumulate must be a divisor of batch_size; got 3"),
+        ({"subset": 10}, "subset must be at least one batch; got 10"),
+    ],
+)
+def test_config_says_what_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**change)
+
+
+# Data
+
+
+def test_digits_are_split_completely_and_by_class(digits):
+    from sklearn.datasets import load_digits
+
+    assert digits.train_images.shape == (1437, 8, 8, 1)
+    assert digits.train_images.dtype == jnp.uint8
+    assert digits.test_images.shape == (360, 8, 8, 1)
+    images, labels = load_digits(return_X_y=True)
+    rows = [np.concatenate(x) for x in ((digits.train_images, digits.test_images), digits[1::2])]
+    ours = sorted((row.tobytes(), int(label)) for row, label in zip(*rows, strict=True))
+    assert ours == sorted(
+        (np.round(row * 255 / 16).astype(np.uint8).tobytes(), int(y)) for row, y in zip(images, labels, strict=True)
+    )
+    assert np.bincount(digits.test_labels).min() >= 35
+    pixels = np.asarray(digits.train_images) / 255
+    kind = data.KINDS["digits"]
+    np.testing.assert_allclose([pixels.mean(), pixels.std()], [kind.mean[0], kind.std[0]], atol=5e-5)
+
+
+def test_subset_is_the_first_rows(digits):
+    np.testing.assert_array_equal(data.load("digits", subset=100).train_images, digits.train_images[:100])
+    with pytest.raises(ValueError, match="subset=2000 is more than the 1437 training rows"):
+        data.load("digits", subset=2000)
+
+
+def test_epoch_order_is_a_permutation_of_its_seed_and_epoch():
+    order = data.epoch_order(0, 1, examples=103, batch_size=10)
+    assert order.shape == (10, 10)
+    assert len(np.unique(order)) == 100
+    np.testing.assert_array_equal(order, data.epoch_order(0, 1, examples=103, batch_size=10))
+    assert (order != data.epoch_order(0, 2, examples=103, batch_size=10)).any()
+    assert (order != data.epoch_order(1, 1, examples=103, batch_size=10)).any()
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_augmented_images_are_crops(name):
+    kind = data.KINDS[name]
+    images = np.random.default_rng(0).integers(1, 256, (64, *kind.shape), np.uint8)
+    got = np.asarray(jax.jit(lambda key, x: data.augment(key, x, kind))(jax.random.key(0), images))
+    assert got.shape == images.shape
+    assert got.dtype == np.uint8
+    height, width, _ = kind.shape
+    pad = kind.pad
+    seen = set()
+    for image, crop in zip(images, got, strict=True):
+        padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+        places = [(y, x) for y in range(2 * pad + 1) for x in range(2 * pad + 1)]
+        fits = [
+            (y, x, flip)
+            for y, x in places
+            for flip in ((False, True) if kind.flip else (False,))
+            if np.array_equal(crop[:, ::-1] if flip else crop, padded[y : y + height, x : x + width])
+        ]
+        assert len(fits) == 1
+        seen |= set(fits)
+    assert len(seen) > (8 if pad == 1 else 40)
+    assert {flip for _, _, flip in seen} == ({False, True} if kind.flip else {False})
+
+
+def test_every_test_row_is_counted_once(digits):
+    def apply(params, model_state, images, train):
+        return jax.nn.one_hot(jnp.zeros(len(images), jnp.int32), 10), model_state
+
+    accuracy = loop.evaluator(models.Network((), (), apply), data.KINDS["digits"], digits)((), ())
+    assert accuracy == np.mean(np.asarray(digits.test_labels) == 0)
+    labels = np.concatenate([y for _, y in data.eval_batches(digits.test_images, digits.test_labels, 100)])
+    np.testing.assert_array_equal(labels[:360], digits.test_labels)
+    np.testing.assert_array_equal(labels[360:], np.full(40, -1))
+
+
+def test_tfds_and_npz_give_the_same_batches_and_losses(cifar_arrays, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def shuffled(split):
+        images, labels = cifar_arrays[f"{split}_images"], cifar_arrays[f"{split}_labels"]
+        rows = [{"id": f"{split}_{i:05d}".encode(), "image": images[i], "label": labels[i]} for i in range(len(labels))]
+        return [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
+
+    monkeypatch.setattr(tfds, "data_source", lambda name, split, **_: [shuffled(s) for s in split])
+    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+    (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").touch()
+    np.savez(tmp_path / "cifar.npz", **cifar_arrays)
+    sets = [data.load("cifar10", path) for path in (tmp_path, tmp_path / "cifar.npz")]
+
+    config = Config(dataset="cifar10", width=2)
+    network = loop.build(config)
+    loss_fn = jax.jit(loop.loss_function(config, network))
+    rows = data.epoch_order(0, 0, examples=24, batch_size=8)[1]
+    losses = []
+    for dataset in sets:
+        batch = (dataset.train_images[rows], dataset.train_labels[rows])
+        np.testing.assert_array_equal(batch[0], cifar_arrays["train_images"][rows])
+        np.testing.assert_array_equal(dataset.test_images, cifar_arrays["test_images"])
+        losses.append(float(loss_fn(network.params, network.model_state, batch, jax.random.key(0))[0]))
+    assert losses[0] == losses[1]
+
+
+def test_missing_data_says_how_to_get_it_in_one_line(tmp_path, capsys):
+    for path in (tmp_path, tmp_path / "cifar10.npz"):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--dataset", "cifar10", "--data", str(path), "--out", str(tmp_path / "runs")])
+        assert "tfds.data_source('cifar10'" in str(stop.value)
+        assert "--data FILE.npz" in str(stop.value)
+        assert "\n" not in str(stop.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_npz_with_other_arrays_is_refused(cifar_arrays, tmp_path):
+    file = tmp_path / "x.npz"
+    np.savez(file, train_images=cifar_arrays["train_images"])
+    with pytest.raises(ValueError, match=r"lacks the arrays \['test_images', 'test_labels', 'train_labels'\]"):
+        data.load("cifar10", file)
+    np.savez(file, **(cifar_arrays | {"test_images": cifar_arrays["test_images"] / 255}))
+    with pytest.raises(ValueError, match=r"test_images .* must be uint8 .* got float64"):
+        data.load("cifar10", file)
+    np.savez(file, **(cifar_arrays | {"train_labels": cifar_arrays["train_labels"] + 5}))
+    with pytest.raises(ValueError, match=r"train_labels .* must lie in \[0, 10\)"):
+        data.load("cifar10", file)
+
+
+# Model, optimizer and loop
+
+
+def test_wide_resnet32_has_the_published_size():
+    shapes = jax.eval_shape(lambda: models.build("resnet32", width=32, channels=3, classes=10, seed=0)[:2])
+    assert sum(x.size for x in jax.tree.leaves(shapes[0])) == 1_860_522
+
+
+@pytest.mark.parametrize("method", ["dense", *methods.available()])
+@pytest.mark.parametrize("optimizer", ["sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam"])
+def test_every_optimizer_goes_with_every_method(optimizer, method):
+    tx = optimizers.make(Config(optimizer=optimizer, method=method), steps_per_epoch=10)
+    state = jax.eval_shape(lambda: TrainState.create({"kernel": jnp.ones((20, 20)), "bias": jnp.ones(20)}, tx))
+    assert state.params["kernel"].shape == (20, 20)
+
+
+def test_a_drop_fraction_is_for_methods_that_have_one():
+    optimizers.make(Config(drop_fraction=0.5), steps_per_epoch=10)
+    with pytest.raises(ValueError, match=r"drop_fraction=0.5 is given, but static has none"):
+        optimizers.make(Config(method="static", drop_fraction=0.5), steps_per_epoch=10)
+
+
+def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
+    """The form for accelerators against the one for CPU, on a linear model."""
+    dataset = digits._replace(train_images=digits.train_images[:64].astype(jnp.float32) / 255)
+
+    def loss_fn(params, model_state, batch, key):
+        images, labels = batch
+        logits = images.reshape(len(images), -1) @ params["kernel"]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, (model_state, {})
+
+    tx = optimizers.make(Config(method="rigl", epochs=4, optimizer="s2sam"), steps_per_epoch=8)
+    results = []
+    for backend in ("cpu", "gpu"):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            run = loop.epoch_runner(make_train_step(loss_fn, tx), dataset, Silent())
+            state = TrainState.create({"kernel": jnp.full((64, 10), 0.01)}, tx)
+            for epoch in range(2):
+                state, metrics = run(state, data.epoch_order(0, epoch, 64, 8))
+            results.append((metrics["train_loss"], state.params["kernel"]))
+    assert results[0][0].shape == (8,)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *results)
+
+
+def test_a_breakdown_stops_the_run_and_names_the_step():
+    state = SimpleNamespace(first_bad_step=jnp.array(7))
+    with pytest.raises(FloatingPointError, match="broke down at step 7"):
+        loop._stop_if_bad(state)
+
+
+def test_batch_larger_than_the_data_is_refused(digits):
+    with pytest.raises(ValueError, match="batch_size=2000 is more than the 1437 training rows"):
+        loop.train(Config(batch_size=2000), digits, Silent())
+
+
+# Runs
+
+
+def test_rows_say_all_that_is_needed(run_dir):
+    rows = runs.rows(run_dir)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert [row["final"] for row in rows] == [False, True]
+    for row in rows:
+        assert row["config"]["method"] == "rigl"
+        assert row["seed"] == 0
+        assert row["versions"].keys() == {"jax", "optax", "flax", "s2sam_jax"}
+        assert {"train_loss", "test_accuracy", "sparsity", "images_per_second", "seconds", "device"} <= row.keys()
+
+
+def test_evaluation_from_the_folder_equals_the_record(run_dir, capsys):
+    final = runs.rows(run_dir)[-1]
+    accuracy, sparsity = evaluate.main([str(run_dir)])
+    assert accuracy == final["test_accuracy_recalibrated"]
+    zeros, sizes = np.sum(list(final["layers"].values()), axis=0)
+    assert sparsity == zeros / sizes
+    assert abs(sparsity - 0.9) < 0.01
+    assert "masks hold" in capsys.readouterr().out
+
+
+def test_exported_weights_equal_the_checkpoint_and_are_sparse(run_dir):
+    state = runs.restore(run_dir)
+    arrays = load_file(run_dir / runs.WEIGHTS)
+    masks = get_masks(state.opt_state)
+    for path, param in jax.tree.leaves_with_path(state.params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_array_equal(arrays[name], param)
+        assert (arrays[name][arrays[f"mask/{name}"] == 0] == 0).all()
+    assert len(arrays) == 2 * len(jax.tree.leaves(state.params))
+    head = masks["blocks"][2]["conv2"]["kernel"]
+    np.testing.assert_array_equal(arrays["mask/blocks/2/conv2/kernel"], np.asarray(head, np.uint8))
+
+
+def test_checkpoints_that_do_not_fit_name_the_field(run_dir, tmp_path):
+    state = runs.restore(run_dir)
+    folder = run_dir / runs.CHECKPOINT
+    wrong = state._replace(step=jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"step: int32\(\) in the checkpoint, float32\(3,\) expected"):
+        checkpoint.restore(folder, wrong)
+    with pytest.raises(ValueError, match="model_state/norm/mean: in the checkpoint only"):
+        checkpoint.restore(folder, state._replace(model_state=()))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        checkpoint.restore(tmp_path / "none", state)
+    with pytest.raises(SystemExit, match="is not the folder of a finished run"):
+        evaluate.main([str(tmp_path)])
+
+
+def test_a_finished_run_is_shown_not_repeated(run_dir, out, capsys):
+    before = (run_dir / runs.METRICS).read_bytes()
+    assert train.main([*TINY, "--out", str(out)]) == {"s2sam": run_dir}
+    assert "--overwrite" in capsys.readouterr().out
+    assert (run_dir / runs.METRICS).read_bytes() == before
+
+
+def test_compare_trains_the_others_and_draws_all(run_dir, out, capsys):
+    stamp = (run_dir / runs.METRICS).stat().st_mtime_ns
+    folders = train.main([*TINY, "--out", str(out), "--compare", "sgd", "s2sam"])
+    assert list(folders) == ["sgd", "s2sam"]
+    assert folders["s2sam"] == run_dir
+    assert (run_dir / runs.METRICS).stat().st_mtime_ns == stamp
+    assert len(list(out.glob("compare-sgd-s2sam-*.png"))) == 1
+    printed = capsys.readouterr().out
+    assert "sgd" in printed
+    assert "blocks/2/conv2/kernel" in printed
+
+
+def test_a_run_can_start_from_another(run_dir, out):
+    arguments = ["--width", "4", "--subset", "128", "--epochs", "1", "--learning-rate", "0", "--weight-decay", "0"]
+    arguments += ["--optimizer", "sgd", "--method", "dense", "--init-from", str(run_dir), "--out", str(out)]
+    folder = train.main(arguments)["sgd"]
+    jax.tree.map(np.testing.assert_array_equal, runs.restore(folder).params, runs.restore(run_dir).params)
+    assert evaluate.main([str(folder)])[1] == 0
+    with pytest.raises(ValueError, match="has width=4, and this run 8; they must agree"):
+        train.main(["--width", "8", "--init-from", str(run_dir), "--out", str(out)])
+
+
+def test_magnitude_prunes_the_run_it_starts_from(run_dir):
+    start = runs.restore(run_dir)
+    config = dataclasses.replace(runs.read_config(run_dir), method="magnitude", sparsity=0.95, optimizer="sgd")
+    network, tx = loop.build(config), optimizers.make(config, steps_per_epoch=2)
+    kernel = loop.initial_state(config, network, tx, start).params["blocks"][2]["conv2"]["kernel"]
+    before = start.params["blocks"][2]["conv2"]["kernel"]
+    kept = np.asarray(kernel) != 0
+    np.testing.assert_array_equal(kernel[kept], before[kept])
+    assert np.abs(before)[kept].min() >= np.abs(before)[~kept].max()
+    assert kept.sum() < (np.asarray(before) != 0).sum()
