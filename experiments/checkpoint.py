@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
@@ -14,7 +15,7 @@ from s2sam_jax import TrainState, eval_params
 
 def save(folder: Path, state: TrainState) -> None:
     """Writes a checkpoint; Orbax makes it appear at once, when it is complete."""
-    ocp.save(folder.resolve(), state)
+    ocp.save(str(folder.resolve()), state)
 
 
 def restore(folder: Path, like: TrainState) -> TrainState:
@@ -29,7 +30,7 @@ def restore(folder: Path, like: TrainState) -> TrainState:
     _check_fields(folder, like)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    return ocp.load(folder.resolve(), target)
+    return ocp.load(str(folder.resolve()), target)
 
 
 def export(file: Path, state: TrainState, masks: Any = None) -> None:
@@ -45,7 +46,9 @@ def export(file: Path, state: TrainState, masks: Any = None) -> None:
 
 def _check_fields(folder: Path, like: TrainState) -> None:
     """Orbax casts types silently and does not name the field whose shape differs."""
-    stored = {name: x for name, x in _named(ocp.metadata(folder.resolve()).metadata).items() if hasattr(x, "dtype")}
+    stored = {
+        name: x for name, x in _named(ocp.metadata(str(folder.resolve())).metadata).items() if hasattr(x, "dtype")
+    }
     wanted = {name: _as_stored(x) for name, x in _named(like).items()}
     problems = [f"{name}: missing in the checkpoint" for name in wanted.keys() - stored.keys()]
     problems += [f"{name}: in the checkpoint only" for name in stored.keys() - wanted.keys()]
@@ -59,7 +62,7 @@ def _check_fields(folder: Path, like: TrainState) -> None:
 
 def _as_stored(x: Any) -> Any:
     """Typed keys are stored as their data."""
-    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.eval_shape(jax.random.key_data, x) if is_key else x
 
 

@@ -21,8 +21,7 @@ _NOT_HASHED = ("data", "out", "seed")
 
 
 def method_names() -> list[str]:
-    """``dense``, and every factory of ``s2sam_jax.methods``."""
-    return ["dense"] + sorted(name for name, value in vars(methods).items() if name[0] != "_" and callable(value))
+    return ["dense", *methods.available()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +46,20 @@ class Config:
     distribution: DistributionName = "erk"  # How that is shared out among the layers.
     update_every: float = 1.0  # Epochs between two mask updates.
     update_end: float = 0.75  # Fraction of training after which masks stay as they are.
-    drop_fraction: float = 0.3  # Fraction of a layer's weights that the first mask update replaces.
+    drop_fraction: float | None = None  # Share of weights that the first mask update replaces; default: the method's.
 
     epochs: int = 30
     batch_size: int = 64
     accumulate: int = 1  # Micro-batches per step.
     learning_rate: float = 0.1  # At the start; a cosine takes it to zero.
+    decay_epochs: float | None = None  # Length of that cosine, by default all epochs; a round, for lottery and lrr.
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     eval_every: int = 1  # Epochs between two evaluations.
 
     seed: int = 0  # Of initialisation, data order, augmentation and masks.
-    init_from: Path | None = None  # Start from the weights of this run; its largest ones make the first masks.
+    init_from: Path | None = None  # Start from the weights of this run; with --method magnitude, prune and fine-tune.
     out: Path = Path("runs")  # The folder that run folders are made in.
 
     def __post_init__(self):
@@ -72,12 +72,15 @@ class Config:
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("sparsity", "ssam_sparsity", "label_smoothing", "momentum"):
             _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        for name in ("update_end", "drop_fraction"):
-            _check(0 <= getattr(self, name) <= 1, name, "in [0, 1]", getattr(self, name))
+        _check(0 <= self.update_end <= 1, "update_end", "in [0, 1]", self.update_end)
+        _check(
+            self.drop_fraction is None or 0 <= self.drop_fraction <= 1, "drop_fraction", "in [0, 1]", self.drop_fraction
+        )
         for name in ("rho", "eta", "learning_rate", "weight_decay"):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("update_every", "ssam_update_every"):
             _check(getattr(self, name) > 0, name, "above 0 epochs", getattr(self, name))
+        _check(self.decay_epochs is None or self.decay_epochs > 0, "decay_epochs", "above 0 epochs", self.decay_epochs)
         _check(self.subset is None or self.subset >= self.batch_size, "subset", "at least one batch", self.subset)
         _check(self.batch_size % self.accumulate == 0, "accumulate", "a divisor of batch_size", self.accumulate)
 
@@ -110,8 +113,8 @@ class Config:
     def from_json(cls, values: dict[str, Any]) -> "Config":
         if unknown := sorted(values.keys() - _DEFAULTS.keys()):
             raise ValueError(f"The stored config has fields that this version does not know: {unknown}.")
-        paths = {k: Path(values[k]) for k in ("data", "init_from", "out") if values.get(k) is not None}
-        return cls(**(values | paths))
+        paths: dict[str, Any] = {k: Path(values[k]) for k in ("data", "init_from", "out") if values.get(k) is not None}
+        return cls(**{**values, **paths})
 
 
 def _check_name(field: str, value: str, known: Any) -> None:

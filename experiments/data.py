@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,15 +131,16 @@ def _from_tfds(name: str, folder: Path | None) -> tuple[np.ndarray, ...]:
     import tensorflow_datasets as tfds
 
     arrays = []
-    for source in tfds.data_source(name, split=["train", "test"], data_dir=folder, download=False):
-        rows = sorted(source, key=lambda row: row["id"])
+    splits: Any = tfds.data_source(name, split=["train", "test"], data_dir=folder, download=False)
+    for split in splits:
+        rows = sorted(split, key=lambda row: row["id"])
         arrays += [np.stack([row["image"] for row in rows]), np.array([row["label"] for row in rows])]
     return tuple(arrays)
 
 
 def _how_to_get(name: str) -> str:
     return (
-        f"Prepare it once (this needs tensorflow installed): python -c \"import tensorflow_datasets as tfds; "
+        f'Prepare it once (this needs tensorflow installed): python -c "import tensorflow_datasets as tfds; '
         f"tfds.data_source('{name}', data_dir='DIR')\", then pass --data DIR; or pass an .npz with train_images, "
         "train_labels, test_images, test_labels as --data FILE.npz."
     )

@@ -25,12 +25,14 @@ def evaluate(arguments: Arguments, console: Console) -> tuple[float, float]:
     dataset = data.load(config.dataset, arguments.data or config.data)
     state = runs.restore(arguments.run_dir)
     params = eval_params(state.params, state.opt_state)
+    checked = "no masks: dense"
     if config.method != "dense":
         check_masks(params, state.opt_state)
+        checked = "masks hold"
     accuracy = loop.evaluator(loop.build(config), data.KINDS[config.dataset], dataset)(params, state.model_state)
     layers = loop.layer_sparsity(config, state).values()
     sparsity = sum(zeros for zeros, _ in layers) / max(1, sum(size for _, size in layers))
-    console.print(f"test accuracy {accuracy:.2%}, sparsity {sparsity:.2%}, masks checked")
+    console.print(f"test accuracy {accuracy:.2%}, sparsity {sparsity:.2%}, {checked}")
     return accuracy, sparsity
 
 

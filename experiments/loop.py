@@ -13,8 +13,7 @@ from experiments import data, models, optimizers
 from experiments.config import Config
 from experiments.data import Dataset, Kind
 from experiments.models import Network
-from s2sam_jax import TrainState, apply_masks, eval_params, get_masks, make_train_step, recalibrate_batch_stats, select
-from s2sam_jax import set_masks as install_masks
+from s2sam_jax import TrainState, eval_params, get_masks, make_train_step, recalibrate_batch_stats
 
 RECALIBRATION_BATCHES = 20
 
@@ -40,16 +39,11 @@ def build(config: Config) -> Network:
 def initial_state(
     config: Config, network: Network, tx: optax.GradientTransformation, start: TrainState | None = None
 ) -> TrainState:
-    """Fresh, or with the weights of ``start``; then the first masks keep each layer's largest weights."""
-    if start is None:
-        return TrainState.create(network.params, tx, model_state=network.model_state, seed=config.key("train"))
-    params = eval_params(start.params, start.opt_state)
-    state = TrainState.create(params, tx, model_state=start.model_state, seed=config.key("train"))
-    if config.method == "dense":
-        return state
-    counts = jax.tree.map(jnp.sum, get_masks(state.opt_state, params))
-    opt_state = install_masks(state.opt_state, select(jax.tree.map(jnp.abs, params), count=counts))
-    return state._replace(params=apply_masks(params, opt_state), opt_state=opt_state)
+    """Fresh, or with the weights and statistics of ``start``."""
+    params, model_state = network.params, network.model_state
+    if start is not None:
+        params, model_state = eval_params(start.params, start.opt_state), start.model_state
+    return TrainState.create(params, tx, model_state=model_state, seed=config.key("train"))
 
 
 def loss_function(config: Config, network: Network, *, train: bool = True) -> Callable[..., Any]:
@@ -83,10 +77,8 @@ def evaluator(network: Network, kind: Kind, dataset: Dataset) -> Callable[[Any, 
     return accuracy
 
 
-def train(
-    config: Config, dataset: Dataset, reporter: Reporter, start: TrainState | None = None
-) -> tuple[TrainState, Row]:
-    """Trains, and returns the final state, with recalibrated BatchNorm statistics, and the last row.
+def train(config: Config, dataset: Dataset, reporter: Reporter, start: TrainState | None = None) -> TrainState:
+    """Trains, and returns the final state, with recalibrated BatchNorm statistics.
 
     Raises:
       ValueError: when the training set has not one full batch.
@@ -108,7 +100,7 @@ def train(
     )
     epoch_fn = epoch_runner(step, dataset, reporter)
 
-    interval, row = 0.0, {}
+    interval = 0.0
     history: list[dict[str, np.ndarray]] = []
     for epoch in range(config.epochs):
         started = time.perf_counter()
@@ -133,7 +125,7 @@ def train(
         row["seconds"] = time.perf_counter() - begin
         reporter.row(row)
         history, interval = [], 0.0
-    return state, row
+    return state
 
 
 def epoch_runner(step: Callable[..., Any], dataset: Dataset, reporter: Reporter) -> EpochFn:

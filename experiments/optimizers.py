@@ -11,7 +11,8 @@ from s2sam_jax import Every, SparseMethod, methods, s2sam, sam, sparsify, ssam
 def make(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
     """``sparsify(chain(sharpness, weight decay, SGD), method)``; its clocks are in epochs of so many steps."""
     total_steps = config.epochs * steps_per_epoch
-    schedule = optax.cosine_decay_schedule(config.learning_rate, total_steps)
+    decay_steps = _steps(config.decay_epochs or config.epochs, steps_per_epoch)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, decay_steps)
     optimizer = optax.chain(
         _sharpness(config, steps_per_epoch, total_steps),
         optax.add_decayed_weights(config.weight_decay),
@@ -19,12 +20,16 @@ def make(config: Config, steps_per_epoch: int) -> optax.GradientTransformationEx
     )
     if config.method == "dense":
         return optimizer
+    every = _steps(config.update_every, steps_per_epoch)
+    # The end is a call that fires, and comes, so that gradual pruning gets where it should.
+    last = min(int(config.update_end * total_steps), total_steps - 1)
+    when = Every(0, every, last // every * every)
     return sparsify(
         optimizer,
         _method(config),
         sparsity=config.sparsity,
         distribution=config.distribution,
-        when=Every(0, _steps(config.update_every, steps_per_epoch), int(config.update_end * total_steps)),
+        when=when,
         seed=config.key("masks"),
     )
 
@@ -52,10 +57,13 @@ def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.
 
 
 def _method(config: Config) -> SparseMethod:
-    """The method of that name, with the drop fraction if it takes one."""
+    """The method of that name, with the drop fraction if one is given."""
     factory = getattr(methods, config.method)
-    takes_fraction = "drop_fraction" in inspect.signature(factory).parameters
-    return factory(drop_fraction=config.drop_fraction) if takes_fraction else factory()
+    if config.drop_fraction is None:
+        return factory()
+    if "drop_fraction" not in inspect.signature(factory).parameters:
+        raise ValueError(f"drop_fraction={config.drop_fraction} is given, but {config.method} has none; leave it out.")
+    return factory(drop_fraction=config.drop_fraction)
 
 
 def _steps(epochs: float, steps_per_epoch: int) -> int:

@@ -10,13 +10,15 @@ from matplotlib.ticker import MaxNLocator
 from experiments.loop import Row
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
+GREY = "#7F7F7F"  # What does not belong to one run alone.
 MARKERS = "osD^vP"
 
 
 def draw(runs: Mapping[str, list[Row]], title: str, file: Path) -> None:
     """Draws runs, by their label, from their rows."""
     layers = {label: rows[-1]["layers"] for label, rows in runs.items() if rows[-1]["layers"]}
-    figure = Figure(figsize=(14 if layers else 9, 4.2), layout="constrained")
+    most = max((len(counts) for counts in layers.values()), default=0)
+    figure = Figure(figsize=(14 if layers else 9, max(4.2, 0.2 * most + 1)), layout="constrained")
     panels = figure.subplots(1, 3 if layers else 2, width_ratios=(1, 1, 1.4) if layers else (1, 1))
     figure.suptitle(title)
     _curves(panels[0], runs, "train_loss", 1, "Training loss", "cross-entropy (nats)")
@@ -41,8 +43,12 @@ def _curves(axes: Axes, runs: Mapping[str, list[Row]], field: str, scale: float,
 
 def _bars(axes: Axes, layers: Mapping[str, Mapping[str, list[int]]]) -> None:
     names = list(dict.fromkeys(name for counts in layers.values() for name in counts))
+    first, *others = layers.values()
+    if others and all(counts == first for counts in others):
+        layers = {"all": first}
     height = 0.8 / len(layers)
-    for index, ((label, counts), colour) in enumerate(zip(layers.items(), COLOURS, strict=False)):
+    colours = COLOURS if len(layers) > 1 else (GREY,)
+    for index, ((label, counts), colour) in enumerate(zip(layers.items(), colours, strict=False)):
         left = [100 * (1 - counts[name][0] / counts[name][1]) if name in counts else 0.0 for name in names]
         positions = [row + (index - (len(layers) - 1) / 2) * height for row in range(len(names))]
         bars = axes.barh(positions, left, height=height, color=colour, label=label)

@@ -1,11 +1,10 @@
 """What the terminal shows: a progress bar and the final table."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from experiments.loop import Row
@@ -18,8 +17,7 @@ class ProgressBar:
         self._epochs = epochs
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[news]}"),
             TimeRemainingColumn(),
         )
@@ -38,15 +36,15 @@ class ProgressBar:
 
     def row(self, row: Row) -> None:
         news = (
-            f"epoch {row['epoch']}/{self._epochs}  loss {row['train_loss']:.3f}  test {row['test_accuracy']:.2%}  "
-            f"zeros {row['sparsity']:.1%}  {row['images_per_second']:,.0f} img/s"
+            f"{row['epoch']}/{self._epochs} loss {row['train_loss']:.3f} test {row['test_accuracy']:.1%} "
+            f"zeros {row['sparsity']:.0%} {row['images_per_second']:,.0f} img/s"
         )
         self._progress.update(self._task, news=news)
 
 
-def result_table(finals: Mapping[str, Row], title: str) -> Table:
+def result_table(finals: Mapping[str, Row]) -> Table:
     """One column per run: accuracy, speed, and the sparsity of every kernel."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     table.add_column("")
     for name in finals:
         table.add_column(name, justify="right")
@@ -69,10 +67,6 @@ def result_table(finals: Mapping[str, Row], title: str) -> Table:
     for name in names:
         line(f"  {name}", [_fraction(row["layers"].get(name)) for row in rows])
     return table
-
-
-def files_line(folder: Path) -> str:
-    return f"Files: {folder}"
 
 
 def _fraction(zeros_and_size: list[int] | None) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -50,7 +49,8 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
             _run(config, dataset, start, console)
     folders = {name: config.run_dir for name, config in configs.items()}
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
-    console.print(report.result_table({name: rows[name][-1] for name in rows}, _title(arguments.config)))
+    console.print(_title(arguments.config), soft_wrap=True)
+    console.print(report.result_table({name: rows[name][-1] for name in rows}))
     if len(fresh) < len(configs):
         console.print("Shown from stored runs where they exist; add --overwrite to train anew.")
     for folder in folders.values():
@@ -66,7 +66,7 @@ def _run(config: Config, dataset: Dataset, start: TrainState | None, console: Co
     folder = runs.begin(config)
     steps_per_epoch = len(dataset.train_labels) // config.batch_size
     with report.ProgressBar(console, config.optimizer, config.epochs, steps_per_epoch) as bar:
-        state, _ = loop.train(config, dataset, _Recorder(config, folder, bar), start)
+        state = loop.train(config, dataset, _Recorder(config, folder, bar), start)
     runs.finish(config, folder, state)
 
 
@@ -78,14 +78,16 @@ def _start(config: Config) -> TrainState | None:
     for field in ("dataset", "model", "width"):
         if getattr(config, field) != getattr(other, field):
             raise ValueError(
-                f"--init-from {config.init_from} has {field} {getattr(other, field)}, this run {getattr(config, field)}; "
-                "they must agree."
+                f"--init-from {config.init_from} has {field}={getattr(other, field)}, and this run "
+                f"{getattr(config, field)}; they must agree."
             )
     return runs.restore(config.init_from)
 
 
 def _title(config: Config) -> str:
-    kind = "dense" if config.method == "dense" else f"{config.method}, {config.sparsity:.0%} sparse, {config.distribution}"
+    kind = (
+        "dense" if config.method == "dense" else f"{config.method}, {config.sparsity:.0%} sparse, {config.distribution}"
+    )
     return f"{config.dataset}, {config.model} x{config.width}, {kind}, seed {config.seed}"
 
 
