@@ -20,8 +20,19 @@ DistributionName = Literal["uniform", "er", "erk"]
 _NOT_HASHED = ("data", "out", "seed")
 
 
+# Names of their own for the forms that papers report.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnitude-global": ("magnitude", {"scope": "global"}),
+    "gmp-global": ("gmp", {"scope": "global"}),
+    "set-itop": ("itop", {"growth": "random"}),
+    "rigl-itop": ("itop", {"growth": "gradient"}),
+    "mest-em": ("mest", {}),
+    "mest-ems": ("mest", {"soft_bound": True, "extra": ((0.0, 0.05), (90 / 160, 0.025), (120 / 160, 0.0))}),
+}
+
+
 def method_names() -> list[str]:
-    return ["dense", *methods.available()]
+    return ["dense", *methods.available(), *VARIANTS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +54,18 @@ class Config:
 
     method: str = "rigl"  # How the masks are found: dense (none), or a name in s2sam_jax.methods.
     sparsity: float = 0.9  # Fraction of zeros over all kernels.
-    distribution: DistributionName = "erk"  # How that is shared out among the layers.
-    update_every: float = 1.0  # Epochs between two mask updates.
-    update_end: float = 0.75  # Fraction of training after which masks stay as they are.
+    distribution: DistributionName | None = None  # How that is shared out among the layers; default: erk, where it may.
+    update_every: float | None = None  # Epochs between two mask updates; default: the recipe's on CIFAR, else 1.
+    update_end: float | None = None  # Fraction of training after which masks stay; default: the recipe's, else 0.75.
     drop_fraction: float | None = None  # Share of weights that the first mask update replaces; default: the method's.
+    prune_fraction: float | None = None  # Of the remaining weights, a round of lottery and lrr; default: 0.2.
+    rounds: int | None = None  # Prunings of lottery and lrr; default: as many as the sparsity takes.
+    rewind_epochs: float = 0.0  # The point in training that lottery and lrr go back to.
 
     epochs: int = 30
     batch_size: int = 64
     accumulate: int = 1  # Micro-batches per step.
-    learning_rate: float = 0.1  # At the start; a cosine takes it to zero.
-    decay_epochs: float | None = None  # Length of that cosine, by default all epochs; a round, for lottery and lrr.
+    learning_rate: float = 0.1  # At the start; a cosine takes it to zero, in each round of lottery and lrr anew.
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
@@ -67,20 +80,19 @@ class Config:
         _check_name("model", self.model, get_args(ModelName))
         _check_name("optimizer", self.optimizer, get_args(OptimizerName))
         _check_name("method", self.method, method_names())
-        _check_name("distribution", self.distribution, get_args(DistributionName))
+        _check_name("distribution", self.distribution, (None, *get_args(DistributionName)))
         for name in ("width", "epochs", "batch_size", "accumulate", "eval_every"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("sparsity", "ssam_sparsity", "label_smoothing", "momentum"):
             _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        _check(0 <= self.update_end <= 1, "update_end", "in [0, 1]", self.update_end)
-        _check(
-            self.drop_fraction is None or 0 <= self.drop_fraction <= 1, "drop_fraction", "in [0, 1]", self.drop_fraction
-        )
-        for name in ("rho", "eta", "learning_rate", "weight_decay"):
+        for name in ("update_end", "drop_fraction", "prune_fraction"):
+            value = getattr(self, name)
+            _check(value is None or 0 <= value <= 1, name, "in [0, 1]", value)
+        for name in ("rho", "eta", "learning_rate", "weight_decay", "rewind_epochs"):
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("update_every", "ssam_update_every"):
-            _check(getattr(self, name) > 0, name, "above 0 epochs", getattr(self, name))
-        _check(self.decay_epochs is None or self.decay_epochs > 0, "decay_epochs", "above 0 epochs", self.decay_epochs)
+            value = getattr(self, name)
+            _check(value is None or value > 0, name, "above 0 epochs", value)
         _check(self.subset is None or self.subset >= self.batch_size, "subset", "at least one batch", self.subset)
         _check(self.batch_size % self.accumulate == 0, "accumulate", "a divisor of batch_size", self.accumulate)
 
@@ -117,9 +129,9 @@ class Config:
         return cls(**{**values, **paths})
 
 
-def _check_name(field: str, value: str, known: Any) -> None:
+def _check_name(field: str, value: str | None, known: Any) -> None:
     if value not in known:
-        raise ValueError(f"Unknown {field} {value!r}; there are {', '.join(known)}.")
+        raise ValueError(f"Unknown {field} {value!r}; there are {', '.join(name for name in known if name)}.")
 
 
 def _check(holds: bool, field: str, expected: str, value: Any) -> None:

@@ -1,18 +1,16 @@
 """From a config to one optax transformation."""
 
-import inspect
-
 import optax
 
+from experiments import sparse_methods
 from experiments.config import Config
-from s2sam_jax import Every, SparseMethod, methods, s2sam, sam, sparsify, ssam
+from s2sam_jax import s2sam, sam, sparsify, ssam
 
 
 def make(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
     """``sparsify(chain(sharpness, weight decay, SGD), method)``; its clocks are in epochs of so many steps."""
     total_steps = config.epochs * steps_per_epoch
-    decay_steps = _steps(config.decay_epochs or config.epochs, steps_per_epoch)
-    schedule = optax.cosine_decay_schedule(config.learning_rate, decay_steps)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, sparse_methods.round_steps(config, steps_per_epoch))
     optimizer = optax.chain(
         _sharpness(config, steps_per_epoch, total_steps),
         optax.add_decayed_weights(config.weight_decay),
@@ -20,16 +18,12 @@ def make(config: Config, steps_per_epoch: int) -> optax.GradientTransformationEx
     )
     if config.method == "dense":
         return optimizer
-    every = _steps(config.update_every, steps_per_epoch)
-    # The end is a call that fires, and comes, so that gradual pruning gets where it should.
-    last = min(int(config.update_end * total_steps), total_steps - 1)
-    when = Every(0, every, last // every * every)
     return sparsify(
         optimizer,
-        _method(config),
+        sparse_methods.make(config),
         sparsity=config.sparsity,
         distribution=config.distribution,
-        when=when,
+        when=sparse_methods.clock(config, steps_per_epoch),
         seed=config.key("masks"),
     )
 
@@ -50,21 +44,7 @@ def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.
                 config.rho,
                 mask="fisher" if config.optimizer == "ssam-f" else "dynamic",
                 sparsity=config.ssam_sparsity,
-                update_every=_steps(config.ssam_update_every, steps_per_epoch),
+                update_every=sparse_methods.steps(config.ssam_update_every, steps_per_epoch),
                 total_steps=total_steps,
                 seed=config.key("ssam"),
             )
-
-
-def _method(config: Config) -> SparseMethod:
-    """The method of that name, with the drop fraction if one is given."""
-    factory = getattr(methods, config.method)
-    if config.drop_fraction is None:
-        return factory()
-    if "drop_fraction" not in inspect.signature(factory).parameters:
-        raise ValueError(f"drop_fraction={config.drop_fraction} is given, but {config.method} has none; leave it out.")
-    return factory(drop_fraction=config.drop_fraction)
-
-
-def _steps(epochs: float, steps_per_epoch: int) -> int:
-    return max(1, round(epochs * steps_per_epoch))

@@ -85,9 +85,7 @@ def _start(config: Config) -> TrainState | None:
 
 
 def _title(config: Config) -> str:
-    kind = (
-        "dense" if config.method == "dense" else f"{config.method}, {config.sparsity:.0%} sparse, {config.distribution}"
-    )
+    kind = "dense" if config.method == "dense" else f"{config.method}, {config.sparsity:.0%} sparse"
     return f"{config.dataset}, {config.model} x{config.width}, {kind}, seed {config.seed}"
 
 

@@ -11,8 +11,10 @@ from s2sam_jax._types import MaskInputs, Masks, MaskUpdate
 
 def random_init(x: MaskInputs) -> MaskUpdate:
     """Random masks with exactly the planned count per leaf, and no state."""
-    counts = jax.tree.map(lambda p, sparsity: kept(p.size, sparsity), x.params, x.sparsities)
-    return MaskUpdate(random_masks(x.key, counts, x.params))
+    leaves = sparse_leaves(x, x.params)
+    planned = zip(leaves, sparse_leaves(x, x.sparsities), strict=True)
+    masks = random_masks(x.key, [kept(p.size, sparsity) for p, sparsity in planned], leaves)
+    return MaskUpdate(replace_sparse(x, x.masks, masks))
 
 
 def cosine(fraction: float, step: jax.Array, end: int) -> jax.Array:

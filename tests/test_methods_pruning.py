@@ -210,6 +210,7 @@ def test_lottery_survives_donation():
 
     donating = jax.jit(plain, donate_argnums=(0, 1))
     for seed in range(7):
+        perturb(params, state)  # finds the one state in use, not the saved one
         params, state = donating(params, state, random_grads(seed))
         if seed in (3, 6):
             jax.tree.map(

@@ -1,0 +1,72 @@
+"""From a config to a sparse method and its clock."""
+
+import inspect
+import math
+
+from experiments.config import VARIANTS, Config
+from s2sam_jax import Every, SparseMethod, methods
+
+# Epochs between mask updates, and the fraction of training at which they end, as the CIFAR experiments of the papers
+# have them: RigL every 100 steps of batch 128, ITOP every 1500 (random) or 4000 (gradient), MEST every 5 epochs.
+CIFAR_RECIPES = {
+    "rigl": (0.256, 0.75),
+    "set": (1.0, 1.0),
+    "dsr": (1.0, 0.95),
+    "set-itop": (4.26, 1.0),
+    "itop": (4.26, 1.0),
+    "rigl-itop": (11.4, 1.0),
+    "mest": (5.0, 130 / 160),
+    "mest-em": (5.0, 130 / 160),
+    "mest-ems": (5.0, 120 / 160),
+    "gmp": (2.56, 0.77),
+    "gmp-global": (2.56, 0.77),
+}
+ELSEWHERE = (1.0, 0.75)
+ROUNDS = ("lottery", "lrr")
+ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # no clock, or one of their own
+
+
+def make(config: Config) -> SparseMethod:
+    """The method of that name, with the options that the config gives."""
+    name, options = VARIANTS.get(config.method, (config.method, {}))
+    factory = getattr(methods, name)
+    given = {"drop_fraction": config.drop_fraction, "prune_fraction": config.prune_fraction, "rounds": config.rounds}
+    given = {option: value for option, value in given.items() if value is not None}
+    if foreign := sorted(given.keys() - inspect.signature(factory).parameters.keys()):
+        raise ValueError(f"{', '.join(foreign)} given, but {config.method} has no such option; leave it out.")
+    return factory(**options, **given)
+
+
+def clock(config: Config, steps_per_epoch: int) -> Every | None:
+    """When masks change. Its end is a call that fires, so that gradual methods get where they should."""
+    if config.method in ONE_SHOT:
+        return None
+    if config.method in ROUNDS:
+        rewind = round(config.rewind_epochs * steps_per_epoch)
+        return Every(rewind, round_steps(config, steps_per_epoch) - rewind + 1)
+    every, end = CIFAR_RECIPES.get(config.method, ELSEWHERE) if config.dataset.startswith("cifar") else ELSEWHERE
+    every = steps(config.update_every or every, steps_per_epoch)
+    end = end if config.update_end is None else config.update_end
+    total = config.epochs * steps_per_epoch
+    return Every(0, every, min(int(end * total), total - 1) // every * every)
+
+
+def round_steps(config: Config, steps_per_epoch: int) -> int:
+    """Steps of one round of a lottery: the epochs are shared out among all of them, the dense one first.
+
+    The learning rate falls over this many steps; for other methods it is the whole run.
+    """
+    total = config.epochs * steps_per_epoch
+    if config.method not in ROUNDS:
+        return total
+    fraction = config.prune_fraction or 0.2
+    rounds = config.rounds or math.ceil(round(math.log(1 - config.sparsity) / math.log(1 - fraction), 6))
+    rewind = round(config.rewind_epochs * steps_per_epoch)
+    length = (total - rewind) // (rounds + 1) + rewind - 1
+    if length - rewind < 1:
+        raise ValueError(f"epochs={config.epochs} are too few for {rounds + 1} rounds; each needs some steps.")
+    return length
+
+
+def steps(epochs: float, steps_per_epoch: int) -> int:
+    return max(1, round(epochs * steps_per_epoch))
