@@ -22,8 +22,11 @@ from experiments.config import Config, OptimizerName
 from experiments.loop import Row
 
 RESULTS = Path(__file__).parent / "results"
+Cell = tuple[str, OptimizerName, float, int]  # method, optimizer, sparsity, seed
+
 METHODS = (
-    "static", "magnitude", "gmp", "snip", "grasp", "set", "dsr", "rigl", "itop", "mest-em", "mest-ems", "lottery", "lrr",
+    "static", "magnitude", "gmp", "snip", "grasp", "set", "dsr", "rigl", "itop", "mest-em", "mest-ems",
+    "lottery", "lrr",
 )  # fmt: skip
 ROUND_EPOCHS, PRUNE_FRACTION = 10, 0.4
 
@@ -85,7 +88,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def _cell(row: dict[str, Any]) -> tuple[str, OptimizerName, float, int]:
+def _cell(row: dict[str, Any]) -> Cell:
     return row["method"], row["optimizer"], row["sparsity_asked"], row["seed"]
 
 
