@@ -69,7 +69,7 @@ def run(sweep: Sweep) -> None:
     """Trains what has no row yet; each row is written as soon as it is there."""
     sweep.rows.parent.mkdir(parents=True, exist_ok=True)
     done = {_cell(row) for row in read(sweep.rows)}
-    cells = [
+    cells: list[Cell] = [
         (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds
     ]
     dataset = data.load("digits")
@@ -77,9 +77,8 @@ def run(sweep: Sweep) -> None:
         config, last = config_of(*cell), _Last()
         loop.train(config, dataset, last)
         method, optimizer, sparsity, _ = cell
-        row = (
-            {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | runs.provenance(config) | last.last
-        )
+        row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity}
+        row |= runs.provenance(config) | last.last
         with sweep.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -1,4 +1,8 @@
-"""Eight virtual CPU devices, so that sharding is tested on any machine. Must run before jax starts a backend."""
+"""Eight virtual devices for the sharding tests, and quick compilation: it is most of what the suite spends."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
 import jax
 
