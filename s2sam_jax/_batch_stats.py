@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._train import Batch, LossFn, ModelState
+from s2sam_jax._tree import at_least_f32
 from s2sam_jax._types import Params
 
 
@@ -19,7 +20,7 @@ def recalibrate_batch_stats(
 
     S2-SAM gathers its statistics at perturbed weights and is evaluated at clean ones; this closes the gap. It works
     for any statistic kept as a moving average :math:`r \leftarrow \mu r + (1 - \mu) s_b`, whatever :math:`\mu` is: the
-    first batch is seen twice, from ``r = 0`` and from ``r = 1``, which gives :math:`\mu`. Other leaves are kept.
+    first batch is seen twice, from two values of ``r``, which gives :math:`\mu`, one per leaf. Other leaves are kept.
 
     Args:
       loss_fn: the training loss of :func:`make_train_step`, in training mode.
@@ -52,33 +53,37 @@ def recalibrate_batch_stats(
         key = jax.random.fold_in(jax.random.key(seed), index)
         return loss_fn(params, model_state, batch, key)[1][0]
 
-    zeros = _filled(model_state, 0.0)
-    total: Any = None
-    momentum: Any = None
-    count = 0
+    def at(values):
+        """The model state with other floating leaves, in float32 or wider."""
+        values = iter(values)
+        return jax.tree.map(lambda x: next(values) if _is_float(x) else x, model_state)
+
+    old = [at_least_f32(x) for x in jax.tree.leaves(model_state) if _is_float(x)]
+    zeros = [jnp.zeros_like(x) for x in old]
+    momentum: list[jax.Array] = []
+    total, count = zeros, 0
     for batch in batches:
-        seen = forward(zeros, batch, count)
-        if momentum is None:
-            ones = forward(_filled(model_state, 1.0), batch, count)
-            momentum = jax.tree.map(jnp.subtract, *_floats(ones, seen))
-        total = _floats(seen)[0] if total is None else jax.tree.map(jnp.add, total, _floats(seen)[0])
+        seen = _floats(forward(at(zeros), batch, count))
+        if not momentum:
+            # A second look from a value on the scale of what was seen, so that the difference does not cancel.
+            probes = [jnp.full_like(x, 1 + jnp.max(jnp.abs(x), initial=0)) for x in seen]
+            moved = _floats(forward(at(probes), batch, count))
+            momentum = [jnp.median((m - s) / p) for m, s, p in zip(moved, seen, probes, strict=True)]
+        total = [t + s for t, s in zip(total, seen, strict=True)]
         count += 1
     if count == 0:
         raise ValueError("recalibrate_batch_stats needs at least one batch; got none.")
-    averages = iter(
-        jnp.where(mu < 1, t / count / jnp.where(mu < 1, 1 - mu, 1), old)
-        for t, mu, old in zip(total, momentum, _floats(model_state)[0], strict=True)
-    )
-    return jax.tree.map(lambda x: next(averages).astype(x.dtype) if _is_float(x) else x, model_state)
+    kept = [mu > 1 - 1e-5 for mu in momentum]  # not a moving average: nothing of the batch gets in
+    averages = [
+        jnp.where(k, x, t / count / jnp.where(k, 1, 1 - mu))
+        for k, x, t, mu in zip(kept, old, total, momentum, strict=True)
+    ]
+    return jax.tree.map(lambda new, x: new.astype(x.dtype), at(averages), model_state)
 
 
 def _is_float(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _filled(tree: Any, value: float) -> Any:
-    return jax.tree.map(lambda x: jnp.full_like(x, value) if _is_float(x) else x, tree)
-
-
-def _floats(*trees: Any) -> list[list[jax.Array]]:
-    return [[x for x in jax.tree.leaves(tree) if _is_float(x)] for tree in trees]
+def _floats(tree: Any) -> list[jax.Array]:
+    return [at_least_f32(x) for x in jax.tree.leaves(tree) if _is_float(x)]

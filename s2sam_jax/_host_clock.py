@@ -23,28 +23,37 @@ class HostClock:
     _FLAGS = ((SparseState, "refresh_masks"), (SSAMState, "refresh_perturbation"))
 
     def __init__(self):
-        self._last: Callable[[], Any] = lambda: None
+        self._last: list[Callable[[], Any]] = []
         self._clocks: dict[str, tuple[int, int]] = {}
 
-    def flags(self, step: jax.Array, opt_state: Any) -> tuple[tuple[str, bool], ...]:
-        if self._last() is not step:
-            self._clocks = self._read(opt_state)
+    def flags(self, opt_state: Any) -> tuple[tuple[str, bool], ...]:
+        if jax.default_backend() != "cpu":
+            return ()
+        owners = self._owners(opt_state)
+        if not self._knows(owners):
+            self._clocks = self._read(owners)
         return tuple((name, now == due) for name, (now, due) in self._clocks.items())
 
-    def advance(self, step: jax.Array, opt_state: Any, flags: tuple[tuple[str, bool], ...]) -> None:
+    def advance(self, opt_state: Any, flags: tuple[tuple[str, bool], ...]) -> None:
+        owners = self._owners(opt_state) if flags else {}
         if any(due for _, due in flags):
-            self._clocks = self._read(opt_state)
+            self._clocks = self._read(owners)
         else:
             self._clocks = {name: (now + 1, due) for name, (now, due) in self._clocks.items()}
-        self._last = weakref.ref(step)
+        self._last = [weakref.ref(state.step) for state in owners.values()]
 
-    def _read(self, opt_state: Any) -> dict[str, tuple[int, int]]:
-        wrapped = find_states(opt_state, optax.MultiStepsState) + find_states(opt_state, optax.ApplyIfFiniteState)
-        if wrapped or jax.default_backend() != "cpu":
+    def _knows(self, owners: dict[str, Any]) -> bool:
+        """Whether these are the very states that the last step has handed out."""
+        if len(self._last) != len(owners):
+            return False
+        return all(last() is state.step for last, state in zip(self._last, owners.values(), strict=True))
+
+    def _owners(self, opt_state: Any) -> dict[str, Any]:
+        """The states with a clock, by the name of their flag; none where calls and updates may differ."""
+        if find_states(opt_state, optax.MultiStepsState) or find_states(opt_state, optax.ApplyIfFiniteState):
             return {}
-        clocks = {}
-        for kind, name in self._FLAGS:
-            states = find_states(opt_state, kind)
-            if len(states) == 1:
-                clocks[name] = (int(states[0].step), int(states[0].next_update))
-        return clocks
+        found = {name: find_states(opt_state, kind) for kind, name in self._FLAGS}
+        return {name: states[0] for name, states in found.items() if len(states) == 1}
+
+    def _read(self, owners: dict[str, Any]) -> dict[str, tuple[int, int]]:
+        return {name: (int(state.step), int(state.next_update)) for name, state in owners.items()}

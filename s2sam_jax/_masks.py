@@ -27,7 +27,8 @@ class SparseState(NamedTuple):
       next_update: int32[], the call at which the masks change next.
       masks: bool, treedef, shapes and sharding of the parameters; all true on dense leaves.
       nnz: int32[] per leaf, ones in the mask, written only when masks are (:func:`check_masks` compares).
-      key: typed PRNG key; a mask update uses ``fold_in(key, step)``.
+      key: typed PRNG key (Orbax keeps it; formats without such keys need ``jax.random.key_data``); a mask update uses
+        ``fold_in(key, step)``.
       method_state: what the method keeps.
       inner_state: state of the wrapped optimizer.
     """
@@ -138,7 +139,7 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
       The parameters with exact zeros off the masks.
 
     Raises:
-      ValueError: when there is no :class:`SparseState`.
+      ValueError: when there is no :class:`SparseState`, or a mask has no parameter of its path and shape.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -148,10 +149,11 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
       >>> print(apply_masks(params, state)["kernel"].sum())
       4.0
     """
-    _sparse_states(opt_state, "apply_masks")
     leaves = {}
-    for state in find_states(opt_state, SparseState):
+    for state in _sparse_states(opt_state, "apply_masks"):
         leaves |= named_leaves(state.masks)
+    covered = {path: p for path, p in named_leaves(params).items() if path in leaves}
+    check_same_named(covered, leaves, "params", "the masks in opt_state")
 
     def zero(path, param):
         mask = leaves.get(path_names(path))
@@ -179,7 +181,7 @@ def update_masks(
       New parameters and new optimizer state.
 
     Raises:
-      ValueError: when ``opt_state`` holds no :class:`SparseState`.
+      ValueError: when ``opt_state`` holds no :class:`SparseState`, or ``optax.MultiSteps`` is around it.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -193,6 +195,8 @@ def update_masks(
        [ True False]]
     """
     _sparse_states(opt_state, "update_masks")
+    if find_states(opt_state, optax.MultiStepsState):
+        raise ValueError("update_masks: inside optax.MultiSteps an update is not one call; let the clock decide there.")
     tx = optax.with_extra_args_support(tx)
     updates, opt_state = tx.update(grads, opt_state, params, refresh_masks=True, **extra_args)
     return optax.apply_updates(params, updates), opt_state

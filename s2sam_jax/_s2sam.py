@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from s2sam_jax._masks import SparseState
 from s2sam_jax._perturb import add, ascent, check_compat, check_non_negative, schedule
 from s2sam_jax._tree import align, at_least_f32, find_states, increment, masked, named_leaves, norm, path_names, scalar
 from s2sam_jax._types import Compat, Masks, Params, ScalarOrSchedule, Unmasked
@@ -58,7 +59,7 @@ def s2sam(
       eta: the constant in ``T``; used with ``adaptive`` alone.
       perturb_pruned: remember the dense gradient under :func:`sparsify`, so that pruned weights are perturbed
         too, as the released code does. Combine with ``sparsify(mask_grads=False)`` for its dense momentum.
-      grad_dtype: storage type of the remembered gradient, e.g. ``jnp.bfloat16``; the gradient's own if ``None``.
+      grad_dtype: storage type of the remembered gradient, e.g. ``jnp.bfloat16``; the parameters' own if ``None``.
       eps: added to the norm.
       compat: ``"authors"`` reproduces the released adaptive branch, which perturbs by
         :math:`\rho\, \hat g^3 / (\||u| \hat g\| + \mathrm{eps})` with ``u`` the previously perturbed weights;
@@ -138,8 +139,8 @@ def perturb(params: Params, opt_state: Any) -> Params:
       The perturbed parameters, in the parameters' structure and dtypes.
 
     Raises:
-      ValueError: when there is no such state (silence would mean plain SGD), or two states claim one leaf,
-        or a state belongs to another model.
+      ValueError: when there is no such state (silence would mean plain SGD), two states claim one leaf, a state belongs
+        to another model, or ``s2sam`` stands outside ``sparsify``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -155,6 +156,7 @@ def perturb(params: Params, opt_state: Any) -> Params:
             f"perturb found no S2SAMState in opt_state (a {type(opt_state).__name__}). Put s2sam() into the optimizer "
             "chain; if the state comes from a checkpoint, restore it into the structure of tx.init(params)."
         )
+    _check_inside_sparsify(opt_state)
     clean, moved = named_leaves(params), {}
     for state in states:
         grads = named_leaves(_gradient(state))
@@ -171,6 +173,21 @@ def perturb(params: Params, opt_state: Any) -> Params:
         return add(param, moved[path]) if path in moved else param
 
     return jax.tree_util.tree_map_with_path(shift, params)
+
+
+def _check_inside_sparsify(opt_state: Any) -> None:
+    """An s2sam around sparsify would remember dense gradients and perturb pruned weights."""
+
+    def is_state(x):
+        return isinstance(x, S2SAMState | SparseState)
+
+    outer = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+    pruned = {path for state in outer if isinstance(state, SparseState) for path in named_leaves(state.masks)}
+    for state in outer:
+        if isinstance(state, S2SAMState) and pruned & named_leaves(_gradient(state)).keys():
+            raise ValueError(
+                "perturb: s2sam() stands outside sparsify(); put it inside, sparsify(chain(s2sam(), ...), ...)."
+            )
 
 
 def _gradient(state: S2SAMState) -> Any:

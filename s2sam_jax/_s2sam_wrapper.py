@@ -8,6 +8,7 @@ import optax
 
 from s2sam_jax._masks import SparseState
 from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
+from s2sam_jax._s2sam import S2SAMState
 from s2sam_jax._tree import align, find_states, increment, masked
 from s2sam_jax._types import Params, ScalarOrSchedule
 
@@ -55,7 +56,8 @@ def s2sam_wrapper(
       A transformation whose updates move the loop's parameters from one perturbed point to the next.
 
     Raises:
-      ValueError: for a negative ``rho`` or ``eps``, or an update without ``params``.
+      ValueError: for a negative ``rho`` or ``eps``, an ``inner`` with :func:`s2sam` in it, or an update without
+        ``params``.
 
     Reference:
       As :func:`s2sam`.
@@ -76,7 +78,10 @@ def s2sam_wrapper(
 
     def init_fn(params):
         clean = jax.tree.map(lambda p: jnp.array(p, dtype=clean_dtype, copy=True), params)
-        return S2SAMWrapperState(jnp.zeros((), jnp.int32), clean, inner.init(clean))
+        inner_state = inner.init(clean)
+        if find_states(inner_state, S2SAMState):
+            raise ValueError("s2sam_wrapper around s2sam() would perturb twice; use one of them.")
+        return S2SAMWrapperState(jnp.zeros((), jnp.int32), clean, inner_state)
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:

@@ -63,6 +63,7 @@ def select(
     """
     if scope not in ("leaf", "global"):
         raise ValueError(f"scope must be 'leaf' or 'global'; got {scope!r}.")
+    scores = jax.tree.map(jnp.asarray, scores)
     map_named(_check_scores, scores)
     if among is not None:
         check_same_leaves(among, scores, "among", "scores")
@@ -70,7 +71,11 @@ def select(
     if not leaves:
         return scores
     counts = _counts(scores, count, sparsity, scope)
-    allowed = [jnp.ones_like(x, dtype=bool) for x in leaves] if among is None else jax.tree.leaves(among)
+    allowed = (
+        [jnp.ones_like(x, dtype=bool) for x in leaves]
+        if among is None
+        else [jnp.asarray(m, bool) for m in jax.tree.leaves(among)]
+    )
     if scope == "global":
         leaves = [x.astype(jnp.result_type(*leaves)) for x in leaves]
     bits = max(jnp.finfo(x.dtype).bits for x in leaves)
@@ -88,18 +93,19 @@ def random_masks(key: jax.Array, counts: Any, like: Any, among: Masks | None = N
 
 
 def random_scores(key: jax.Array, like: Any) -> Any:
-    """Uniform [0, 1) float32 scores shaped (and sharded) like a tree, one key a leaf."""
+    """Uniform [0, 1) float32 scores shaped (and sharded) like a tree."""
     leaves, treedef = jax.tree.flatten(like)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(leaves)))
-    # Leaves of one shape are drawn in one call: the generator takes long to compile.
-    groups: dict[Any, list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        groups.setdefault((leaf.shape, _explicit_sharding(leaf)), []).append(index)
-    scores: dict[int, jax.Array] = {}
-    for (shape, sharding), indices in groups.items():
-        draw = functools.partial(jax.random.uniform, shape=shape, dtype=jnp.float32, out_sharding=sharding)
-        scores |= dict(zip(indices, jax.vmap(draw)(keys[jnp.array(indices)]), strict=True))
-    return treedef.unflatten([scores[index] for index in range(len(leaves))])
+    if not leaves:
+        return like
+    shardings = [_explicit_sharding(leaf) for leaf in leaves]
+    if any(sharding is not None for sharding in shardings):
+        keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
+        drawn = zip(keys, leaves, shardings, strict=True)
+        return treedef.unflatten([jax.random.uniform(k, x.shape, jnp.float32, out_sharding=s) for k, x, s in drawn])
+    # One draw, cut up: the generator takes long to compile, once for each shape.
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    pieces = jnp.split(jax.random.uniform(key, (sum(leaf.size for leaf in leaves),), jnp.float32), ends[:-1])
+    return treedef.unflatten([piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)])
 
 
 def _explicit_sharding(leaf: jax.Array) -> Any:

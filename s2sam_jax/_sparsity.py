@@ -87,7 +87,7 @@ def erdos_renyi(
     """
 
     def density(shape: tuple[int, ...]) -> float:
-        return sum(shape[-2:]) / math.prod(shape[-2:])
+        return max(sum(shape[-2:]), 1) / math.prod(shape[-2:])
 
     return _distribute(params, sparsity, prunable, overrides, lambda shapes: {k: density(s) for k, s in shapes.items()})
 
@@ -124,7 +124,11 @@ def erdos_renyi_kernel(
       {'a': 0.777778, 'b': 0.291667, 'c': 1.0}
     """
     return _distribute(
-        params, sparsity, prunable, overrides, lambda shapes: {k: sum(s) / math.prod(s) for k, s in shapes.items()}
+        params,
+        sparsity,
+        prunable,
+        overrides,
+        lambda shapes: {k: max(sum(s), 1) / math.prod(s) for k, s in shapes.items()},
     )
 
 
@@ -140,7 +144,9 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 def _distribute(params, sparsity, prunable, overrides, raw_densities, *, capped=True) -> Any:
     check_sparsity(sparsity, "sparsity")
     shapes: dict[str, tuple[int, ...]] = {}
-    map_named(lambda name, leaf: shapes.update({name: leaf.shape}) if prunable(name, leaf) else None, params)
+    map_named(
+        lambda name, leaf: shapes.update({name: leaf.shape}) if leaf.size and prunable(name, leaf) else None, params
+    )
     if jax.tree.leaves(params) and not shapes:
         raise ValueError("Nothing is prunable: prunable(path, leaf) is False on every leaf of params.")
     chosen = _overridden(shapes, overrides or {})

@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
       model_state: what the model keeps besides parameters, such as BatchNorm statistics.
       opt_state: state of the optimizer, with masks, last gradient and keys inside.
       key: typed PRNG key; a step uses ``fold_in(key, step)``.
-      first_bad_step: int32[], the first step whose loss or gradients were not finite, else -1. From it on the
+      first_bad_step: int32[], the first step whose loss or update was not finite, else -1. From it on the
         parameters are frozen.
     """
 
@@ -71,7 +71,8 @@ class TrainState(NamedTuple):
           1.0
         """
         params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
-        opt_state = tx.init(params)
+        # Some optimizers keep the parameters themselves; a buffer cannot be donated twice.
+        opt_state = jax.tree.map(jnp.array, tx.init(params))
         if find_states(opt_state, SparseState):
             params = apply_masks(params, opt_state)
         zero = jnp.zeros((), jnp.int32)
@@ -106,7 +107,8 @@ def make_train_step(
 
     Returns:
       ``step(state, batch) -> (state, metrics)``. Metrics are device scalars: ``loss``, ``grad_norm``, ``update_norm``,
-      those of ``loss_fn``, and where they apply ``rho`` (of this step) and ``sparsity`` (zeros over all parameters).
+      ``first_bad_step``, those of ``loss_fn`` (averaged over micro-batches), and where they apply ``rho`` (of this
+      step) and ``sparsity`` (zeros over all parameters).
 
     Raises:
       ValueError: for ``accumulate`` below 1, and from the step: a batch that does not divide, an ``opt_state`` that is
@@ -144,20 +146,22 @@ def make_train_step(
             fisher_fn=lambda params: fisher(params, state.model_state, _first(batch, fisher_examples), key),
             **dict(flags),
         )
-        metrics = {"loss": loss, "grad_norm": norm(grads), "update_norm": norm(updates), **metrics}
+        update_norm = norm(updates)
         proposal = (optax.apply_updates(state.params, updates), model_state, opt_state)
-        new_state = _freeze_if_bad(state, proposal, metrics)
-        return new_state, metrics | _rho(state.opt_state, opt_state) | _sparsity(new_state)
+        new_state = _freeze_if_bad(state, proposal, loss, update_norm)
+        own = {"loss": loss, "grad_norm": norm(grads), "update_norm": update_norm}
+        own |= {"first_bad_step": new_state.first_bad_step}
+        return new_state, metrics | own | _rho(state.opt_state, opt_state) | _sparsity(new_state)
 
     jitted = jax.jit(step, donate_argnames="state", static_argnames="flags")
     clock = HostClock()
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if isinstance(state.step, Tracer):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch))):
             return step(state, batch, ())
-        flags = clock.flags(state.step, state.opt_state)
+        flags = clock.flags(state.opt_state)
         new_state, metrics = jitted(state, batch, flags)
-        clock.advance(new_state.step, new_state.opt_state, flags)
+        clock.advance(new_state.opt_state, flags)
         return new_state, metrics
 
     return train_step
@@ -169,6 +173,7 @@ def _averaged_gradient(loss_fn: LossFn, model_state: ModelState, batch: Batch, k
 
     def one(params, model_state, batch, key):
         (loss, (model_state, metrics)), grads = value_and_grad(params, model_state, batch, key)
+        metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.result_type(float)), metrics)
         return (grads, loss, metrics), model_state
 
     def single(params):
@@ -199,8 +204,8 @@ def _averaged_gradient(loss_fn: LossFn, model_state: ModelState, batch: Batch, k
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
-    if x.shape[0] % parts:
-        raise ValueError(f"accumulate={parts} does not divide the batch of {x.shape[0]} examples.")
+    if x.ndim == 0 or x.shape[0] % parts:
+        raise ValueError(f"accumulate={parts} does not divide a batch leaf of shape {x.shape} along its first axis.")
     return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
 
 
@@ -218,9 +223,16 @@ def _fisher_of(loss_fn: LossFn):
     return fisher
 
 
-def _freeze_if_bad(state: TrainState, proposal: tuple[Params, ModelState, Any], metrics: Metrics) -> TrainState:
-    """Takes the step, unless something in it, or in an earlier one, was not finite."""
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & jnp.isfinite(metrics["update_norm"])
+def _freeze_if_bad(
+    state: TrainState, proposal: tuple[Params, ModelState, Any], loss: jax.Array, update_norm: jax.Array
+) -> TrainState:
+    """Takes the step, unless its loss or update, or that of an earlier one, was not finite.
+
+    Not the gradient: what it holds behind a mask does not matter. Under ``apply_if_finite`` a bad loss does not either.
+    """
+    finite = jnp.isfinite(update_norm)
+    if not find_states(state.opt_state, optax.ApplyIfFiniteState):
+        finite &= jnp.isfinite(loss)
     first_bad_step = jnp.where(finite | (state.first_bad_step >= 0), state.first_bad_step, state.step)
     old = (state.params, state.model_state, state.opt_state)
     good = first_bad_step < 0

@@ -77,7 +77,7 @@ def increment(step: jax.Array) -> jax.Array:
 def copy_key(seed: int | jax.Array) -> jax.Array:
     """A typed key of the state's own: a caller's key would be lost when the state is donated."""
     if not jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key):
-        return jax.random.key(seed)
+        return jax.random.key(seed) if jnp.ndim(seed) == 0 else jax.random.wrap_key_data(jnp.array(seed))
     return jax.random.wrap_key_data(jnp.array(jax.random.key_data(seed)), impl=jax.random.key_impl(seed))
 
 

@@ -40,6 +40,8 @@ class Every:
     end: int | None = None
 
     def __post_init__(self):
+        if not all(isinstance(bound, int) for bound in (self.start, self.every, self.end or 0)):
+            raise TypeError(f"Every counts calls in integers; got {self.start!r}, {self.every!r}, {self.end!r}.")
         if self.start < 0 or self.every < 1:
             raise ValueError(f"Every needs start >= 0 and every >= 1; got start={self.start}, every={self.every}.")
         if self.end is not None and self.end < self.start:

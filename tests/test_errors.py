@@ -402,10 +402,35 @@ def test_train_step_refuses_another_state():
 
 def test_train_step_refuses_a_batch_that_does_not_divide():
     state = TrainState.create(make_params(), SGD)
-    with pytest.raises(ValueError, match=r"accumulate=4 does not divide the batch of 6 examples"):
+    with pytest.raises(ValueError, match=r"accumulate=4 does not divide a batch leaf of shape \(6, 4\)"):
         make_train_step(loss_fn, SGD, accumulate=4)(state, jnp.ones((6, 4)))
 
 
 def test_recalibration_needs_a_batch():
     with pytest.raises(ValueError, match=r"at least one batch; got none"):
         recalibrate_batch_stats(loss_fn, make_params(), jnp.zeros(2), [])
+
+
+def test_s2sam_around_sparsify_and_inside_the_wrapper():
+    tx = optax.chain(s2sam(), sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5))
+    with pytest.raises(ValueError, match=r"s2sam\(\) stands outside sparsify\(\)"):
+        perturb(make_params(), tx.init(make_params()))
+    with pytest.raises(ValueError, match="would perturb twice"):
+        s2sam_wrapper(s2sam()).init(make_params())
+
+
+def test_apply_masks_to_another_tree():
+    state = static().init(make_params())
+    with pytest.raises(ValueError, match="a/kernel: missing in params"):
+        apply_masks({"params": make_params()}, state)
+
+
+def test_update_masks_inside_multi_steps():
+    tx = optax.MultiSteps(static(), 2).gradient_transformation()
+    with pytest.raises(ValueError, match=r"update_masks: inside optax\.MultiSteps"):
+        update_masks(tx, make_params(), tx.init(make_params()), make_params())
+
+
+def test_every_counts_in_integers():
+    with pytest.raises(TypeError, match="Every counts calls in integers"):
+        Every(0, 2.5)

@@ -140,3 +140,64 @@ def test_recalibration_is_the_plain_average_whatever_the_momentum(momentum):
 def test_recalibration_without_batches_is_an_error():
     with pytest.raises(ValueError, match="at least one batch"):
         recalibrate_batch_stats(loss_fn, None, {"mean": jnp.zeros(2)}, [])
+
+
+@pytest.mark.parametrize("value", [1e-6, 1.0, 1e8])
+def test_recalibration_does_not_cancel_at_any_scale(value):
+    def loss(params, mean, batch, key):
+        return batch.sum(), (0.99 * mean + 0.01 * batch.mean(), {})
+
+    batches = [jnp.full(4, value), jnp.full(4, 3 * value)]
+    np.testing.assert_allclose(recalibrate_batch_stats(loss, None, jnp.float32(5), batches), 2 * value, rtol=1e-3)
+    low = recalibrate_batch_stats(loss, None, jnp.bfloat16(5), batches)
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(float(low), 2 * value, rtol=1e-2)
+
+
+def test_a_bad_gradient_behind_a_mask_does_not_stop_training():
+    def root_loss(params, model_state, batch, key):
+        return jnp.sum(jnp.sqrt(jnp.abs(params["kernel"]))), (model_state, {"loss": jnp.inf})
+
+    tx = sparsify(optax.sgd(0.01), methods.static(), sparsity=0.5)
+    step = make_train_step(root_loss, tx)
+    state, metrics = step(TrainState.create({"kernel": jnp.ones((4, 4))}, tx), jnp.ones(2))
+    assert int(metrics["first_bad_step"]) == -1
+    assert np.isfinite(metrics["loss"])  # not the metric of that name
+    np.testing.assert_allclose(float(state.params["kernel"].sum()), 8 * 0.995, rtol=1e-5)
+
+
+def test_apply_if_finite_skips_a_bad_batch_and_goes_on():
+    tx = optax.apply_if_finite(optax.sgd(0.1), 5)
+    step, state = make_train_step(loss_fn, tx), start(tx)
+    state, _ = step(state, BATCHES[0].at[0, 0].set(jnp.nan))
+    before = jnp.array(state.params["kernel"])
+    state, metrics = step(state, BATCHES[1])
+    assert int(metrics["first_bad_step"]) == -1
+    assert float(jnp.abs(state.params["kernel"] - before).max()) > 0
+
+
+def test_states_that_keep_the_parameters_can_be_donated():
+    tx = optax.contrib.prodigy()
+    make_train_step(loss_fn, tx)(start(tx), BATCHES[0])
+
+
+def test_host_clock_notices_a_replaced_optimizer_state():
+    tx = sparsify(optax.sgd(0.1), methods.rigl(0.5), sparsity=0.5, when=Every(0, 10, 100))
+    step, state = make_train_step(loss_fn, tx), start(tx)
+    for index in range(3):
+        state, _ = step(state, BATCHES[index])
+    state = state._replace(opt_state=tx.init(state.params))
+    assert int(state.opt_state.next_update) == 0
+    state, _ = step(state, BATCHES[3])
+    assert int(state.opt_state.next_update) == 10
+
+
+def test_integer_metrics_are_averaged_over_micro_batches():
+    def counting(params, model_state, batch, key):
+        loss, (model_state, _) = loss_fn(params, model_state, batch, key)
+        return loss, (model_state, {"positive": jnp.sum(batch[:, 0] > 0)})
+
+    tx = optax.sgd(0.1)
+    step = make_train_step(counting, tx, accumulate=2)
+    _, metrics = step(start(tx), BATCHES[0])
+    np.testing.assert_allclose(metrics["positive"], float((BATCHES[0][:, 0] > 0).sum()) / 2)

@@ -23,7 +23,8 @@ def lottery(prune_fraction: float = 0.2, *, rounds: int | None = None) -> Sparse
     All rounds run inside one transformation. The clock's first firing, ``when.start`` = k, saves weights and optimizer
     state; every later one ends a round: it prunes and restores both. None of them takes a gradient step, so with rounds
     of L steps ``when = Every(start=k, every=L - k + 1)``. The learning rate schedule is in the optimizer state, so it
-    rewinds too. Pruned weights are zero for good; survivors get value and moments of step k.
+    rewinds too. Pruned weights are zero for good; survivors get value and moments of step k (the value
+    to rounding: an optax update is a difference).
 
     Args:
       prune_fraction: p in ``(0, 1)``, of the weights that remain.
