@@ -12,9 +12,9 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import checkpoint, data, evaluate, loop, models, optimizers, runs, train
+from experiments import checkpoint, data, evaluate, loop, models, optimizers, runs, sieving, sparse_methods, train
 from experiments.config import Config
-from s2sam_jax import TrainState, get_masks, make_train_step, methods
+from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods
 
 TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
 
@@ -361,3 +361,52 @@ def test_magnitude_prunes_the_run_it_starts_from(run_dir):
     np.testing.assert_array_equal(kernel[kept], before[kept])
     assert np.abs(before)[kept].min() >= np.abs(before)[~kept].max()
     assert kept.sum() < (np.asarray(before) != 0).sum()
+
+
+# Data sieving
+
+
+def test_sieving_leaves_out_what_is_never_forgotten():
+    """Four examples over four epochs: always right, forgotten twice, never right, right from the second on."""
+    history = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [1, 1, 0, 1], [1, 0, 0, 1]], bool)
+    state = sieving.start(4)
+    for correct in history:
+        rows = np.array([3, 1, 0, 2])  # in the order an epoch has them
+        state = sieving.record(state, rows, correct[rows])
+    np.testing.assert_array_equal(state.forgotten, [0, 2, 0, 0])
+    np.testing.assert_array_equal(sieving.keep(state, 0), [0, 1, 2, 3])
+    np.testing.assert_array_equal(sieving.keep(state, 1), [1, 2, 3])
+    np.testing.assert_array_equal(sieving.keep(state, 2), [1, 2])
+    np.testing.assert_array_equal(sieving.keep(state, 3), [2])
+    with pytest.raises(ValueError, match=r"remove must lie in \[0, 4\)"):
+        sieving.keep(state, 4)
+
+
+@pytest.mark.parametrize("method", ["mest-em", "mest-ems", "gmp-global", "set-itop", "rigl-itop", "lottery", "snip"])
+def test_every_name_makes_an_optimizer_with_a_clock_that_can_fire(method):
+    config = Config(method=method, epochs=24, dataset="cifar10")
+    tx = optimizers.make(config, steps_per_epoch=10)
+    state = tx.init({"kernel": jnp.ones((20, 30))})
+    assert 0 <= int(state.next_update) < 240
+
+
+def test_rounds_share_the_epochs_out():
+    """11 prunings to 90 %: twelve rounds of 20 steps and the call that prunes."""
+    config = Config(method="lottery", epochs=21, rounds=11)
+    assert sparse_methods.round_steps(config, steps_per_epoch=12) == 20
+    assert sparse_methods.clock(config, steps_per_epoch=12) == Every(0, 21)
+    with pytest.raises(ValueError, match="too few for 12 rounds"):
+        sparse_methods.round_steps(Config(method="lottery", epochs=1), steps_per_epoch=12)
+
+
+def test_recipes_apply_on_cifar_and_can_be_overridden():
+    assert sparse_methods.clock(Config(method="mest-em", dataset="cifar10", epochs=160), 100) == Every(0, 500, 13_000)
+    assert sparse_methods.clock(Config(method="mest-em", epochs=160), 100) == Every(0, 100, 12_000)
+    changed = Config(method="mest-em", dataset="cifar10", epochs=160, update_every=10, update_end=1.0)
+    assert sparse_methods.clock(changed, 100) == Every(0, 1000, 15_000)
+    five = (
+        sparse_methods.clock(Config(dataset="cifar10", epochs=800), 391),
+        sparse_methods.clock(Config(dataset="cifar10", epochs=160), 391),
+    )
+    assert five[0].every == five[1].every == 100  # RigL's extended schedule: the end grows, the interval does not
+    assert 0 <= five[0].end - 5 * five[1].end < 5 * 100
