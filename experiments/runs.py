@@ -81,6 +81,7 @@ def provenance(config: Config) -> dict[str, Any]:
         "config": config.to_json(),
         "seed": config.seed,
         "device": jax.devices()[0].device_kind,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": {name: version(name) for name in ("jax", "optax", "flax")} | {"s2sam_jax": s2sam_jax.__version__},
         "commit": _commit(),
     }
