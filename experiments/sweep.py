@@ -136,8 +136,8 @@ def main(sweep: Sweep) -> None:
         "round, so more training in all. Accuracy on the test set after the last epoch, BatchNorm statistics "
         "recalibrated for both; one image is 0.28 points. Mean ± standard deviation over seeds.\n\n"
         f"Device: {', '.join(sorted({row['device'] for row in rows}))}; XLA flags: "
-        f"`{', '.join(sorted({row['xla_flags'] for row in rows})) or 'none'}`. Made by `python -m experiments.sweep` from "
-        f"`{sweep.rows.name}`, which holds config, versions and commit of each run.\n\n"
+        f"`{', '.join(sorted({row['xla_flags'] for row in rows})) or 'none'}`. Made by "
+        f"`python -m experiments.sweep` from `{sweep.rows.name}`, which holds config, versions and commit of each run.\n\n"
     )
     sweep.rows.with_suffix(".md").write_text(head + table(rows) + "\n")
 
