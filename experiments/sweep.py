@@ -137,7 +137,8 @@ def main(sweep: Sweep) -> None:
         "recalibrated for both; one image is 0.28 points. Mean ± standard deviation over seeds.\n\n"
         f"Device: {', '.join(sorted({row['device'] for row in rows}))}; XLA flags: "
         f"`{', '.join(sorted({row['xla_flags'] for row in rows})) or 'none'}`. Made by "
-        f"`python -m experiments.sweep` from `{sweep.rows.name}`, which holds config, versions and commit of each run.\n\n"
+        f"`python -m experiments.sweep` from `{sweep.rows.name}`, which holds config, versions and commit of "
+        "each run.\n\n"
     )
     sweep.rows.with_suffix(".md").write_text(head + table(rows) + "\n")
 
