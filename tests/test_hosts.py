@@ -55,11 +55,14 @@ def previous_masked(history, index):
     return jax.tree.map(lambda m, g: np.where(m, g, 0), get_masks(last.opt_state), last.grads)
 
 
+CONSTANT: dict[str, Callable[[int], float]] = {"": lambda step: RHO}
+
+
 class Host(NamedTuple):
     """A way to build the optimizer, with the radius of each group of leaves (by prefix) at each step."""
 
     build: Callable[[], Any]
-    radii: dict[str, Callable[[int], float]] = {"": lambda step: RHO}  # noqa: RUF012
+    radii: dict[str, Callable[[int], float]] = CONSTANT
     remembered: Callable[[list[Step], int], Any] = previous
 
 

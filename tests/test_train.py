@@ -178,7 +178,10 @@ def test_apply_if_finite_skips_a_bad_batch_and_goes_on():
 
 def test_states_that_keep_the_parameters_can_be_donated():
     tx = optax.contrib.prodigy()
-    make_train_step(loss_fn, tx)(start(tx), BATCHES[0])
+    before = start(tx).params["kernel"]
+    state, _ = make_train_step(loss_fn, tx)(start(tx), BATCHES[0])
+    assert int(state.first_bad_step) == -1
+    assert not np.array_equal(state.params["kernel"], before)
 
 
 def test_host_clock_notices_a_replaced_optimizer_state():
