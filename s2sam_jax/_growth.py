@@ -53,8 +53,7 @@ def move_smallest(x: MaskInputs, fraction: Any, growth_scores: Any) -> Masks:
 
     All positions that were not kept are candidates, those just dropped among them.
     """
-    old = sparse_leaves(x, x.masks)
-    active = ones(old)
+    old, active = sparse_leaves(x, x.masks), sparse_leaves(x, x.nnz)
     moved = [jnp.floor(n * jnp.asarray(fraction, jnp.float32)).astype(jnp.int32) for n in active]
     left = [n - k for n, k in zip(active, moved, strict=True)]
     keep = select([jnp.abs(w) for w in sparse_leaves(x, x.params)], count=left, among=old)

@@ -72,7 +72,7 @@ def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kern
     check_sparsity(sparsity, "sparsity")
     dense = jax.tree.map(lambda s: jnp.ones_like(s, dtype=bool), scores)
     plan = map_named(lambda name, s: sparsity if prunable(name, s) else 0.0, scores)
-    x = MaskInputs(scores, None, dense, plan, jnp.int32(0), jax.random.key(0), None, None, None)
+    x = MaskInputs(scores, None, dense, None, plan, jnp.int32(0), jax.random.key(0), None, None, None)
     masks = keep_largest(x, scores, global_count(x), keep_at_least)
     warn_if_collapsed(masks, "masks_from_scores")
     return masks

@@ -1,13 +1,10 @@
 """Exact top-k masks without sorting: bisection on the integer image of the scores.
 
-A floating number's bits, read as an integer (with negatives flipped), have the order of the numbers. So the
-k-th largest score is found bit by bit: 32 counts for float32, each one elementwise comparison and one sum. There
-is no sort and no reshape, so a sharded array keeps its sharding, and all leaves share one loop.
+A floating number's bits, read as an integer (with negatives flipped), have the order of the numbers, and the largest
+of many integers are found by counting.
 """
 
-import functools
-import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental import checkify
 
+from s2sam_jax._bisect import largest
 from s2sam_jax._tree import check_same_leaves, map_named, named_leaves
 from s2sam_jax._types import Masks
 
@@ -71,15 +69,34 @@ def select(
     if not leaves:
         return scores
     counts = _counts(scores, count, sparsity, scope)
-    allowed = (
-        [jnp.ones_like(x, dtype=bool) for x in leaves]
-        if among is None
-        else [jnp.asarray(m, bool) for m in jax.tree.leaves(among)]
-    )
+    allowed = [None] * len(leaves) if among is None else [jnp.asarray(m, bool) for m in jax.tree.leaves(among)]
     if scope == "global":
         leaves = [x.astype(jnp.result_type(*leaves)) for x in leaves]
+    return treedef.unflatten(_largest(leaves, allowed, counts, scope))
+
+
+def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], scope: Scope) -> list[jax.Array]:
+    """Stacks leaves of one type, takes the largest of every row, and puts the masks back in order."""
+    alike: dict[Any, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        alike.setdefault(jax.typeof(leaf), []).append(index)
+    order = [index for indices in alike.values() for index in indices]
     bits = max(jnp.finfo(x.dtype).bits for x in leaves)
-    return treedef.unflatten(_top([_image(x, bits) for x in leaves], allowed, counts, scope))
+
+    def stack(arrays, indices):
+        return jnp.stack([arrays[index] for index in indices])
+
+    eligible = [None if allowed[0] is None else stack(allowed, indices) for indices in alike.values()]
+    images = [_image(stack(leaves, i), mask, bits) for i, mask in zip(alike.values(), eligible, strict=True)]
+    sizes = np.array([leaf.size for leaf in leaves], np.uint32)
+    first = sizes if scope == "leaf" else np.cumsum(sizes[::-1], dtype=np.uint32)[::-1]
+    chosen = largest(
+        images,
+        jnp.stack(counts[:1] if scope == "global" else [counts[index] for index in order]),
+        [jnp.asarray(first[indices]) for indices in alike.values()],
+    )
+    masks = dict(zip(order, (mask for stacked in chosen for mask in stacked), strict=True))
+    return [masks[index] for index in range(len(leaves))]
 
 
 def kept(size: int, sparsity: float) -> int:
@@ -151,8 +168,8 @@ def _count(value: Any, size: int, name: str, is_sparsity: bool) -> Any:
     return kept(size, float(value)) if is_sparsity else int(value)
 
 
-def _image(x: jax.Array, bits: int) -> jax.Array:
-    """Unsigned integers of ``bits`` in the order of the floats; NaN becomes 0, which no number maps to."""
+def _image(x: jax.Array, allowed: jax.Array | None, bits: int) -> jax.Array:
+    """Positive integers of ``bits`` in the order of the floats, NaN lowest; 0 where an entry may not be chosen."""
     checkify.debug_check(jnp.all(~jnp.isnan(x)), "select: NaN among the scores")
     own = jnp.finfo(x.dtype).bits
     unsigned = jnp.dtype(f"uint{own}")
@@ -160,76 +177,6 @@ def _image(x: jax.Array, bits: int) -> jax.Array:
     raw = jax.lax.bitcast_convert_type(x, unsigned)
     # -0.0 becomes 0.0, on integers: as floats, XLA would flush subnormals to zero with it.
     raw = jnp.where(raw == sign, jnp.zeros((), unsigned), raw)
-    ordered = jnp.where(jnp.isnan(x), jnp.zeros((), unsigned), jnp.where(raw >= sign, ~raw, raw | sign))
-    return ordered.astype(f"uint{bits}") << (bits - own)
-
-
-@functools.partial(jax.jit, static_argnames="scope")
-def _top(images: list[jax.Array], allowed: list[jax.Array], counts: list, scope: Scope) -> list[jax.Array]:
-    def totals(masks: list[jax.Array]) -> list[jax.Array]:
-        """What each leaf's count is compared with: its own ones, or those of all leaves."""
-        sums = [jnp.sum(m, dtype=jnp.int32) for m in masks]
-        return sums if scope == "leaf" else [sum(sums[1:], sums[0])] * len(sums)
-
-    def reached_scores(at):
-        return totals([(i >= t) & m for i, t, m in zip(images, at, allowed, strict=True)])
-
-    found = _bisect(reached_scores, counts, images[0].dtype)
-    thresholds = found.at
-    # Where more scores tie at the threshold than there is room for, the first ones in index order get it. They are the
-    # largest complemented indices, so the same bisection finds the last of them. It runs only if it is needed.
-    room = [k - n for k, n in zip(counts, found.above, strict=True)]
-    needed = jnp.stack([n > k for n, k in zip(found.reached, counts, strict=True)]).any()
-    backward = [~index for index in _indices(images, scope)]
-
-    def reached_ties(at):
-        ties = [(i == t) & m for i, t, m in zip(images, thresholds, allowed, strict=True)]
-        return totals([tie & (b >= t) for tie, b, t in zip(ties, backward, at, strict=True)])
-
-    last = _bisect(reached_ties, room, jnp.dtype(jnp.uint32), needed).at
-    return [
-        ((i > t) | ((i == t) & (b >= e) & (r > 0))) & m
-        for i, t, b, e, r, m in zip(images, thresholds, backward, last, room, allowed, strict=True)
-    ]
-
-
-class _Bisection(NamedTuple):
-    """Per leaf: the largest integer that ``count`` entries reach, how many reach it, how many pass it."""
-
-    at: list[jax.Array]
-    reached: list[jax.Array]
-    above: list[jax.Array]
-
-
-def _bisect(reached_at: Any, counts: list[jax.Array], dtype: Any, needed: jax.Array | bool = True) -> _Bisection:
-    """Finds, bit by bit, the largest t with ``reached_at(t) >= count``; 0 where there is none, or if not needed."""
-    bits, one = jnp.iinfo(dtype).bits, jnp.ones((), dtype)
-    largest = jnp.full((), jnp.iinfo(jnp.int32).max, jnp.int32)
-
-    def set_bit(carry):
-        bit, (at, reached, above) = carry
-        trial = [t | (one << bit.astype(dtype)) for t in at]
-        hits = reached_at(trial)
-        fits = [n >= k for n, k in zip(hits, counts, strict=True)]
-        at = [jnp.where(f, new, t) for f, new, t in zip(fits, trial, at, strict=True)]
-        reached = [jnp.where(f, n, old) for f, n, old in zip(fits, hits, reached, strict=True)]
-        above = [jnp.where(f, old, n) for f, n, old in zip(fits, hits, above, strict=True)]
-        return bit - 1, _Bisection(at, reached, above)
-
-    zero = jnp.zeros((), jnp.int32)
-    start = _Bisection([jnp.zeros_like(one)] * len(counts), [largest] * len(counts), [zero] * len(counts))
-    return jax.lax.while_loop(lambda carry: (carry[0] >= 0) & needed, set_bit, (zero + bits - 1, start))[1]
-
-
-def _indices(leaves: list[jax.Array], scope: Scope) -> list[jax.Array]:
-    """Row-major index of every entry, sharded as its leaf; counted on through the leaves in global scope."""
-    indices, offset = [], 0
-    for leaf in leaves:
-        index = jnp.full_like(leaf, offset, dtype=jnp.uint32)
-        for axis, size in enumerate(leaf.shape):
-            stride = math.prod(leaf.shape[axis + 1 :])
-            position = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(stride)
-            index = index + jnp.expand_dims(position, [a for a in range(leaf.ndim) if a != axis])
-        indices.append(index)
-        offset += leaf.size if scope == "global" else 0
-    return indices
+    ordered = jnp.where(jnp.isnan(x), jnp.ones((), unsigned), jnp.where(raw >= sign, ~raw, raw | sign))
+    eligible = ordered if allowed is None else jnp.where(allowed, ordered, jnp.zeros((), unsigned))
+    return eligible.astype(f"uint{bits}") << (bits - own)

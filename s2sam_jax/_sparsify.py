@@ -90,7 +90,10 @@ def sparsify(
         inner_state = inner.init(params)
         _check_order(inner_state)
         first_key = jax.random.fold_in(key, NEVER)
-        new = method.init(MaskInputs(params, None, dense, plan(params), step, first_key, when, None, inner_state))
+        sizes = jax.tree.map(lambda p: jnp.array(p.size, jnp.int32), params)
+        new = method.init(
+            MaskInputs(params, None, dense, sizes, plan(params), step, first_key, when, None, inner_state)
+        )
         if mask_grads:
             inner_state = mask_mirrored(new.masks, inner_state)
         nnz = count_masks(new.masks)
@@ -104,7 +107,7 @@ def sparsify(
         def change():
             key = jax.random.fold_in(state.key, state.step)
             inputs = MaskInputs(
-                live, grads, state.masks, plan(live), state.step, key, when, grad_fn, state.inner_state
+                live, grads, state.masks, state.nnz, plan(live), state.step, key, when, grad_fn, state.inner_state
             )  # fmt: skip
             new = update_masks(inputs, state.method_state)
             return new, count_masks(new.masks)

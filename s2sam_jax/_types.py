@@ -61,6 +61,7 @@ class MaskInputs(NamedTuple):
       params: clean parameters (never the perturbed ones).
       grads: dense gradient at the point the loop chose; ``None`` at initialisation.
       masks: current masks; all true at initialisation.
+      nnz: int32[] per leaf, the ones of the masks.
       sparsities: planned fraction of zeros per leaf, Python floats; exactly 0.0 on leaves that stay dense.
       step: int32[], calls so far.
       key: typed PRNG key, already folded with the step.
@@ -72,6 +73,7 @@ class MaskInputs(NamedTuple):
     params: Params
     grads: Params | None
     masks: Masks
+    nnz: Any
     sparsities: Any
     step: jax.Array
     key: jax.Array

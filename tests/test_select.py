@@ -1,5 +1,8 @@
 """Exact top-k by bit-bisection against a sort that breaks ties by index."""
 
+import math
+import re
+
 import chex
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -10,6 +13,7 @@ import numpy as np
 import oracles
 import pytest
 from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from s2sam_jax import select
 
@@ -102,8 +106,14 @@ def test_a_large_leaf_with_ties_is_exact():
     check(scores, 33_333)
 
 
-def test_no_sort_and_no_reshape_in_the_program():
-    text = jax.jit(lambda s: select(s, count=5)).lower(jnp.ones((8, 4))).as_text()
-    assert "stablehlo.sort" not in text
-    assert "top_k" not in text
-    assert "stablehlo.reshape" not in text
+def test_no_sort_in_the_program_and_only_counts_leave_a_device():
+    sharding = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+    scores = {name: jax.device_put(jnp.ones((64, 40)), sharding) for name in "ab"}
+    masks = jax.jit(lambda s: select(s, count=5))
+    text = masks.lower(scores).compile().as_text()
+    assert not re.search(r"\b(sort|topk|top-k)\b", text)
+    collectives = r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)\("
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(collectives, text)]
+    assert sizes
+    assert max(sizes) <= 2 * 8 * 3  # rows x devices x thresholds
+    assert all(mask.sharding == sharding for mask in masks(scores).values())

@@ -110,7 +110,7 @@ def lottery_rounds(
     weights = params
     for number, count in enumerate(remaining_weights(size, kept(size, sparsity), prune_fraction)):
         if number:
-            x = MaskInputs(weights, None, masks, plan, jnp.int32(number), jax.random.key(0), None, None, None)
+            x = MaskInputs(weights, None, masks, None, plan, jnp.int32(number), jax.random.key(0), None, None, None)
             masks = keep_largest(x, jax.tree.map(jnp.abs, weights), count)
         weights = train(masked(masks, params if rewind else weights), masks, number)
         yield Round(number, masks, count, weights)

@@ -55,7 +55,7 @@ def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: boo
         weights, old = sparse_leaves(x, x.params), sparse_leaves(x, x.masks)
         groups = _by_sign(weights, old) if by_sign else [old]
         among = [mask for group in groups for mask in group]
-        live = ones(among)
+        live = ones(among) if by_sign else sparse_leaves(x, x.nnz)
         dropped = [jnp.floor(n * jnp.asarray(fraction, jnp.float32)).astype(jnp.int32) for n in live]
         chosen = select(
             [jnp.abs(w) for w in weights] * len(groups),
