@@ -37,11 +37,6 @@ def replace_sparse(x: MaskInputs, tree: Any, new: list[Any]) -> Any:
     return treedef.unflatten([next(rest) if sparsity > 0 else leaf for leaf, sparsity in planned])
 
 
-def ones(masks: list[Any]) -> list[jax.Array]:
-    """Ones per mask, int32[]."""
-    return [jnp.sum(m, dtype=jnp.int32) for m in masks]
-
-
 def grow(x: MaskInputs, keep: list[Any], added: list[Any], scores: list[Any]) -> Masks:
     """The kept weights and, per sparse leaf, ``added`` more: the best-scored of all that were not kept."""
     grown = select(scores, count=added, among=[~m for m in keep])

@@ -4,7 +4,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
 from s2sam_jax._masks import SparseState
@@ -16,8 +15,8 @@ class HostClock:
     """Foretells on the host which calls refresh a mask, without waiting for the device.
 
     The clocks live in the optimizer state. They are read once, then counted along, and read again after each refresh
-    or when a state comes in that this clock has not just handed out. Off CPU, where a ``lax.cond`` is cheap, and where
-    a wrapper makes calls and updates differ, no flags are given and the state's own clock decides.
+    or when a state comes in that this clock has not just handed out. Where a wrapper makes calls and updates differ, no
+    flags are given and the state's own clock decides, in a ``lax.cond``.
     """
 
     _FLAGS = ((SparseState, "refresh_masks"), (SSAMState, "refresh_perturbation"))
@@ -27,8 +26,6 @@ class HostClock:
         self._clocks: dict[str, tuple[int, int]] = {}
 
     def flags(self, opt_state: Any) -> tuple[tuple[str, bool], ...]:
-        if jax.default_backend() != "cpu":
-            return ()
         owners = self._owners(opt_state)
         if not self._knows(owners):
             self._clocks = self._read(owners)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from s2sam_jax._select import ones
 from s2sam_jax._tree import (
     align,
     check_same_named,
@@ -42,9 +43,14 @@ class SparseState(NamedTuple):
     inner_state: Any
 
 
-def count_masks(masks: Masks) -> Any:
-    """Ones per leaf, int32[]."""
-    return jax.tree.map(lambda m: jnp.sum(m, dtype=jnp.int32), masks)
+def count_masks(masks: Masks, before: SparseState | None = None) -> Any:
+    """Ones per leaf, int32[]; not counted again where a mask is the very one of the state before."""
+    leaves, treedef = jax.tree.flatten(masks)
+    known = [(None, None)] * len(leaves)
+    if before is not None:
+        known = list(zip(jax.tree.leaves(before.masks), jax.tree.leaves(before.nnz), strict=True))
+    counted = iter(ones([m for m, (old, _) in zip(leaves, known, strict=True) if m is not old]))
+    return treedef.unflatten([n if m is old else next(counted) for m, (old, n) in zip(leaves, known, strict=True)])
 
 
 def get_masks(opt_state: Any, params: Params | None = None) -> Masks:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import ones, replace_sparse, sparse_leaves, total_zeros
-from s2sam_jax._select import select
+from s2sam_jax._growth import replace_sparse, sparse_leaves, total_zeros
+from s2sam_jax._select import ones, select
 from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
 from s2sam_jax._tree import map_named, named_leaves
 from s2sam_jax._types import MaskInputs, Masks, MaskUpdate

@@ -77,26 +77,41 @@ def select(
 
 def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], scope: Scope) -> list[jax.Array]:
     """Stacks leaves of one type, takes the largest of every row, and puts the masks back in order."""
-    alike: dict[Any, list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        alike.setdefault(jax.typeof(leaf), []).append(index)
-    order = [index for indices in alike.values() for index in indices]
+    alike = _alike(leaves)
+    order = [index for indices in alike for index in indices]
     bits = max(jnp.finfo(x.dtype).bits for x in leaves)
-
-    def stack(arrays, indices):
-        return jnp.stack([arrays[index] for index in indices])
-
-    eligible = [None if allowed[0] is None else stack(allowed, indices) for indices in alike.values()]
-    images = [_image(stack(leaves, i), mask, bits) for i, mask in zip(alike.values(), eligible, strict=True)]
+    eligible = [None if allowed[0] is None else _stack(allowed, indices) for indices in alike]
+    images = [_image(_stack(leaves, i), mask, bits) for i, mask in zip(alike, eligible, strict=True)]
     sizes = np.array([leaf.size for leaf in leaves], np.uint32)
     first = sizes if scope == "leaf" else np.cumsum(sizes[::-1], dtype=np.uint32)[::-1]
     chosen = largest(
         images,
         jnp.stack(counts[:1] if scope == "global" else [counts[index] for index in order]),
-        [jnp.asarray(first[indices]) for indices in alike.values()],
+        [jnp.asarray(first[indices]) for indices in alike],
     )
     masks = dict(zip(order, (mask for stacked in chosen for mask in stacked), strict=True))
     return [masks[index] for index in range(len(leaves))]
+
+
+def ones(masks: list[Any]) -> list[jax.Array]:
+    """Ones per mask, int32[]."""
+    counts: dict[int, jax.Array] = {}
+    for indices in _alike(masks):
+        stacked = _stack(masks, indices)
+        counts |= zip(indices, jnp.sum(stacked, axis=range(1, stacked.ndim), dtype=jnp.int32), strict=True)
+    return [counts[index] for index in range(len(masks))]
+
+
+def _alike(leaves: list[Any]) -> list[list[int]]:
+    """Indices of leaves of one type: compile time grows with the number of different ones, not of leaves."""
+    groups: dict[Any, list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        groups.setdefault(jax.typeof(leaf), []).append(index)
+    return list(groups.values())
+
+
+def _stack(leaves: list[Any], indices: list[int]) -> jax.Array:
+    return jnp.stack([leaves[index] for index in indices])
 
 
 def kept(size: int, sparsity: float) -> int:

@@ -32,8 +32,9 @@ def sparsify(
               \text{update} = m\ ?\ u : -w
 
     After ``optax.apply_updates`` pruned weights are exactly 0.0, in any loop. One rule holds for the state of every
-    optimizer: a floating leaf that mirrors a parameter (momentum, second moments, the last gradient) is zero wherever
-    the mask is off, so a newly grown weight starts from nothing. Everything that shapes the gradient goes inside::
+    optimizer: whenever ``inner`` is called, a floating leaf that mirrors a parameter (momentum, second moments, the
+    last gradient) is zero wherever the mask is off, so a newly grown weight starts from nothing. Everything that shapes
+    the gradient goes inside::
 
         sparsify(optax.chain(s2sam(), optax.clip_by_global_norm(1.0), optax.sgd(0.1)), methods.rigl(), sparsity=0.9)
 
@@ -99,21 +100,22 @@ def sparsify(
         nnz = count_masks(new.masks)
         return SparseState(step, _next_update(method, when, step), new.masks, nnz, key, new.state, inner_state)
 
-    def change_masks(due, grads, state, live, grad_fn):
+    def change_masks(due, grads, state, params, grad_fn):
         """What the method wants at this step, and the ones per leaf of its masks."""
         if due is False:
             return MaskUpdate(state.masks, state.method_state), state.nnz
 
         def change():
+            live = masked(state.masks, params)  # in here, so that it costs nothing where nothing changes
             key = jax.random.fold_in(state.key, state.step)
             inputs = MaskInputs(
                 live, grads, state.masks, state.nnz, plan(live), state.step, key, when, grad_fn, state.inner_state
             )  # fmt: skip
             new = update_masks(inputs, state.method_state)
-            return new, count_masks(new.masks)
+            return new, count_masks(new.masks, state)
 
         def keep():
-            values = None if asked.values is None else live
+            values = None if asked.values is None else masked(state.masks, params)
             inner_state = None if asked.inner_state is None else state.inner_state
             return MaskUpdate(state.masks, state.method_state, values, inner_state, skip=False), state.nnz
 
@@ -122,12 +124,19 @@ def sparsify(
         asked, _ = jax.eval_shape(change)  # which of the optional trees this method returns
         return jax.lax.cond(due, change, keep)
 
+    def ruled(inner_state, masks, new, due):
+        """The state rule, before the inner update: after it, XLA would compute updates twice, masked and not.
+
+        The old masks come first, lest an optimizer that adds noise has something ready for weights yet to grow.
+        """
+        inner_state = mask_mirrored(masks, inner_state) if new.inner_state is None else inner_state
+        return inner_state if due is False else mask_mirrored(new.masks, inner_state)
+
     def run_inner(grads, inner_state, weights, masks, grad_fn, extra_args):
-        """One update of the wrapped optimizer, on masked gradients and a state that obeys the rule."""
+        """One update of the wrapped optimizer, on masked gradients."""
         inner_grads = grads
         if mask_grads:
-            inner_state, inner_grads = mask_mirrored(masks, inner_state), masked(masks, grads)
-            grad_fn = _masked_grad_fn(grad_fn, masks)
+            inner_grads, grad_fn = masked(masks, grads), _masked_grad_fn(grad_fn, masks)
         extra_args |= {"masks": masks, "dense_grads": grads, "grad_fn": grad_fn}
         return inner.update(inner_grads, inner_state, masked(masks, weights), **extra_args)
 
@@ -136,35 +145,31 @@ def sparsify(
             raise ValueError("sparsify needs params: call tx.update(grads, state, params).")
         check_same_leaves(updates, state.masks, "grads", "the masks")
         check_same_leaves(params, state.masks, "params", "the masks")
-        live = masked(state.masks, params)
         due = _due(method, state, refresh_masks)
-        new, nnz = change_masks(due, updates, state, live, grad_fn)
-        weights = live if new.values is None else new.values
+        new, nnz = change_masks(due, updates, state, params, grad_fn)
+        weights = masked(state.masks, params) if new.values is None else new.values
         inner_state = state.inner_state if new.inner_state is None else new.inner_state
+        if mask_grads:
+            inner_state = ruled(inner_state, state.masks, new, due)
 
         steps = jax.tree.map(jnp.zeros_like, updates)
         if new.skip is not True:
             moved = run_inner(updates, inner_state, weights, new.masks, grad_fn, extra_args)
             stayed = (steps, inner_state)
             steps, inner_state = where(new.skip, stayed, moved) if isinstance(new.skip, jax.Array) else moved
-        if mask_grads:
-            inner_state = mask_mirrored(new.masks, inner_state)
 
         step = increment(state.step)
         next_update = state.next_update if due is False else _next_update(method, when, step)
         new_state = SparseState(step, next_update, new.masks, nnz, state.key, new.state, inner_state)
-        return jax.tree.map(_sparse_step, new.masks, steps, weights, params), new_state
+        if due is not False:  # weights may be replaced, or grown where the caller's are not zero
+            steps = jax.tree.map(lambda u, w, p: u + (w - p), steps, weights, params)
+        return jax.tree.map(lambda m, u, p: jnp.where(m, u, -p), new.masks, steps, params), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _unchanged(x: MaskInputs, state: Any) -> MaskUpdate:
     return MaskUpdate(x.masks, state)
-
-
-def _sparse_step(mask: jax.Array, step: jax.Array, weight: jax.Array, param: jax.Array) -> jax.Array:
-    """To ``weight + step``, or to exactly 0.0; ``weight - param`` is zero unless weights are replaced."""
-    return jnp.where(mask, step + (weight - param), -param)
 
 
 def _masked_grad_fn(grad_fn: GradFn | None, masks: Masks) -> GradFn | None:

@@ -19,6 +19,8 @@ from s2sam_jax._types import Params
 Batch = Any  # a pytree whose leaves have the examples along their leading axis
 ModelState = Any
 Metrics = dict[str, jax.Array]
+Gradient = tuple[Params, jax.Array, ModelState, Metrics]  # with the loss, at one point
+Flags = tuple[tuple[str, bool], ...]
 LossFn = Callable[[Params, ModelState, Batch, jax.Array], tuple[jax.Array, tuple[ModelState, Metrics]]]
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
 
@@ -130,19 +132,25 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(tx)
     fisher = _fisher_of(fisher_loss_fn or loss_fn)
 
-    def step(state: TrainState, batch: Batch, flags: tuple[tuple[str, bool], ...]) -> tuple[TrainState, Metrics]:
-        _check_state(tx, state)
+    def gradient_fn(state: TrainState, batch: Batch) -> Callable[[Params], Gradient]:
         key = jax.random.fold_in(state.key, state.step)
-        gradient = _averaged_gradient(loss_fn, state.model_state, batch, key, accumulate)
+        return _averaged_gradient(loss_fn, state.model_state, batch, key, accumulate)
+
+    def differentiate(state: TrainState, batch: Batch) -> Gradient:
+        _check_state(tx, state)
         perturbs = bool(find_states(state.opt_state, S2SAMState))
         point = perturb(state.params, state.opt_state) if perturbs else state.params
-        grads, loss, model_state, metrics = gradient(point)
+        return gradient_fn(state, batch)(point)
+
+    def update(state: TrainState, gradient: Gradient, batch: Batch, flags: Flags) -> tuple[TrainState, Metrics]:
+        grads, loss, model_state, metrics = gradient
+        key = jax.random.fold_in(state.key, state.step)
         updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
             state.params,
             value=loss,
-            grad_fn=lambda params: gradient(params)[0],
+            grad_fn=lambda params: gradient_fn(state, batch)(params)[0],
             fisher_fn=lambda params: fisher(params, state.model_state, _first(batch, fisher_examples), key),
             **dict(flags),
         )
@@ -153,22 +161,43 @@ def make_train_step(
         own |= {"first_bad_step": new_state.first_bad_step}
         return new_state, metrics | own | _rho(state.opt_state, opt_state) | _sparsity(new_state)
 
-    jitted = jax.jit(step, donate_argnames="state", static_argnames="flags")
-    clock = HostClock()
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return update(state, differentiate(state, batch), batch, ())
+
+    if jax.default_backend() != "cpu":
+        jitted = jax.jit(step, donate_argnames="state")
+    else:
+        jitted = _two_programs(differentiate, update)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch))):
-            return step(state, batch, ())
-        flags = clock.flags(state.opt_state)
-        new_state, metrics = jitted(state, batch, flags)
-        clock.advance(new_state.opt_state, flags)
-        return new_state, metrics
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch)))
+        return step(state, batch) if traced else jitted(state, batch)
 
     return train_step
 
 
-def _averaged_gradient(loss_fn: LossFn, model_state: ModelState, batch: Batch, key: jax.Array, parts: int):
-    """``params -> (grads, loss, model_state, metrics)``, averaged over micro-batches."""
+def _two_programs(differentiate: Callable[..., Gradient], update: Callable[..., Any]) -> TrainStep:
+    """For CPU, where gradients of convolutions are slow inside ``lax.cond``: the host decides when masks change.
+
+    The update is compiled for each kind of call, but the gradient, by far the longer to compile, only once.
+    """
+    differentiate = jax.jit(differentiate)
+    update = jax.jit(update, donate_argnames="state", static_argnames="flags")
+    clock = HostClock()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        flags = clock.flags(state.opt_state)
+        new_state, metrics = update(state, differentiate(state, batch), batch, flags)
+        clock.advance(new_state.opt_state, flags)
+        return new_state, metrics
+
+    return step
+
+
+def _averaged_gradient(
+    loss_fn: LossFn, model_state: ModelState, batch: Batch, key: jax.Array, parts: int
+) -> Callable[[Params], Gradient]:
+    """The gradient at a point and what comes with it, averaged over micro-batches."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
     def one(params, model_state, batch, key):

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import grow, ones, random_init, sparse_leaves
-from s2sam_jax._select import kept, random_scores, select
+from s2sam_jax._growth import grow, random_init, sparse_leaves
+from s2sam_jax._select import kept, ones, random_scores, select
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
 

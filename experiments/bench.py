@@ -1,0 +1,152 @@
+"""What S2-SAM, sparsify and mask updates cost: every claim about speed and memory, measured, as one table."""
+
+import dataclasses
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import data, plots, runs
+from experiments.benchmarks import masks, steps, whole_loop
+from experiments.benchmarks.peers import Official
+from experiments.benchmarks.timing import Row, paired, ratio_row
+from experiments.config import Config
+
+Section = Literal["step", "memory", "compile", "optimizer", "masks", "loop", "seeds", "official", "growth"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Measures side by side, in turns, and prints medians with quartiles of the paired ratios."""
+
+    sections: tuple[Section, ...] = get_args(Section)
+    width: int = 32  # Of the ResNet-32 whose steps are timed.
+    batch_size: int = 128
+    parameters: int = 25_000_000  # Of the large tree whose masks are updated.
+    largest: int = 10_000_000  # The growth curve goes up to so many scores, in tens.
+    rounds: int = 7
+    jaxpruner: Path | None = None  # A checkout of google-research/jaxpruner to be measured beside.
+    official: Path | None = None  # A checkout of the released S2-SAM code; needs PyTorch.
+    out: Path = Path("experiments/results")  # Folder of bench_DEVICE.jsonl and the growth curve.
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    console, arguments = Console(), tyro.cli(Arguments, args=argv)
+    config = Config(dataset="cifar10", model="resnet32", width=arguments.width, batch_size=arguments.batch_size)
+    everything = _sections(arguments, config, console)
+    provenance = runs.provenance(config) | {"bench": {"rounds": arguments.rounds}}
+    rows: list[dict[str, Any]] = []
+    for section in arguments.sections:
+        begin = time.perf_counter()
+        for row in everything[section]():
+            rows.append(provenance | {"section": section} | row._asdict() | {"met": row.met})
+            console.print(f"{section}: {row.what} {row.value:.4g} {row.unit}  {row.detail}", soft_wrap=True)
+        jax.clear_caches()
+        console.print(f"[dim]{section} took {time.perf_counter() - begin:.0f} s[/dim]")
+    console.print(table(rows))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / f"bench_{_device()}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in _merged(file, rows)))
+    console.print(f"Rows: {file}", soft_wrap=True)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """What was measured beside what it should be."""
+    versions = ", ".join(f"{name} {number}" for name, number in rows[0]["versions"].items())
+    shown = Table(title=f"{rows[0]['device']}; {versions}")
+    for column in ("what", "median", "quartiles", "target", "met", "detail"):
+        shown.add_column(column)
+    for row in rows:
+        spread = f"{row['low']:.3g} to {row['high']:.3g}" if row["low"] != row["high"] else ""
+        met = {True: "yes", False: "NO", None: ""}[row["met"]]
+        shown.add_row(row["what"], f"{row['value']:.4g} {row['unit']}", spread, row["target"], met, row["detail"])
+    return shown
+
+
+def _sections(arguments: Arguments, config: Config, console: Console) -> dict[str, Callable[[], Iterator[Row]]]:
+    workload, rounds, peer = steps.Workload(config), arguments.rounds, arguments.jaxpruner
+    narrow = steps.Workload(dataclasses.replace(config, width=8, batch_size=32))
+    trees = {
+        f"ResNet-32 x{arguments.width}": workload.network.params,
+        f"{arguments.parameters / 1e6:g}M": masks.large_params(arguments.parameters),
+    }
+    if peer is None:
+        console.print("No --jaxpruner: its rows are left out.")
+
+    def optimizer():
+        for name, params in trees.items():
+            yield from masks.optimizer_alone(name, params, 5 * rounds, peer)
+
+    def mask_updates():
+        for name, params in trees.items():
+            yield from masks.mask_update(name, params, min(rounds, 5), peer)
+
+    return {
+        "step": lambda: steps.step_times(workload, rounds),
+        "memory": lambda: steps.memory(workload),
+        "compile": lambda: steps.compilation(steps.Workload(dataclasses.replace(config, batch_size=8))),
+        "optimizer": optimizer,
+        "masks": mask_updates,
+        "loop": lambda: _loops(rounds),
+        "seeds": lambda: steps.seeds_at_once(narrow, min(rounds, 3)),
+        "official": lambda: _official(arguments, workload, console),
+        "growth": lambda: _growth(arguments, console),
+    }
+
+
+def _loops(rounds: int) -> Iterator[Row]:
+    digits = Config()
+    yield from whole_loop.throughput("digits, ResNet-8", digits, data.load("digits"), 22, rounds)
+    cifar = Config(dataset="cifar10", model="resnet32", width=8, batch_size=128)
+    yield from whole_loop.throughput("ResNet-32 x8", cifar, whole_loop.noise_images(2560), 20, min(rounds, 3))
+
+
+def _official(arguments: Arguments, workload: steps.Workload, console: Console) -> Iterator[Row]:
+    if arguments.official is None or importlib.util.find_spec("torch") is None:
+        console.print("No --official, or no PyTorch: the released code's rows are left out.")
+        return
+    images, labels = map(np.asarray, workload.batch)
+    cases: dict[str, Any] = {name: Official(arguments.official, name, images, labels) for name in ("sgd", "s2sam")}
+    seconds = paired(cases | {"ours": workload.runner("s2sam")}, arguments.rounds)
+    yield ratio_row("released PyTorch code, S2-SAM / SGD, dense", seconds["s2sam"], seconds["sgd"])
+    goal = "" if jax.default_backend() == "cpu" else ">= 1.0"
+    yield ratio_row("step, released PyTorch code / ours, S2-SAM", seconds["s2sam"], seconds["ours"], goal)
+
+
+def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
+    """A log-log plot instead of rows."""
+    sizes = [10**power for power in range(5, 10) if 10**power <= arguments.largest]
+    points = list(masks.growth(sizes, arguments.rounds))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / f"bench_select_{_device()}"
+    file.with_suffix(".jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    plots.draw_growth(points, jax.devices()[0].device_kind, file.with_suffix(".png"))
+    console.print(f"Growth: {file.with_suffix('.png')}", soft_wrap=True)
+    largest = {point["way"]: point["seconds"] for point in points[-3:]}
+    for way in ("argsort", "top_k"):
+        times = np.array([largest[way]]), np.array([largest["select"]])
+        yield ratio_row(f"selection of {points[-1]['parameters']:,} scores, {way} / ours", *times)
+
+
+def _merged(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of sections that were not run again stay."""
+    fresh = {row["section"] for row in rows}
+    old = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [row for row in old if row["section"] not in fresh] + rows
+
+
+def _device() -> str:
+    return jax.devices()[0].device_kind.lower().replace(" ", "-")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Whole training steps: time, memory and compilation of S2-SAM, SAM and SSAM against SGD under RigL."""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import loop
+from experiments.benchmarks import masks, timing
+from experiments.benchmarks.timing import Row, compile_seconds, cost, figure, paired, ratio_row
+from experiments.config import Config
+from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, sam, sparsify, ssam
+
+RARELY = Every(1_000_000, 1_000_000, 10_000_000)  # mask updates are timed apart
+SHARPNESS = {
+    "sgd": optax.identity,
+    "s2sam": partial(s2sam, 0.05),
+    "s2sam-bf16": partial(s2sam, 0.05, grad_dtype=jnp.bfloat16),
+    "sam": partial(sam, 0.05),
+    "ssam": partial(ssam, 0.05, sparsity=0.5, mask="dynamic", update_every=1_000_000, total_steps=10_000_000),
+}
+
+
+def optimizer(name: str, *, sparse: bool = True, when: Every = RARELY) -> optax.GradientTransformationExtraArgs:
+    """Momentum SGD with decay behind a sharpness transform, under RigL-ERK at 90 % if sparse."""
+    chain = optax.chain(SHARPNESS[name](), optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
+    return sparsify(chain, methods.rigl(), sparsity=0.9, distribution="erk", when=when) if sparse else chain
+
+
+class Workload:
+    """A network, its loss, and a batch of noise."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.network = loop.build(config)
+        self.loss_fn = loop.loss_function(config, self.network)
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (config.batch_size, 32, 32, 3), np.uint8)
+        self.batch = (jnp.asarray(images), jnp.asarray(rng.integers(0, 10, config.batch_size)))
+
+    def state(self, tx: optax.GradientTransformation) -> TrainState:
+        return TrainState.create(self.network.params, tx, model_state=self.network.model_state)
+
+    def runner(self, name: str) -> Any:
+        """A case that goes on training with this optimizer, a step a call."""
+        tx = optimizer(name)
+        step, state = make_train_step(self.loss_fn, tx), [self.state(tx)]
+
+        def run():
+            state[0], metrics = step(state[0], self.batch)
+            return state[0], metrics
+
+        return run
+
+    def lowered(self, tx: optax.GradientTransformation) -> tuple[float, Any]:
+        """The step as one program: seconds of compilation, and the program."""
+        step = make_train_step(self.loss_fn, tx)
+        return compile_seconds(jax.jit(lambda s, b: step(s, b), donate_argnums=0), self.state(tx), self.batch)
+
+
+def step_times(workload: Workload, rounds: int) -> Iterator[Row]:
+    """The price of sharpness in a whole step."""
+    seconds = paired({name: workload.runner(name) for name in ("sgd", "s2sam", "sam", "ssam")}, rounds)
+    goal = "<= 1.02" if jax.default_backend() == "cpu" else "<= 1.01"
+    yield ratio_row("step, S2-SAM / SGD", seconds["s2sam"], seconds["sgd"], goal)
+    yield ratio_row("step, SAM / SGD", seconds["sam"], seconds["sgd"], "<= 2.0")
+    yield ratio_row("step, SSAM / SAM, no refresh", seconds["ssam"], seconds["sam"], "<= 1.05")
+    share = masks.update_seconds(workload.network.params, rounds) / (100 * float(np.median(seconds["sgd"])))
+    yield figure("mask updates every 100 steps, share of training", 100 * share, "%", "<= 0.5")
+
+
+def memory(workload: Workload) -> Iterator[Row]:
+    """XLA's own figures of the step as one program: peak memory, operations, bytes."""
+    size = sum(p.nbytes for p in jax.tree.leaves(workload.network.params))
+    peaks, costs = {}, {}
+    for name in ("sgd", "s2sam", "s2sam-bf16"):
+        _, compiled = workload.lowered(optimizer(name, sparse=False))
+        peaks[name] = timing.memory(compiled).peak
+        costs[name] = cost(compiled)
+    detail = f"peaks {peaks['s2sam'] / 1e6:.1f} / {peaks['sgd'] / 1e6:.1f} MB"
+    yield figure("memory, S2-SAM - SGD", (peaks["s2sam"] - peaks["sgd"]) / size, "params", "<= 1.05", detail)
+    extra = (peaks["s2sam-bf16"] - peaks["sgd"]) / size
+    yield figure("memory, S2-SAM in bfloat16 - SGD", extra, "params", "<= 0.55")
+    for what, unit in (("flops", "GFLOP"), ("bytes", "GB")):
+        s2, sgd = costs["s2sam"][what], costs["sgd"][what]
+        detail = f"{s2 / 1e9:.4g} / {sgd / 1e9:.4g} {unit}"
+        yield figure(f"{what} counted, S2-SAM / SGD", s2 / sgd, "x", detail=detail)
+    state = workload.state(optimizer("sgd"))
+    masks = sum(m.nbytes for m in jax.tree.leaves(state.opt_state.masks))
+    count = sum(p.size for p in jax.tree.leaves(state.params))
+    yield figure("masks, bytes a parameter", masks / count, "B", "<= 1.0")
+
+
+def compilation(workload: Workload) -> Iterator[Row]:
+    """From nothing to a loop that trains and changes its masks, with and without sparsify."""
+    seconds = {sparse: _compile_seconds(workload, sparse) for sparse in (False, True)}
+    detail = f"{seconds[True]:.3g} s / {seconds[False]:.3g} s"
+    yield figure("compilation, with sparsify / without", seconds[True] / seconds[False], "x", "<= 1.5", detail)
+
+
+def _compile_seconds(workload: Workload, sparse: bool) -> float:
+    """What the first calls take longer than the same calls do later; every other one changes the masks."""
+    jax.clear_caches()
+    tx = optimizer("sgd", sparse=sparse, when=Every(1, 2, 10_000_000))
+    step, state = make_train_step(workload.loss_fn, tx), workload.state(tx)
+    seconds = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        for _ in range(2):
+            state, _ = step(state, workload.batch)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[0] - seconds[1]
+
+
+def seeds_at_once(workload: Workload, rounds: int, seeds: int = 4) -> Iterator[Row]:
+    """Several seeds in one program against one after another."""
+    tx = optimizer("s2sam")
+    step = make_train_step(workload.loss_fn, tx)
+    single, many = jax.jit(lambda s, b: step(s, b)), jax.jit(jax.vmap(lambda s, b: step(s, b), in_axes=(0, None)))
+    state = workload.state(tx)
+    states = jax.tree.map(lambda x: jnp.stack([x] * seeds), state)
+    seconds = paired(
+        {
+            "many": lambda: many(states, workload.batch),
+            "single": lambda: [single(state, workload.batch) for _ in range(seeds)],
+        },
+        rounds,
+    )
+    goal = "" if jax.default_backend() == "cpu" else ">= 2.0"
+    yield ratio_row(f"{seeds} seeds, one after another / vmap", seconds["single"], seconds["many"], goal)
