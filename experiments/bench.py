@@ -88,7 +88,7 @@ def _sections(arguments: Arguments, config: Config, console: Console) -> dict[st
 
     def mask_updates():
         for name, params in trees.items():
-            yield from masks.mask_update(name, params, min(rounds, 5), peer)
+            yield from masks.mask_update(name, params, min(rounds, 3), peer)
 
     return {
         "step": lambda: steps.step_times(workload, rounds),

@@ -92,15 +92,15 @@ def dsr_update(weights, masks, scores, threshold, target, first):
     return new, threshold * 2 if sum(pruned) < 0.9 * target else threshold
 
 
-def dsr_shares(total, survivors, free, first):
-    grown = [0] * len(free)
+def dsr_shares(total, survivors, free, first, quotients=None):
+    """The shares; ``quotients`` collects what was rounded on the way."""
+    grown, quotients = [0] * len(free), [] if quotients is None else quotients
     for _ in free:
         open_to = [r if g < f else 0 for r, g, f in zip(survivors, grown, free, strict=True)]
         left = total - sum(grown)
-        grown = [
-            min(max(g + round(left * r / max(sum(open_to), 1)), 0), f)
-            for g, r, f in zip(grown, open_to, free, strict=True)
-        ]
+        parts = [left * r / max(sum(open_to), 1) for r in open_to]
+        quotients += parts
+        grown = [min(max(g + round(p), 0), f) for g, p, f in zip(grown, parts, free, strict=True)]
     left = total - sum(grown)
     more = hand_out(left, [f - g for f, g in zip(free, grown, strict=True)], first)
     less = hand_out(-left, grown, first)

@@ -271,7 +271,9 @@ def test_dsr_shares_add_up_for_any_leaves(total, survivors, free, first):
     assert got.sum() == min(total, sum(free))
     assert (got >= 0).all()
     assert (got <= free).all()
-    assert got.tolist() == oracles_growth.dsr_shares(total, survivors, free, first)
+    wanted = oracles_growth.dsr_shares(total, survivors, free, first, quotients := [])
+    hypothesis.assume(all(abs(q % 1 - 0.5) > 1e-4 for q in quotients))  # a half may be rounded either way in float32
+    assert got.tolist() == wanted
 
 
 # MEST

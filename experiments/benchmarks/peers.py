@@ -28,7 +28,8 @@ class Jaxpruner:
     """google-research/jaxpruner's RigL, with ``jax.tree_map``, which newer JAX lacks, put back for it."""
 
     def __init__(self, folder: Path, params: Any, sparsity: float):
-        setattr(jax, "tree_map", jax.tree.map)
+        module: Any = jax
+        module.tree_map = jax.tree.map
         with _importable(folder):
             library: Any = importlib.import_module("jaxpruner")
             schedules: Any = importlib.import_module("jaxpruner.sparsity_schedules")
