@@ -11,8 +11,11 @@ import jax
 
 from s2sam_jax import methods
 
-DatasetName = Literal["digits", "cifar10", "cifar100"]
-ModelName = Literal["resnet8", "resnet20", "resnet32"]
+DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet2012", "wmt14"]
+ModelName = Literal[
+    "resnet8", "resnet20", "resnet32", "wrn28x10", "resnet18-cifar", "resnet34-cifar", "resnet34", "resnet50", "vgg19",
+    "mobilenet-v2-cifar", "efficientnet-b0", "vit-small-cifar", "vit-small", "transformer-base",
+]  # fmt: skip
 OptimizerName = Literal["sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam"]
 DistributionName = Literal["uniform", "er", "erk"]
 
@@ -43,10 +46,15 @@ class Config:
     data: Path | None = None  # TFDS folder, or an .npz with {train,test}_{images,labels}; default: the TFDS folder.
     subset: int | None = None  # Train on the first so many rows only.
 
-    model: ModelName = "resnet8"  # A CIFAR ResNet of this depth.
-    width: int = 16  # Channels of its first stage; the others have twice and four times as many.
+    model: ModelName = "resnet8"
+    width: int | None = None  # Channels of its first stage, or features; default: the model's own.
+    vocabulary: int = 37_000  # Tokens of a text model.
+    max_length: int = 128  # Tokens of a sentence; longer ones are not trained on.
+    image_size: int | None = None  # Pixels on a side that ImageNet is cropped to; default: the model's own.
+    compute: Literal["float32", "bfloat16"] = "float32"  # What products are computed in; parameters are float32.
 
-    optimizer: OptimizerName = "s2sam"  # All of them end in SGD with momentum and weight decay.
+    optimizer: OptimizerName = "s2sam"  # All of them end in the base optimizer with weight decay.
+    base: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or Adam with decoupled weight decay.
     rho: float = 0.05  # Radius of the perturbation.
     eta: float = 0.01  # The constant of asam.
     ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.
@@ -65,10 +73,15 @@ class Config:
     epochs: int = 30
     batch_size: int = 64
     accumulate: int = 1  # Micro-batches per step.
-    learning_rate: float = 0.1  # At the start; a cosine takes it to zero, in each round of lottery and lrr anew.
+    learning_rate: float = 0.1  # At the start, or after the warm-up; in each round of lottery and lrr anew.
+    schedule: Literal["cosine", "steps"] = "cosine"  # To the final rate; or a tenth at one half and three quarters.
+    final_learning_rate: float = 0.0  # Where the cosine ends.
+    warmup_epochs: float = 0.0  # A linear rise from zero.
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
+    cutout: int = 0  # Side of the square that is blanked in half of the training images.
     eval_every: int = 1  # Epochs between two evaluations.
 
     seed: int = 0  # Of initialisation, data order, augmentation and masks.
@@ -81,14 +94,27 @@ class Config:
         _check_name("optimizer", self.optimizer, get_args(OptimizerName))
         _check_name("method", self.method, method_names())
         _check_name("distribution", self.distribution, (None, *get_args(DistributionName)))
-        for name in ("width", "epochs", "batch_size", "accumulate", "eval_every"):
-            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in (
+            "width",
+            "image_size",
+            "vocabulary",
+            "max_length",
+            "epochs",
+            "batch_size",
+            "accumulate",
+            "eval_every",
+        ):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, "at least 1", value)
         for name in ("sparsity", "ssam_sparsity", "label_smoothing", "momentum"):
             _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         for name in ("update_end", "drop_fraction", "prune_fraction"):
             value = getattr(self, name)
             _check(value is None or 0 <= value <= 1, name, "in [0, 1]", value)
-        for name in ("rho", "eta", "learning_rate", "weight_decay", "rewind_epochs"):
+        for name in (
+            "rho", "eta", "learning_rate", "final_learning_rate", "warmup_epochs", "weight_decay", "rewind_epochs",
+            "cutout",
+        ):  # fmt: skip
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("update_every", "ssam_update_every"):
             value = getattr(self, name)
@@ -100,7 +126,8 @@ class Config:
     def name(self) -> str:
         """Readable, and unique by the digest."""
         kind = "dense" if self.method == "dense" else f"{self.method}{self.sparsity:g}"
-        return f"{self.dataset}-{self.model}x{self.width}-{kind}-{self.optimizer}-{self.digest}-seed{self.seed}"
+        width = "" if self.width is None else f"x{self.width}"
+        return f"{self.dataset}-{self.model}{width}-{kind}-{self.optimizer}-{self.digest}-seed{self.seed}"
 
     @property
     def digest(self) -> str:

@@ -23,6 +23,7 @@ class Kind(NamedTuple):
 KINDS = {
     "digits": Kind((8, 8, 1), 10, (0.3054,), (0.3760,), pad=1, flip=False),
     "cifar10": Kind((32, 32, 3), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), pad=4, flip=True),
+    "imagenet2012": Kind((224, 224, 3), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), pad=0, flip=False),
     "cifar100": Kind((32, 32, 3), 100, (0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615), pad=4, flip=True),
 }
 
@@ -79,6 +80,21 @@ def augment(key: jax.Array, images: jax.Array, kind: Kind) -> jax.Array:
 def normalise(images: jax.Array, kind: Kind) -> jax.Array:
     """uint8 to float32 of mean 0 and deviation 1."""
     return (images.astype(jnp.float32) / 255 - jnp.array(kind.mean)) / jnp.array(kind.std)
+
+
+def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
+    """Half of the images lose a square of ``side`` pixels, clipped at the border, around a random pixel."""
+    place_key, chance_key = jax.random.split(key)
+    count, height, width, _ = images.shape
+    centres = jax.random.randint(place_key, (count, 2), 0, jnp.array([height, width]))
+
+    def inside(size, centre):
+        distance = jnp.arange(size) - (centre[:, None] - side // 2)
+        return (distance >= 0) & (distance < side)
+
+    square = inside(height, centres[:, 0])[:, :, None] & inside(width, centres[:, 1])[:, None, :]
+    square &= jax.random.bernoulli(chance_key, shape=(count, 1, 1))
+    return jnp.where(square[..., None], jnp.zeros((), images.dtype), images)
 
 
 def eval_batches(images: jax.Array, labels: jax.Array, size: int = 500) -> list[tuple[jax.Array, jax.Array]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from experiments import data, loop, runs
+from experiments import loop, runs, tasks
 from s2sam_jax import check_masks, eval_params
 
 
@@ -22,14 +22,15 @@ class Arguments:
 def evaluate(arguments: Arguments, console: Console) -> tuple[float, float]:
     """Prints and returns test accuracy and sparsity (fraction of zeros over all kernels)."""
     config = runs.read_config(arguments.run_dir)
-    dataset = data.load(config.dataset, arguments.data or config.data)
+    config = dataclasses.replace(config, data=arguments.data or config.data)
+    task = tasks.make(config, tasks.load(config))
     state = runs.restore(arguments.run_dir)
     params = eval_params(state.params, state.opt_state)
     checked = "no masks: dense"
     if config.method != "dense":
         check_masks(params, state.opt_state)
         checked = "masks hold"
-    accuracy = loop.evaluator(loop.build(config), data.KINDS[config.dataset], dataset)(params, state.model_state)
+    accuracy = task.evaluate(params, state.model_state)["test_accuracy"]
     layers = loop.layer_sparsity(config, state).values()
     sparsity = sum(zeros for zeros, _ in layers) / max(1, sum(size for _, size in layers))
     console.print(f"test accuracy {accuracy:.2%}, sparsity {sparsity:.2%}, {checked}")

@@ -10,12 +10,7 @@ from s2sam_jax import s2sam, sam, sparsify, ssam
 def make(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
     """``sparsify(chain(sharpness, weight decay, SGD), method)``; its clocks are in epochs of so many steps."""
     total_steps = config.epochs * steps_per_epoch
-    schedule = optax.cosine_decay_schedule(config.learning_rate, sparse_methods.round_steps(config, steps_per_epoch))
-    optimizer = optax.chain(
-        _sharpness(config, steps_per_epoch, total_steps),
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule, momentum=config.momentum),
-    )
+    optimizer = optax.chain(_sharpness(config, steps_per_epoch, total_steps), *_base(config, steps_per_epoch))
     if config.method == "dense":
         return optimizer
     return sparsify(
@@ -26,6 +21,31 @@ def make(config: Config, steps_per_epoch: int) -> optax.GradientTransformationEx
         when=sparse_methods.clock(config, steps_per_epoch),
         seed=config.key("masks"),
     )
+
+
+def _base(config: Config, steps_per_epoch: int) -> tuple[optax.GradientTransformation, ...]:
+    rate = learning_rate(config, steps_per_epoch)
+    if config.base == "adamw":
+        return (optax.adamw(rate, b1=config.momentum, weight_decay=config.weight_decay),)
+    sgd = optax.sgd(rate, momentum=config.momentum, nesterov=config.nesterov)
+    return optax.add_decayed_weights(config.weight_decay), sgd
+
+
+def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
+    """A linear rise, then a cosine or two steps down; over one round where there are several."""
+    total, warmup = sparse_methods.round_steps(config, steps_per_epoch), round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= total:
+        raise ValueError(f"warmup_epochs={config.warmup_epochs} must be fewer than the epochs of a round.")
+    if config.schedule == "steps":
+        drops = {round(share * total) - warmup: 0.1 for share in (0.5, 0.75)}
+        falling = optax.piecewise_constant_schedule(config.learning_rate, drops)
+    else:
+        lowest = config.final_learning_rate / config.learning_rate if config.learning_rate else 0.0
+        falling = optax.cosine_decay_schedule(config.learning_rate, total - warmup, lowest)
+    if not warmup:
+        return falling
+    rising = optax.linear_schedule(0.0, config.learning_rate, warmup)
+    return optax.join_schedules([rising, falling], [warmup])
 
 
 def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import s2sam_jax
-from experiments import checkpoint, loop, optimizers, plots
+from experiments import checkpoint, loop, optimizers, plots, tasks
 from experiments.config import Config
 from experiments.loop import Row
 from s2sam_jax import TrainState, get_masks
@@ -70,7 +70,7 @@ def restore(folder: Path) -> TrainState:
     """The final state of a finished run."""
     config = read_config(folder)
     # Only the structure is needed here, and it does not depend on the number of steps.
-    network, tx = loop.build(config), optimizers.make(config, steps_per_epoch=1)
+    network, tx = tasks.build(config), optimizers.make(config, steps_per_epoch=1)
     like = jax.eval_shape(lambda: loop.initial_state(config, network, tx))
     return checkpoint.restore(folder / CHECKPOINT, like)
 

@@ -17,7 +17,7 @@ import jax
 import tyro
 from rich.progress import track
 
-from experiments import data, loop, runs
+from experiments import loop, runs, tasks
 from experiments.config import Config, OptimizerName
 from experiments.loop import Row
 
@@ -72,10 +72,10 @@ def run(sweep: Sweep) -> None:
     cells: list[Cell] = [
         (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds
     ]
-    dataset = data.load("digits")
+    dataset = tasks.load(Config())
     for cell in track([cell for cell in cells if cell not in done], description="runs"):
         config, last = config_of(*cell), _Last()
-        loop.train(config, dataset, last)
+        loop.train(config, tasks.make(config, dataset), last)
         method, optimizer, sparsity, _ = cell
         row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity}
         row |= runs.provenance(config) | last.last

@@ -1,33 +1,39 @@
 """The main job: trains one network, or the same one with several optimizers, and shows the result."""
 
+import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 
-from experiments import data, loop, plots, report, runs
+from experiments import loop, plots, recipes, report, runs, tasks
 from experiments.config import Config, OptimizerName
-from experiments.data import Dataset
 from experiments.loop import Row
 from s2sam_jax import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Trains a sparse network; without arguments, scikit-learn's digits with RigL and S2-SAM."""
+    """Trains a sparse network; without arguments, scikit-learn's digits with RigL and S2-SAM.
+
+    ``--recipe NAME`` starts from a row of a paper's table; other options change it.
+    """
 
     config: tyro.conf.OmitArgPrefixes[Config] = dataclasses.field(default_factory=Config)
     compare: tuple[OptimizerName, ...] = ()  # Train with each of these optimizers, from the same seed.
     overwrite: bool = False  # Train anew even if the result is there.
+    tensorboard: bool = False  # Event files in the run's folder as well; needs tensorboardX.
 
 
 class _Recorder:
     """Writes every row to the run's folder, and passes it on to the progress bar."""
 
-    def __init__(self, config: Config, folder: Path, bar: report.ProgressBar):
+    def __init__(self, config: Config, folder: Path, bar: report.ProgressBar, tensorboard: bool):
         self._provenance, self._folder, self._bar = runs.provenance(config), folder, bar
+        self._events = _event_writer(folder) if tensorboard else None
 
     def steps(self, count: int) -> None:
         self._bar.steps(count)
@@ -35,6 +41,19 @@ class _Recorder:
     def row(self, row: Row) -> None:
         runs.append(self._folder, self._provenance | row)
         self._bar.row(row)
+        if self._events is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(name, value, row["step"])
+            self._events.flush()
+
+
+def _event_writer(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs tensorboardX: install the extra s2sam-jax[tensorboard].") from error
+    return SummaryWriter(str(folder))
 
 
 def train(arguments: Arguments, console: Console) -> dict[str, Path]:
@@ -43,10 +62,10 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     configs = {name: dataclasses.replace(arguments.config, optimizer=name) for name in optimizers}
     fresh = [config for config in configs.values() if arguments.overwrite or not config.run_dir.is_dir()]
     if fresh:
-        dataset = data.load(arguments.config.dataset, arguments.config.data, arguments.config.subset)
+        loaded = tasks.load(arguments.config)
         start = _start(arguments.config)
         for config in fresh:
-            _run(config, dataset, start, console)
+            _run(config, loaded, start, console, arguments.tensorboard)
     folders = {name: config.run_dir for name, config in configs.items()}
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
     console.print(_title(arguments.config), soft_wrap=True)
@@ -62,11 +81,10 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     return folders
 
 
-def _run(config: Config, dataset: Dataset, start: TrainState | None, console: Console) -> None:
-    folder = runs.begin(config)
-    steps_per_epoch = len(dataset.train_labels) // config.batch_size
-    with report.ProgressBar(console, config.optimizer, config.epochs, steps_per_epoch) as bar:
-        state = loop.train(config, dataset, _Recorder(config, folder, bar), start)
+def _run(config: Config, loaded: Any, start: TrainState | None, console: Console, tensorboard: bool) -> None:
+    task, folder = tasks.make(config, loaded), runs.begin(config)
+    with report.ProgressBar(console, config.optimizer, config.epochs, task.steps_per_epoch) as bar:
+        state = loop.train(config, task, _Recorder(config, folder, bar, tensorboard), start)
     runs.finish(config, folder, state)
 
 
@@ -86,13 +104,26 @@ def _start(config: Config) -> TrainState | None:
 
 def _title(config: Config) -> str:
     kind = "dense" if config.method == "dense" else f"{config.method}, {config.sparsity:.0%} sparse"
-    return f"{config.dataset}, {config.model} x{config.width}, {kind}, seed {config.seed}"
+    width = "" if config.width is None else f" x{config.width}"
+    return f"{config.dataset}, {config.model}{width}, {kind}, seed {config.seed}"
+
+
+def _recipe(argv: list[str] | None) -> tuple["recipes.Recipe | None", list[str]]:
+    """``--recipe NAME`` gives other options their defaults, so it is read before them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe")
+    known, rest = parser.parse_known_args(argv)
+    return None if known.recipe is None else recipes.get(known.recipe), rest
 
 
 def main(argv: list[str] | None = None) -> dict[str, Path]:
     """The command line; returns the folders of the runs, by optimizer."""
     console = Console()
-    arguments = tyro.cli(Arguments, args=argv)
+    recipe, argv = _recipe(argv)
+    default = Arguments() if recipe is None else Arguments(config=recipe.config)
+    arguments = tyro.cli(Arguments, args=argv, default=default)
+    if recipe is not None:
+        console.print(recipes.describe(recipe), soft_wrap=True)
     try:
         return train(arguments, console)
     except FileNotFoundError as error:

@@ -12,8 +12,21 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import checkpoint, data, evaluate, loop, models, optimizers, runs, sieving, sparse_methods, train
+from experiments import (
+    checkpoint,
+    data,
+    evaluate,
+    loop,
+    models,
+    optimizers,
+    runs,
+    sieving,
+    sparse_methods,
+    tasks,
+    train,
+)
 from experiments.config import Config
+from experiments.tasks import arrays, images
 from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods
 
 TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
@@ -57,7 +70,7 @@ class Silent:
 
 
 def test_run_name_is_stable_and_unique():
-    assert Config().name == "digits-resnet8x16-rigl0.9-s2sam-44136fa3-seed0"
+    assert Config().name == "digits-resnet8-rigl0.9-s2sam-44136fa3-seed0"
     changes = [{"rho": 0.1}, {"epochs": 31}, {"optimizer": "sam"}, {"init_from": Path("a")}, {"init_from": Path("b")}]
     assert len({Config(**change).digest for change in [{}, *changes]}) == 6
 
@@ -156,7 +169,8 @@ def test_every_test_row_is_counted_once(digits):
     def apply(params, model_state, images, train):
         return jax.nn.one_hot(jnp.zeros(len(images), jnp.int32), 10), model_state
 
-    accuracy = loop.evaluator(models.Network((), (), apply), data.KINDS["digits"], digits)((), ())
+    task = arrays.ImageArrays(Config(), models.Network((), (), apply), digits)
+    accuracy = task.evaluate((), ())["test_accuracy"]
     assert accuracy == np.mean(np.asarray(digits.test_labels) == 0)
     labels = np.concatenate([y for _, y in data.eval_batches(digits.test_images, digits.test_labels, 100)])
     np.testing.assert_array_equal(labels[:360], digits.test_labels)
@@ -178,8 +192,8 @@ def test_tfds_and_npz_give_the_same_batches_and_losses(cifar_arrays, tmp_path, m
     sets = [data.load("cifar10", path) for path in (tmp_path, tmp_path / "cifar.npz")]
 
     config = Config(dataset="cifar10", width=2)
-    network = loop.build(config)
-    loss_fn = jax.jit(loop.loss_function(config, network))
+    network = tasks.build(config)
+    loss_fn = jax.jit(images.loss_function(config, network))
     rows = data.epoch_order(0, 0, examples=24, batch_size=8)[1]
     losses = []
     for dataset in sets:
@@ -250,11 +264,11 @@ def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
     for backend in ("cpu", "gpu"):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "default_backend", lambda backend=backend: backend)
-            run = loop.epoch_runner(make_train_step(loss_fn, tx), dataset, Silent())
+            run = arrays.epoch_runner(make_train_step(loss_fn, tx), dataset, Silent())
             state = TrainState.create({"kernel": jnp.full((64, 10), 0.01)}, tx)
             for epoch in range(2):
                 state, metrics = run(state, data.epoch_order(0, epoch, 64, 8))
-            results.append((metrics["train_loss"], state.params["kernel"]))
+            results.append((metrics["loss"], state.params["kernel"]))
     assert results[0][0].shape == (8,)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *results)
 
@@ -267,7 +281,7 @@ def test_a_breakdown_stops_the_run_and_names_the_step():
 
 def test_batch_larger_than_the_data_is_refused(digits):
     with pytest.raises(ValueError, match="batch_size=2000 is more than the 1437 training rows"):
-        loop.train(Config(batch_size=2000), digits, Silent())
+        tasks.make(Config(batch_size=2000), digits)
 
 
 # Runs
@@ -354,7 +368,7 @@ def test_a_run_can_start_from_another(run_dir, out):
 def test_magnitude_prunes_the_run_it_starts_from(run_dir):
     start = runs.restore(run_dir)
     config = dataclasses.replace(runs.read_config(run_dir), method="magnitude", sparsity=0.95, optimizer="sgd")
-    network, tx = loop.build(config), optimizers.make(config, steps_per_epoch=2)
+    network, tx = tasks.build(config), optimizers.make(config, steps_per_epoch=2)
     kernel = loop.initial_state(config, network, tx, start).params["blocks"][2]["conv2"]["kernel"]
     before = start.params["blocks"][2]["conv2"]["kernel"]
     kept = np.asarray(kernel) != 0

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import loop
+from experiments import tasks
 from experiments.benchmarks import masks, timing
 from experiments.benchmarks.timing import Row, compile_seconds, cost, figure, paired, ratio_row
 from experiments.config import Config
+from experiments.tasks import images
 from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, sam, sparsify, ssam
 
 RARELY = Every(1_000_000, 1_000_000, 10_000_000)  # mask updates are timed apart
@@ -37,11 +38,11 @@ class Workload:
 
     def __init__(self, config: Config):
         self.config = config
-        self.network = loop.build(config)
-        self.loss_fn = loop.loss_function(config, self.network)
+        self.network = tasks.build(config)
+        self.loss_fn = images.loss_function(config, self.network)
         rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (config.batch_size, 32, 32, 3), np.uint8)
-        self.batch = (jnp.asarray(images), jnp.asarray(rng.integers(0, 10, config.batch_size)))
+        pixels = rng.integers(0, 256, (config.batch_size, 32, 32, 3), np.uint8)
+        self.batch = (jnp.asarray(pixels), jnp.asarray(rng.integers(0, 10, config.batch_size)))
 
     def state(self, tx: optax.GradientTransformation) -> TrainState:
         return TrainState.create(self.network.params, tx, model_state=self.network.model_state)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, loop, optimizers
+from experiments import data, loop, optimizers, tasks
 from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import Config
+from experiments.tasks import arrays, images
 from s2sam_jax import make_train_step
 
 
@@ -22,11 +23,11 @@ class _Silent:
 
 def throughput(name: str, config: Config, dataset: data.Dataset, steps: int, rounds: int) -> Iterator[Row]:
     """Epochs of the loop (choice of rows, metrics) against as many calls of the step on one batch."""
-    network = loop.build(config)
+    network = tasks.build(config)
     tx = optimizers.make(config, steps_per_epoch=10_000)
-    step = make_train_step(loop.loss_function(config, network), tx)
+    step = make_train_step(images.loss_function(config, network), tx)
     held = {way: loop.initial_state(config, network, tx) for way in ("loop", "bare")}
-    epoch = loop.epoch_runner(step, dataset, _Silent())
+    epoch = arrays.epoch_runner(step, dataset, _Silent())
     order = data.epoch_order(0, 0, len(dataset.train_labels), config.batch_size)[:steps]
     batch = (dataset.train_images[order[0]], dataset.train_labels[order[0]])
 

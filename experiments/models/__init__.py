@@ -1,14 +1,35 @@
 """Models by name, as pure functions of their parameters."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from experiments.models.resnet import ResNet
+from experiments.models import efficientnet, mobilenet, resnet, resnet_imagenet, transformer, vgg, vit, wide_resnet
 
-_BLOCKS = {"resnet8": 1, "resnet20": 3, "resnet32": 5}
+
+class Spec(NamedTuple):
+    """A model and the sizes that it was published with.
+
+    Attributes:
+      make: the module, but for ``width``, ``classes``, ``dtype`` and ``rngs``, and ``channels`` for images.
+      width: channels of the first stage, or of the stem, or features of the embedding; other sizes scale with it.
+      image_size: pixels on a side; None for a model of text.
+      classes: of its data set, or the size of the vocabulary.
+    """
+
+    make: Callable[..., Any]
+    width: int
+    image_size: int | None
+    classes: int
+
+    @property
+    def text(self) -> bool:
+        return self.image_size is None
 
 
 class Network(NamedTuple):
@@ -16,23 +37,82 @@ class Network(NamedTuple):
 
     Attributes:
       params: what is trained.
-      model_state: the rest, such as BatchNorm statistics.
-      apply: ``(params, model_state, images, train) -> (logits, model_state)``.
+      model_state: the rest: BatchNorm statistics, or nothing.
+      apply: ``(params, model_state, inputs, train, key=None, method="__call__") -> (outputs, model_state)``. Inputs are
+        an array of images, or for text a tuple of the arguments of the method, which may be "encode" or "decode". The
+        key is for dropout.
     """
 
     params: Any
     model_state: Any
-    apply: Callable[[Any, Any, jax.Array, bool], tuple[jax.Array, Any]]
+    apply: Callable[..., tuple[Any, Any]]
 
 
-def build(name: str, *, width: int, channels: int, classes: int, seed: int) -> Network:
-    """A freshly initialised model."""
-    model = ResNet(_BLOCKS[name], width, channels, classes, rngs=nnx.Rngs(seed))
+_BASIC, _BOTTLENECK, _SIZES = resnet.Block, resnet_imagenet.Bottleneck, (3, 4, 6, 3)
+
+MODELS: dict[str, Spec] = {
+    "resnet8": Spec(partial(resnet.ResNet, 1), 16, 32, 10),
+    "resnet20": Spec(partial(resnet.ResNet, 3), 16, 32, 10),
+    "resnet32": Spec(partial(resnet.ResNet, 5), 32, 32, 10),
+    "wrn28x10": Spec(partial(wide_resnet.WideResNet, 4, 10), 160, 32, 10),
+    "resnet18-cifar": Spec(partial(resnet_imagenet.ResNet, _BASIC, (2, 2, 2, 2), small_images=True), 64, 32, 10),
+    "resnet34-cifar": Spec(partial(resnet_imagenet.ResNet, _BASIC, _SIZES, small_images=True), 64, 32, 10),
+    "resnet34": Spec(partial(resnet_imagenet.ResNet, _BASIC, _SIZES, small_images=False), 64, 224, 1000),
+    "resnet50": Spec(partial(resnet_imagenet.ResNet, _BOTTLENECK, _SIZES, small_images=False), 64, 224, 1000),
+    "vgg19": Spec(vgg.VGG19, 64, 32, 10),
+    "mobilenet-v2-cifar": Spec(mobilenet.MobileNetV2, 32, 32, 10),
+    "efficientnet-b0": Spec(efficientnet.EfficientNetB0, 32, 224, 1000),
+    "vit-small-cifar": Spec(partial(vit.ViT, 4, 32, 12), 192, 32, 10),
+    "vit-small": Spec(partial(vit.ViT, 16, 224, 12), 192, 224, 1000),
+    "transformer-base": Spec(partial(transformer.Transformer, 6, 0.1), 512, None, 37_000),
+}
+
+
+def build(
+    name: str,
+    *,
+    width: int | None = None,
+    channels: int | None = None,
+    classes: int,
+    seed: int,
+    dtype: DTypeLike = jnp.float32,
+) -> Network:
+    """A freshly initialised model.
+
+    Args:
+      name: a key of ``MODELS``.
+      width: as ``Spec.width``, to narrow the model; default: its own.
+      channels: of the images; None for a model of text.
+      classes: outputs; for text, the size of the vocabulary.
+      seed: of the initialisation.
+      dtype: what convolutions and matrix products compute in; parameters and outputs are float32.
+
+    Raises:
+      ValueError: for an unknown name, and for a size that the model cannot have.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Unknown model {name!r}; there are {', '.join(MODELS)}.")
+    spec = MODELS[name]
+    width = spec.width if width is None else width
+    if width < 1:
+        raise ValueError(f"width must be at least 1; got {width}.")
+    if (channels is None) != spec.text:
+        expected = "no channels, being of text" if spec.text else "the channels of its images"
+        raise ValueError(f"{name} needs {expected}; got channels={channels}.")
+    options = {} if spec.text else {"channels": channels}
+    model = spec.make(width=width, classes=classes, dtype=dtype, rngs=nnx.Rngs(seed), **options)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    has_dropout = any(isinstance(module, nnx.Dropout) for _, module in nnx.iter_modules(model))
 
-    def apply(params: Any, model_state: Any, images: jax.Array, train: bool) -> tuple[jax.Array, Any]:
+    def apply(
+        params: Any, model_state: Any, inputs: Any, train: bool, key: jax.Array | None = None, method: str = "__call__"
+    ) -> tuple[Any, Any]:
+        if train and has_dropout and key is None:
+            raise ValueError(f"{name} has dropout: in training, apply needs a key.")
         model = nnx.merge(graphdef, params, model_state)
-        logits = model(images, train=train)
-        return logits, nnx.as_pure(nnx.split(model, nnx.Param, ...)[2])
+        arguments = inputs if spec.text else (inputs,)
+        rngs = None if key is None else nnx.Rngs(key)
+        outputs = getattr(model, method)(*arguments, train=train, rngs=rngs)
+        return outputs, nnx.as_pure(nnx.split(model, nnx.Param, ...)[2])
 
     return Network(nnx.as_pure(params), nnx.as_pure(rest), apply)

@@ -1,33 +1,31 @@
-"""ResNets for small images: a 3x3 stem and three stages of basic blocks."""
+"""ResNets for small images: a 3x3 stem and three stages of basic blocks.
 
-from functools import partial
+The form of GraSP, which has a projection where the shape changes; its initialisation too: He by fan-out, and N(0, 0.01)
+in the last layer.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-# Perturbations are small beside the weights: TF32, the default of GPUs for float32, would lose much of them.
-_conv = partial(
-    nnx.Conv,
-    use_bias=False,
-    kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
-    precision="highest",
-)
-_norm = partial(nnx.BatchNorm, momentum=0.9, epsilon=1e-5)
+from experiments.models import layers
 
 
 class Block(nnx.Module):
     """Two 3x3 convolutions and a shortcut, projected where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, *, rngs: nnx.Rngs):
-        self.conv1 = _conv(inputs, outputs, (3, 3), strides=stride, padding=1, rngs=rngs)
-        self.norm1 = _norm(outputs, rngs=rngs)
-        self.conv2 = _conv(outputs, outputs, (3, 3), padding=1, rngs=rngs)
-        self.norm2 = _norm(outputs, rngs=rngs)
+    expansion = 1
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.conv1 = layers.conv(inputs, outputs, 3, stride=stride, dtype=dtype, rngs=rngs)
+        self.norm1 = layers.BatchNorm(outputs, rngs=rngs)
+        self.conv2 = layers.conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
+        self.norm2 = layers.BatchNorm(outputs, rngs=rngs)
         self.projects = stride != 1 or inputs != outputs
         if self.projects:
-            self.shortcut = _conv(inputs, outputs, (1, 1), strides=stride, padding=0, rngs=rngs)
-            self.shortcut_norm = _norm(outputs, rngs=rngs)
+            self.shortcut = layers.conv(inputs, outputs, 1, stride=stride, dtype=dtype, rngs=rngs)
+            self.shortcut_norm = layers.BatchNorm(outputs, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = jax.nn.relu(self.norm1(self.conv1(x), use_running_average=not train))
@@ -40,22 +38,23 @@ class Block(nnx.Module):
 class ResNet(nnx.Module):
     """``6 * blocks + 2`` layers; the widths of the stages are 1, 2 and 4 times ``width``."""
 
-    def __init__(self, blocks: int, width: int, channels: int, classes: int, *, rngs: nnx.Rngs):
-        self.stem = _conv(channels, width, (3, 3), padding=1, rngs=rngs)
-        self.norm = _norm(width, rngs=rngs)
+    def __init__(
+        self, blocks: int, *, width: int, channels: int, classes: int, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ):
+        self.stem = layers.conv(channels, width, 3, dtype=dtype, rngs=rngs)
+        self.norm = layers.BatchNorm(width, rngs=rngs)
         self.blocks = nnx.List()
         inputs = width
         for stage in range(3):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                self.blocks.append(Block(inputs, width * 2**stage, stride, rngs=rngs))
+                self.blocks.append(Block(inputs, width * 2**stage, stride, dtype=dtype, rngs=rngs))
                 inputs = width * 2**stage
-        self.head = nnx.Linear(
-            inputs, classes, kernel_init=nnx.initializers.normal(0.01), precision="highest", rngs=rngs
-        )
+        self.head = layers.classifier(inputs, classes, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, rngs: nnx.Rngs | None = None) -> jax.Array:
+        del rngs  # no dropout
         x = jax.nn.relu(self.norm(self.stem(x), use_running_average=not train))
         for block in self.blocks:
             x = block(x, train=train)
-        return self.head(jnp.mean(x, axis=(1, 2)))
+        return self.head(layers.global_average(x))

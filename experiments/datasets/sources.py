@@ -1,0 +1,53 @@
+"""Data sets that TFDS has prepared, as records by index; reading them needs no TensorFlow."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from experiments.datasets.stream import Source
+
+
+def records(name: str, split: str, data_dir: Path | None = None) -> Source:
+    """A split of a prepared data set, ``name`` or ``name/config``, in TFDS's folder if no other is given.
+
+    Raises:
+      FileNotFoundError: saying how to prepare it.
+    """
+    return _builder(name, data_dir).as_data_source(split)
+
+
+def images(name: str, split: str, data_dir: Path | None = None) -> Source:
+    """As :func:`records`, for image classification: ``{"image": bytes of the file, "label": int, ...}``."""
+    import tensorflow_datasets as tfds
+
+    builder = _builder(name, data_dir)
+    if missing := {"image", "label"} - builder.info.features.keys():
+        raise ValueError(f"{name} is no image classification: its records lack {sorted(missing)}.")
+    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def tfds_folder(data_dir: Path | None) -> Path:
+    return (data_dir or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))).expanduser()
+
+
+def versions(name: str, folder: Path) -> list[Path]:
+    """Folders of what has been prepared."""
+    return [file.parent for file in (folder / name).glob("*/dataset_info.json")]
+
+
+def how_to_prepare(name: str) -> str:
+    return (
+        "Prepare it once (this needs tensorflow installed, and for imagenet2012 also its archives in "
+        "DIR/downloads/manual): python -c "
+        f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='DIR')\", then give DIR."
+    )
+
+
+def _builder(name: str, data_dir: Path | None) -> Any:
+    """Of the newest version there is, whichever one the code of TFDS would prepare now."""
+    folder = tfds_folder(data_dir)
+    if not (found := versions(name, folder)):
+        raise FileNotFoundError(f"There is no prepared {name} in {folder}. {how_to_prepare(name)}")
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(max(found, key=lambda path: tfds.core.Version(path.name)))

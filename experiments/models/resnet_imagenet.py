@@ -1,0 +1,83 @@
+"""ResNets of four stages, for ImageNet, or for small images with another stem.
+
+Initialised as in torchvision: He by fan-out, every BatchNorm scale 1, the last layer by PyTorch's default (with a bias
+of zero here).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from experiments.models import layers
+from experiments.models.resnet import Block
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolutions; the stride is on the 3x3 one ("v1.5")."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        inner = outputs // self.expansion
+        self.conv1 = layers.conv(inputs, inner, 1, dtype=dtype, rngs=rngs)
+        self.norm1 = layers.BatchNorm(inner, rngs=rngs)
+        self.conv2 = layers.conv(inner, inner, 3, stride=stride, dtype=dtype, rngs=rngs)
+        self.norm2 = layers.BatchNorm(inner, rngs=rngs)
+        self.conv3 = layers.conv(inner, outputs, 1, dtype=dtype, rngs=rngs)
+        self.norm3 = layers.BatchNorm(outputs, rngs=rngs)
+        self.projects = stride != 1 or inputs != outputs
+        if self.projects:
+            self.shortcut = layers.conv(inputs, outputs, 1, stride=stride, dtype=dtype, rngs=rngs)
+            self.shortcut_norm = layers.BatchNorm(outputs, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        y = jax.nn.relu(self.norm1(self.conv1(x), use_running_average=not train))
+        y = jax.nn.relu(self.norm2(self.conv2(y), use_running_average=not train))
+        y = self.norm3(self.conv3(y), use_running_average=not train)
+        if self.projects:
+            x = self.shortcut_norm(self.shortcut(x), use_running_average=not train)
+        return jax.nn.relu(x + y)
+
+
+class ResNet(nnx.Module):
+    """``blocks`` per stage; the widths inside them are 1, 2, 4 and 8 times ``width``."""
+
+    def __init__(
+        self,
+        block: type[Block] | type[Bottleneck],
+        blocks: Sequence[int],
+        *,
+        small_images: bool,
+        width: int,
+        channels: int,
+        classes: int,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.small_images = small_images
+        size, stride = (3, 1) if small_images else (7, 2)
+        self.stem = layers.conv(channels, width, size, stride=stride, dtype=dtype, rngs=rngs)
+        self.norm = layers.BatchNorm(width, rngs=rngs)
+        self.blocks = nnx.List()
+        inputs = width
+        for stage, count in enumerate(blocks):
+            outputs = width * 2**stage * block.expansion
+            for index in range(count):
+                stride = 2 if stage > 0 and index == 0 else 1
+                self.blocks.append(block(inputs, outputs, stride, dtype=dtype, rngs=rngs))
+                inputs = outputs
+        self.head = layers.classifier(inputs, classes, kernel_init=layers.TORCH_DEFAULT, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, train: bool, rngs: nnx.Rngs | None = None) -> jax.Array:
+        del rngs  # no dropout
+        x = jax.nn.relu(self.norm(self.stem(x), use_running_average=not train))
+        if not self.small_images:
+            padding: Any = ((1, 1), (1, 1))  # the annotation of max_pool has names only
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+        for block in self.blocks:
+            x = block(x, train=train)
+        return self.head(layers.global_average(x))

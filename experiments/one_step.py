@@ -1,0 +1,104 @@
+"""Every full-size model takes one real step under RigL with S2-SAM: that it fits together, as rows.
+
+python -m experiments.one_step
+"""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments import data, models, optimizers, runs, tasks
+from experiments.config import Config
+from experiments.tasks import images, text
+from s2sam_jax import TrainState, check_masks, make_train_step
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Which models, and how many examples in their one batch."""
+
+    models: tuple[str, ...] = tuple(models.MODELS)
+    batch_size: int = 2
+    out: Path = RESULTS / "one_step.jsonl"
+
+
+def config_of(name: str, batch_size: int) -> Config:
+    """The model at its own size on data of its own shape."""
+    spec = models.MODELS[name]
+    dataset = "wmt14" if spec.text else "imagenet2012" if spec.classes == 1000 else "cifar10"
+    return dataclasses.replace(Config(), dataset=dataset, model=name, batch_size=batch_size, learning_rate=0.01)
+
+
+def batch_of(config: Config) -> Any:
+    """Noise in the shapes of the data."""
+    rng, spec = np.random.default_rng(0), models.MODELS[config.model]
+    if spec.text:
+        tokens = rng.integers(4, config.vocabulary, (2, config.batch_size, config.max_length), np.int32)
+        return {"sources": jnp.asarray(tokens[0]), "targets": jnp.asarray(tokens[1])}
+    side, classes = spec.image_size or 0, data.KINDS[config.dataset].classes
+    pixels = rng.integers(0, 256, (config.batch_size, side, side, 3), np.uint8)
+    return jnp.asarray(pixels), jnp.asarray(rng.integers(0, classes, config.batch_size))
+
+
+def step_and_state(config: Config, steps_per_epoch: int = 100) -> tuple[Any, Any]:
+    """The train step of a config, and a function that makes its first state."""
+    network, tx = tasks.build(config), optimizers.make(config, steps_per_epoch)
+    if models.MODELS[config.model].text:
+        loss_fn = text.loss_function(config, network, train=True)
+        plain = text.loss_function(config, network, train=False)
+    else:
+        loss_fn = images.loss_function(config, network, augment=config.dataset != "imagenet2012")
+        plain = images.plain_loss_function(config, network)
+    step = make_train_step(loss_fn, tx, accumulate=config.accumulate, fisher_loss_fn=plain)
+    return step, lambda: TrainState.create(network.params, tx, model_state=network.model_state)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Compiles, takes the step, and checks that weights moved and masks hold."""
+    step, first_state = step_and_state(config)
+    state, begin = first_state(), time.perf_counter()
+    before = jax.device_get(state.params)
+    # The first call changes the masks and leaves the weights; the second is an ordinary one.
+    state, _ = step(state, batch_of(config))
+    state, metrics = step(state, batch_of(config))
+    check_masks(state.params, state.opt_state)
+    pairs = zip(jax.tree.leaves(jax.device_get(state.params)), jax.tree.leaves(before), strict=True)
+    moved = sum(int((after != first).sum()) for after, first in pairs)
+    loss = float(metrics["loss"])
+    if not math.isfinite(loss) or not moved:
+        raise FloatingPointError(f"{config.model}: loss {loss}, {moved} weights moved.")
+    return {
+        "model": config.model,
+        "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+        "loss": loss,
+        "sparsity": float(metrics["sparsity"]),
+        "seconds_with_compilation": time.perf_counter() - begin,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; each row is written as soon as it is there."""
+    arguments, console = tyro.cli(Arguments, args=argv), Console()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for name in arguments.models:
+        config = config_of(name, arguments.batch_size)
+        rows[name] = run(config) | runs.provenance(config)
+        console.print({k: rows[name][k] for k in ("model", "parameters", "loss", "seconds_with_compilation")})
+        arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+        jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()

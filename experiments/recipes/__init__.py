@@ -1,0 +1,65 @@
+"""Named configurations of the rows of the S2-SAM and Sparse SAM papers, with what their sources say and leave open.
+
+The numbers are those printed in talk slides, rebuttal and paper texts; where a table is not printed there, its rows
+expect nothing. Table 3 of S2-SAM, channel sparsity with CHEX and Chase, is left out: the library has neither method.
+"""
+
+import difflib
+
+from experiments.recipes import cifar, dense, imagenet, rebuttal, ssam, translation
+from experiments.recipes.base import ESTIMATE, Recipe
+
+_SOURCES = (cifar, imagenet, dense, rebuttal, translation, ssam)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for source in _SOURCES for recipe in source.recipes()}
+TABLES: tuple[str, ...] = tuple(dict.fromkeys(recipe.table for recipe in RECIPES.values()))
+
+
+def get(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+      ValueError: for another name, with those that are like it.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"Unknown recipe {name!r}; {_near(name, list(RECIPES))}.")
+    return RECIPES[name]
+
+
+def names(prefix: str = "") -> list[str]:
+    """All names that begin so, table by table."""
+    return [name for name in RECIPES if name.startswith(prefix)]
+
+
+def of_table(table: str) -> list[Recipe]:
+    """The rows of one table.
+
+    Raises:
+      ValueError: for another table, with those that are like it.
+    """
+    if table not in TABLES:
+        raise ValueError(f"Unknown table {table!r}; {_near(table, list(TABLES))}.")
+    return [recipe for recipe in RECIPES.values() if recipe.table == table]
+
+
+def describe(recipe: Recipe) -> str:
+    """A header for a run: where the row is from, what to expect, and how sure that is."""
+    printed, hours, zeros = recipe.printed, recipe.gpu_hours, recipe.sparsity
+    value = "unknown" if printed.value is None else f"{printed.value:g}"
+    spread = "" if printed.spread is None else f" ± {printed.spread:g}"
+    sparse = "" if zeros is None else f", {100 * zeros:g} % zeros"
+    fields = {
+        "paper": recipe.paper,
+        "row": f"{recipe.table}, {recipe.row}, {recipe.config.dataset}{sparse}",
+        "expected": f"{recipe.metric.name}: {value}{spread}",
+        "known": recipe.known,
+        "unknown": recipe.unknown,
+        "GPU hours": "no estimate" if hours is None else f"about {hours:.2g}, {ESTIMATE}",
+        "command": recipe.command,
+    }
+    return "\n".join([recipe.name, *(f"  {field:9}  {text}" for field, text in fields.items())])
+
+
+def _near(name: str, known: list[str]) -> str:
+    if near := difflib.get_close_matches(name, known, n=5):
+        return f"did you mean {', '.join(near)}"
+    return f"names begin with one of {', '.join(TABLES)}"

@@ -1,0 +1,162 @@
+"""What a row of a paper's table is: its configuration, what was printed, and what the source leaves open."""
+
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+from experiments.config import Config
+
+S2SAM = "S2-SAM (Ji et al., NeurIPS 2024)"
+REBUTTAL = "S2-SAM (Ji et al., NeurIPS 2024), authors' rebuttal"
+SSAM = "SSAM (Mi et al., NeurIPS 2022)"
+
+SUFFIX = {"sgd": "", "sam": " + SAM", "s2sam": " + S2-SAM"}
+
+# Forward pass of one image, two operations a multiplication and addition; convolutions and linear layers.
+FORWARD_GFLOP = {
+    "resnet32": 0.551,
+    "vgg19": 0.796,
+    "mobilenet-v2-cifar": 0.18,
+    "resnet18-cifar": 1.11,
+    "wrn28x10": 10.5,
+    "efficientnet-b0": 0.77,
+    "resnet34": 7.3,
+    "resnet50": 8.2,
+}
+ESTIMATE = (
+    "an estimate, not measured: 3 times the dense forward FLOPs an image, twice that with two gradients a step, "
+    "at an assumed 10 TFLOP/s on CIFAR and 50 TFLOP/s on ImageNet"
+)
+
+
+class Metric(NamedTuple):
+    """What a table reports, the field of a run's last row that holds it, and the factor between the two."""
+
+    name: str
+    field: str
+    scale: float = 1.0
+
+
+ACCURACY = Metric("accuracy (%)", "test_accuracy_recalibrated", 100.0)
+CORRUPTED = Metric("ImageNet-C accuracy (%)", "corrupted_accuracy", 100.0)
+SPEED = Metric("images/s", "images_per_second")
+BLEU = Metric("SacreBLEU", "bleu")
+
+
+class Printed(NamedTuple):
+    """A cell of a table: the number, its ±, and the difference in brackets; None where there is none."""
+
+    value: float | None = None
+    spread: float | None = None
+    difference: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One row of a paper's table, as a run.
+
+    Attributes:
+      name: unique, such as ``table1.rigl-erk-0.95.s2sam``.
+      paper: where it is from.
+      table: the name's first part.
+      key: the row without sparsity and optimizer, such as ``rigl-erk``.
+      row: the label in the paper.
+      config: the run.
+      printed: what the paper has there.
+      metric: of what.
+      known: what the sources say of the run.
+      unknown: what they do not say, and what was chosen; and where the library differs.
+      baseline: the recipe that the paper compares it with.
+    """
+
+    name: str
+    paper: str
+    table: str
+    key: str
+    row: str
+    config: Config
+    printed: Printed
+    metric: Metric
+    known: str
+    unknown: str
+    baseline: str | None
+
+    @property
+    def expected(self) -> float | None:
+        return self.printed.value
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction of zeros of the weights, or with SSAM of the perturbation; None where neither is sparse."""
+        if self.config.optimizer.startswith("ssam"):
+            return self.config.ssam_sparsity
+        return None if self.config.method == "dense" else self.config.sparsity
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """A rough estimate, with the basis that ``ESTIMATE`` states."""
+        config = self.config
+        if config.model not in FORWARD_GFLOP:
+            return None
+        on_cifar = config.dataset.startswith("cifar")
+        images = config.epochs * (50_000 if on_cifar else 1_281_167)
+        gradients = 1 if config.optimizer in ("sgd", "s2sam") else 2
+        return 3 * FORWARD_GFLOP[config.model] * images * gradients / (10_000 if on_cifar else 50_000) / 3600
+
+    @property
+    def command(self) -> str:
+        return f"python -m experiments.train --recipe {self.name} --seed 0"
+
+
+def recipe(
+    table: str,
+    key: str,
+    label: str,
+    config: Config,
+    printed: Printed,
+    *,
+    known: str,
+    unknown: str,
+    paper: str = S2SAM,
+    metric: Metric = ACCURACY,
+) -> Recipe:
+    """A row of the S2-SAM paper, which compares with plain training under the same method."""
+    stem = f"{table}.{key}" if config.method == "dense" else f"{table}.{key}-{config.sparsity:g}"
+    return Recipe(
+        name=f"{stem}.{config.optimizer}",
+        paper=paper,
+        table=table,
+        key=key,
+        row=label + SUFFIX[config.optimizer],
+        config=config,
+        printed=printed,
+        metric=metric,
+        known=known,
+        unknown=unknown,
+        baseline=None if config.optimizer == "sgd" else f"{stem}.sgd",
+    )
+
+
+def cell(text: str) -> Printed:
+    """Reads ``92.58±0.07(+0.27)``; a dash is an empty cell.
+
+    Raises:
+      ValueError: when it is written otherwise.
+    """
+    if text == "–":
+        return Printed()
+    found = re.fullmatch(r"([\d.]+)(?:±([\d.]+))?(?:\(([+-][\d.]+)\))?", text)
+    if not found:
+        raise ValueError(f"A cell looks like 92.58±0.07(+0.27), 92.58 or –; got {text!r}.")
+    return Printed(*(None if part is None else float(part) for part in found.groups()))
+
+
+def lines(table: str) -> list[list[str]]:
+    """The words of each line."""
+    return [line.split() for line in table.strip().splitlines()]
+
+
+def rounds(sparsity: float, prune_fraction: float) -> int:
+    """Prunings that a lottery needs: the fewest that reach the sparsity."""
+    return math.ceil(round(math.log(1 - sparsity) / math.log(1 - prune_fraction), 6))

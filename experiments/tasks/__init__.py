@@ -1,0 +1,94 @@
+"""What a run trains on, as the loop sees it: a network, its loss, epochs and an evaluation."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from experiments import data, models
+from experiments.config import Config
+from experiments.models import Network
+from s2sam_jax import TrainState
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+Loss = Callable[..., Any]
+
+
+class Reporter(Protocol):
+    """Who wants to hear of progress."""
+
+    def steps(self, count: int) -> None: ...
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+
+class Task(Protocol):
+    """One data set with one network.
+
+    Attributes:
+      network: freshly initialised.
+      steps_per_epoch: full batches.
+      loss_fn: with augmentation and dropout.
+      plain_loss_fn: without augmentation.
+    """
+
+    network: Network
+    steps_per_epoch: int
+    loss_fn: Loss
+    plain_loss_fn: Loss
+
+    def epoch(
+        self, step: Step, state: TrainState, number: int, reporter: Reporter
+    ) -> tuple[TrainState, dict[str, np.ndarray]]:
+        """Trains once over the data; the metrics are arrays of one value a step."""
+        ...
+
+    def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
+        """Figures of the test set, ``test_accuracy`` among them; the costly ones at the end only."""
+        ...
+
+    def batches(self, number: int) -> Iterator[Any]:
+        """Training batches of an epoch, raw."""
+        ...
+
+
+def build(config: Config) -> Network:
+    """The network of a config."""
+    text = models.MODELS[config.model].text
+    if text != (config.dataset == "wmt14"):
+        raise ValueError(
+            f"model={config.model} is for {'text' if text else 'images'}; dataset={config.dataset} is not."
+        )
+    classes = config.vocabulary if text else data.KINDS[config.dataset].classes
+    channels = None if text else data.KINDS[config.dataset].shape[2]
+    return models.build(
+        config.model, width=config.width, channels=channels, classes=classes, seed=config.seed, dtype=config.compute
+    )
+
+
+def load(config: Config) -> Any:
+    """The data of a config, once for all runs on it.
+
+    Raises:
+      FileNotFoundError: saying how to get them.
+    """
+    if config.dataset == "wmt14":
+        from experiments.tasks import text
+
+        return text.load(config)
+    if config.dataset == "imagenet2012":
+        from experiments.tasks import streams
+
+        return streams.load(config)
+    return data.load(config.dataset, config.data, config.subset)
+
+
+def make(config: Config, loaded: Any) -> Task:
+    """The task of a config on the data that :func:`load` gave."""
+    if config.dataset == "wmt14":
+        from experiments.tasks.text import Translation as Kind
+    elif config.dataset == "imagenet2012":
+        from experiments.tasks.streams import ImageStream as Kind
+    else:
+        from experiments.tasks.arrays import ImageArrays as Kind
+    return Kind(config, build(config), loaded)

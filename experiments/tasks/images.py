@@ -1,0 +1,63 @@
+"""Classification of images: the loss, and accuracy with every row counted once."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments import data
+from experiments.config import Config
+from experiments.data import Kind
+from experiments.models import Network
+
+
+def loss_function(config: Config, network: Network, *, augment: bool = True, cutout: bool = True) -> Callable[..., Any]:
+    """The library's loss: augmentation, normalisation, network and cross-entropy on a batch of raw images."""
+    kind = data.KINDS[config.dataset]
+
+    def loss_fn(params, model_state, batch, key):
+        images, labels = batch
+        images = data.augment(key, images, kind) if augment else images
+        images = data.normalise(images, kind)
+        if cutout and config.cutout:
+            images = data.cutout(jax.random.fold_in(key, 1), images, config.cutout)
+        logits, new_state = network.apply(params, model_state, images, True, jax.random.fold_in(key, 2))
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, kind.classes), config.label_smoothing)
+        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        return loss, (new_state, {"train_accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)})
+
+    return loss_fn
+
+
+def plain_loss_function(config: Config, network: Network) -> Callable[..., Any]:
+    """Neither augmented nor with statistics of the batch: for single examples."""
+    kind = data.KINDS[config.dataset]
+
+    def loss_fn(params, model_state, batch, key):
+        del key
+        images, labels = batch
+        logits, new_state = network.apply(params, model_state, data.normalise(images, kind), False)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, kind.classes), config.label_smoothing)
+        return jnp.mean(optax.softmax_cross_entropy(logits, targets)), (new_state, {})
+
+    return loss_fn
+
+
+def predictor(network: Network, kind: Kind) -> Callable[[Any, Any, Any], jax.Array]:
+    """``(params, model_state, raw images) -> classes``, compiled."""
+
+    @jax.jit
+    def predict(params, model_state, images):
+        logits, _ = network.apply(params, model_state, data.normalise(images, kind), False)
+        return jnp.argmax(logits, axis=-1)
+
+    return predict
+
+
+def accuracy(predict: Callable[[Any], jax.Array], batches: Iterable[Any]) -> float:
+    """Over rows whose label is not negative."""
+    counts = [((predict(images) == labels).sum(), (labels >= 0).sum()) for images, labels in batches]
+    counts = jax.device_get(counts)
+    return float(sum(right for right, _ in counts) / sum(rows for _, rows in counts))

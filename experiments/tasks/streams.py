@@ -1,0 +1,72 @@
+"""Images that are read while training: ImageNet, or another classification set of TFDS in its place."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import data, models
+from experiments.config import Config
+from experiments.datasets import imagenet
+from experiments.datasets.stream import Evaluation, Stream
+from experiments.models import Network
+from experiments.tasks import Reporter, Step, images
+from s2sam_jax import TrainState
+
+EVAL_BATCH = 256
+
+
+class Loaded(NamedTuple):
+    train: Stream
+    test: Evaluation
+
+
+def load(config: Config) -> Loaded:
+    """Opens the prepared files; nothing is read yet."""
+    if config.subset is not None:
+        raise ValueError("subset is for data sets that fit on the device; leave it out for imagenet2012.")
+    size = config.image_size or models.MODELS[config.model].image_size or 224
+    train = imagenet.train_stream(config.batch_size, config.data, image_size=size)
+    return Loaded(train, imagenet.evaluation(EVAL_BATCH, config.data, image_size=size))
+
+
+class ImageStream:
+    """A :class:`~experiments.tasks.Task` of streamed images, augmented on the host."""
+
+    def __init__(self, config: Config, network: Network, loaded: Loaded):
+        self._config, self._data = config, loaded
+        self.network, self.steps_per_epoch = network, loaded.train.steps_per_epoch
+        self.loss_fn = images.loss_function(config, network, augment=False)
+        self.plain_loss_fn = images.plain_loss_function(config, network)
+        self._predict = images.predictor(network, data.KINDS[config.dataset])
+
+    def epoch(
+        self, step: Step, state: TrainState, number: int, reporter: Reporter
+    ) -> tuple[TrainState, dict[str, np.ndarray]]:
+        return run_epoch(step, state, self.batches(number), reporter)
+
+    def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
+        del final
+        return {"test_accuracy": images.accuracy(lambda x: self._predict(params, model_state, x), self._data.test)}
+
+    def batches(self, number: int) -> Iterator[Any]:
+        return epoch_batches(self._data.train, self._config.seed, number)
+
+
+def epoch_batches(stream: Stream, seed: int, number: int) -> Iterator[Any]:
+    batches = stream.batches(seed, number * stream.steps_per_epoch)
+    return (next(batches) for _ in range(stream.steps_per_epoch))
+
+
+def run_epoch(
+    step: Step, state: TrainState, batches: Iterator[Any], reporter: Reporter
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """A step a batch; metrics are fetched once, so that the device never waits for the host."""
+    history = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        history.append(metrics)
+        reporter.steps(1)
+    history = jax.device_get(history)
+    return state, {name: np.stack([metrics[name] for metrics in history]) for name in history[0]}

@@ -1,0 +1,118 @@
+"""Translation, WMT-14 English to German: next-token loss, and SacreBLEU at the end."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.config import Config
+from experiments.datasets import sources, translation, wmt
+from experiments.datasets.stream import Evaluation, Stream
+from experiments.models import Network
+from experiments.tasks import Reporter, Step
+from experiments.tasks.streams import epoch_batches, run_epoch
+from s2sam_jax import TrainState
+
+EVAL_BATCH = 64
+
+
+class Loaded(NamedTuple):
+    train: Stream
+    test: Evaluation
+    test_pairs: list[tuple[str, str]]
+    tokenizer: Any
+
+
+def load(config: Config) -> Loaded:
+    """Trains the vocabulary and tokenizes, where that has not been done yet; the files lie beside the data.
+
+    The folder is one of TFDS, or holds ``train.en``, ``train.de``, ``validation.en`` and ``validation.de``.
+    """
+    folder = config.data or sources.tfds_folder(None)
+    train, test = _pairs(folder, "train"), _pairs(folder, "validation")
+    tokenizer = wmt.vocabulary(folder / f"vocabulary-{config.vocabulary}.json", train, config.vocabulary)
+    name = f"tokens-{config.vocabulary}"
+    train_tokens = wmt.tokenize(folder / f"{name}-train.npz", train, tokenizer)
+    test_tokens = wmt.tokenize(folder / f"{name}-validation.npz", test, tokenizer)
+    return Loaded(
+        wmt.train_stream(train_tokens, config.batch_size, config.max_length),
+        wmt.evaluation(test_tokens, EVAL_BATCH, config.max_length),
+        list(test),
+        tokenizer,
+    )
+
+
+def _pairs(folder: Path, split: str) -> wmt.TextPairs | wmt.TfdsPairs:
+    if (folder / f"{split}.en").is_file():
+        return wmt.TextPairs(folder / f"{split}.en", folder / f"{split}.de")
+    return wmt.TfdsPairs(split, folder)
+
+
+class Translation:
+    """A :class:`~experiments.tasks.Task` of sentence pairs."""
+
+    def __init__(self, config: Config, network: Network, loaded: Loaded):
+        self._config, self._data = config, loaded
+        self.network, self.steps_per_epoch = network, loaded.train.steps_per_epoch
+        self.loss_fn = loss_function(config, network, train=True)
+        self.plain_loss_fn = loss_function(config, network, train=False)
+        self._score = jax.jit(self.plain_loss_fn)
+
+    def epoch(
+        self, step: Step, state: TrainState, number: int, reporter: Reporter
+    ) -> tuple[TrainState, dict[str, np.ndarray]]:
+        return run_epoch(step, state, self.batches(number), reporter)
+
+    def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
+        """Accuracy of the next token, given the right ones before it; at the end SacreBLEU."""
+        right = tokens = 0.0
+        for batch in self._data.test:
+            count = float((batch["targets"] != wmt.PAD).sum())
+            _, (_, metrics) = self._score(params, model_state, batch, jax.random.key(0))
+            right, tokens = right + count * float(metrics["train_accuracy"]), tokens + count
+        figures = {"test_accuracy": right / tokens}
+        return figures | {"bleu": self._bleu(params, model_state)} if final else figures
+
+    def batches(self, number: int) -> Iterator[Any]:
+        return epoch_batches(self._data.train, self._config.seed, number)
+
+    def _bleu(self, params: Any, model_state: Any) -> float:
+        search = jax.jit(partial(self._search, params, model_state))
+        length = self._config.max_length
+        english, german = zip(*self._data.test_pairs, strict=True)
+        found = translation.translate(search, self._data.tokenizer, english, batch_size=EVAL_BATCH, max_length=length)
+        return float(translation.bleu(found, german)["bleu"])
+
+    def _search(self, params: Any, model_state: Any, batch: jax.Array) -> jax.Array:
+        def encode(sentences):
+            memory, _ = self.network.apply(params, model_state, (sentences,), False, method="encode")
+            return memory, sentences
+
+        def decode(memory, targets):
+            return self.network.apply(params, model_state, (*memory, targets), False, method="decode")[0]
+
+        return translation.beam_search(encode, decode, batch, max_length=self._config.max_length)
+
+
+def loss_function(config: Config, network: Network, *, train: bool) -> Any:
+    """Cross-entropy of each target token, given the source and the target before it."""
+
+    def loss_fn(params, model_state, batch, key):
+        targets = batch["targets"]
+        before = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=wmt.BOS)
+        logits, new_state = network.apply(params, model_state, (batch["sources"], before), train, key)
+        labels = optax.smooth_labels(
+            jax.nn.one_hot(targets, logits.shape[-1]), config.label_smoothing if train else 0.0
+        )
+        weights = (targets != wmt.PAD).astype(jnp.float32)
+        total = jnp.maximum(weights.sum(), 1.0)
+        loss = (optax.softmax_cross_entropy(logits, labels) * weights).sum() / total
+        right = ((jnp.argmax(logits, axis=-1) == targets) * weights).sum() / total
+        return loss, (new_state, {"train_accuracy": right})
+
+    return loss_fn

@@ -1,0 +1,126 @@
+"""Runs from end to end on every kind of data, learning rates, cutout, and lowering for other platforms."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from prepared import encoded, image_features, write_tfds
+
+from experiments import data, evaluate, optimizers, tasks, train
+from experiments.config import Config
+from s2sam_jax import TrainState, make_train_step
+
+
+def last_row(folder):
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def prepared_images(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("tfds"), np.random.default_rng(0)
+    rows = [{"image": encoded(rng.integers(0, 256, (40, 50, 3), np.uint8)), "label": i % 10} for i in range(20)]
+    splits = {"train": rows, "validation": rows[:10]}
+    write_tfds(folder / "imagenet2012/5.1.0", image_features(), splits)
+    return folder
+
+
+def test_imagenet_from_end_to_end(prepared_images, tmp_path):
+    arguments = ["--dataset", "imagenet2012", "--data", str(prepared_images), "--model", "resnet34", "--width", "2"]
+    arguments += ["--image-size", "32", "--batch-size", "8", "--epochs", "2", "--out", str(tmp_path)]
+    folder = train.main(arguments)["s2sam"]
+    row = last_row(folder)
+    assert row["step"] == 4
+    assert row["test_accuracy_recalibrated"] in {n / 10 for n in range(11)}
+    zeros, size = np.sum(list(row["layers"].values()), axis=0)
+    assert zeros / size == pytest.approx(0.9, abs=0.01)
+    accuracy, sparsity = evaluate.main([str(folder)])
+    assert accuracy == row["test_accuracy_recalibrated"]
+    assert sparsity == pytest.approx(zeros / size)
+
+
+def test_translation_from_end_to_end(tmp_path):
+    rng = np.random.default_rng(0)
+    words = [("one", "eins"), ("two", "zwei"), ("three", "drei"), ("four", "vier")]
+    for split, count in (("train", 24), ("validation", 6)):
+        chosen = [[words[i] for i in rng.integers(0, 4, 3)] for _ in range(count)]
+        for index, language in enumerate(("en", "de")):
+            lines = [" ".join(pair[index] for pair in sentence) + "\n" for sentence in chosen]
+            (tmp_path / f"{split}.{language}").write_text("".join(lines))
+    arguments = ["--dataset", "wmt14", "--data", str(tmp_path), "--model", "transformer-base", "--width", "16"]
+    arguments += ["--vocabulary", "280", "--max-length", "12", "--batch-size", "8", "--epochs", "2", "--base", "adamw"]
+    folder = train.main([*arguments, "--learning-rate", "0.001", "--out", str(tmp_path / "runs")])["s2sam"]
+    row = last_row(folder)
+    assert row["step"] == 6
+    assert 0 <= row["bleu"] <= 100
+    assert 0 <= row["test_accuracy"] <= 1
+    assert row["test_accuracy"] == row["test_accuracy_recalibrated"]
+
+
+def test_models_and_data_must_fit():
+    with pytest.raises(ValueError, match="model=resnet8 is for images; dataset=wmt14 is not"):
+        tasks.build(Config(dataset="wmt14"))
+    with pytest.raises(ValueError, match="model=transformer-base is for text; dataset=digits is not"):
+        tasks.build(Config(model="transformer-base"))
+
+
+def test_learning_rates():
+    rate = optimizers.learning_rate(Config(epochs=10, learning_rate=0.4, warmup_epochs=2.0), steps_per_epoch=5)
+    steps = np.arange(51)
+    wanted = np.where(steps < 10, 0.04 * steps, 0.2 * (1 + np.cos(np.pi * (steps - 10) / 40)))
+    np.testing.assert_allclose([rate(step) for step in steps], wanted, atol=1e-6)
+    rate = optimizers.learning_rate(Config(epochs=8, schedule="steps", warmup_epochs=1.0), steps_per_epoch=1)
+    np.testing.assert_allclose(
+        [rate(s) for s in range(9)], [0, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001], atol=1e-7
+    )
+    rate = optimizers.learning_rate(Config(epochs=4, final_learning_rate=0.02), steps_per_epoch=1)
+    np.testing.assert_allclose([rate(0), rate(2), rate(4)], [0.1, 0.06, 0.02], rtol=1e-6)
+    with pytest.raises(ValueError, match="warmup_epochs=4 must be fewer"):
+        optimizers.learning_rate(Config(epochs=4, warmup_epochs=4), steps_per_epoch=1)
+
+
+def test_cutout_blanks_one_square_of_half_the_images():
+    images = jnp.ones((400, 20, 24, 2))
+    got = np.asarray(data.cutout(jax.random.key(0), images, 6))
+    blank = (got == 0).all(axis=-1)
+    np.testing.assert_array_equal(got == 0, np.repeat(blank[..., None], 2, axis=-1))
+    sides = set()
+    for image in blank:
+        rows, columns = image.any(axis=1), image.any(axis=0)
+        np.testing.assert_array_equal(image, rows[:, None] & columns[None, :])
+        for line in (rows, columns):
+            places = np.flatnonzero(line)
+            assert len(places) == 0 or places[-1] - places[0] + 1 == len(places) <= 6
+        sides.add((rows.sum(), columns.sum()))
+    assert (6, 6) in sides
+    assert 150 < blank.any(axis=(1, 2)).sum() < 250
+
+
+@pytest.mark.parametrize("method", ["dense", "rigl", "mest-em"])
+@pytest.mark.parametrize("optimizer", ["sgd", "s2sam", "sam", "asam", "ssam-f", "ssam-d"])
+def test_the_train_step_lowers_for_gpu_and_tpu(method, optimizer):
+    config = Config(width=2, method=method, optimizer=optimizer, batch_size=16)
+    network = tasks.build(config)
+    tx = optimizers.make(config, steps_per_epoch=10)
+    task_loss = tasks.make(config, tasks.load(config))
+    step = make_train_step(task_loss.loss_fn, tx, fisher_loss_fn=task_loss.plain_loss_fn)
+    state = TrainState.create(network.params, tx, model_state=network.model_state)
+    batch = (jnp.zeros((16, 8, 8, 1), jnp.uint8), jnp.zeros(16, jnp.int32))
+    exported = jax.export.export(jax.jit(lambda s, b: step(s, b)), platforms=("cuda", "tpu"))(state, batch)
+    assert exported.platforms == ("cuda", "tpu")
+    assert len(exported.mlir_module_serialized) > 0
+
+
+def test_nesterov_and_adamw_are_those_of_optax():
+    params, grads = {"kernel": jnp.full((4, 4), 0.5)}, {"kernel": jnp.full((4, 4), 0.2)}
+    wanted = {
+        "sgd": optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9, nesterov=True)),
+        "adamw": optax.adamw(0.1, b1=0.9, weight_decay=5e-4),
+    }
+    for base, reference in wanted.items():
+        tx = optimizers.make(Config(method="dense", optimizer="sgd", base=base, nesterov=base == "sgd"), 10)
+        got, _ = tx.update(grads, tx.init(params), params)
+        expected, _ = reference.update(grads, reference.init(params), params)
+        np.testing.assert_allclose(got["kernel"], expected["kernel"], rtol=1e-6)
