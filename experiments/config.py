@@ -30,6 +30,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "set-itop": ("itop", {"growth": "random"}),
     "rigl-itop": ("itop", {"growth": "gradient"}),
     "mest-em": ("mest", {}),
+    # The released profiles for 98 %, where 2 % more would be all.
+    "mest-em-98": ("mest", {"extra": ((0.0, 0.002), (100 / 160, 0.001), (130 / 160, 0.0))}),
+    "mest-ems-98": ("mest", {"soft_bound": True, "extra": ((0.0, 0.05), (100 / 160, 0.02), (130 / 160, 0.0))}),
     "mest-ems": ("mest", {"soft_bound": True, "extra": ((0.0, 0.05), (90 / 160, 0.025), (120 / 160, 0.0))}),
 }
 

@@ -77,3 +77,32 @@ def draw_growth(points: Sequence[Mapping[str, Any]], device: str, file: Path) ->
     panels[0].legend(frameon=False)
     figure.suptitle(f"Selecting the largest tenth, {device}")
     figure.savefig(file, dpi=120)
+
+
+def draw_comparison(lines: Sequence[Any], title: str, file: Path) -> None:
+    """Lines of a paper's table: figures, and differences to the baseline; filled ours, hollow the paper's."""
+    figure = Figure(figsize=(11, max(3.0, 0.24 * len(lines) + 1.4)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    optimizers = list(dict.fromkeys(line.optimizer for line in lines))
+    colours = dict(zip(optimizers, COLOURS, strict=False))
+    for place, line in enumerate(lines):
+        colour = colours[line.optimizer]
+        for axes, ours, spread, paper in (
+            (panels[0], line.ours, line.spread, line.paper),
+            (panels[1], line.difference, line.difference_spread, line.paper_difference),
+        ):
+            if paper is not None:
+                axes.plot(paper, place, "D", color=colour, markerfacecolor="none", markersize=5)
+            if ours is not None:
+                axes.errorbar(ours, place, xerr=spread, fmt="o", color=colour, markersize=5, capsize=3)
+    labels = [line.row + ("" if line.sparsity is None else f", {100 * line.sparsity:g} %") for line in lines]
+    panels[0].set_yticks(range(len(lines)), labels, fontsize=8)
+    panels[0].invert_yaxis()
+    panels[0].set(xlabel=" / ".join(dict.fromkeys(line.metric for line in lines)))
+    panels[1].set(xlabel="difference to the baseline, paired by seed")
+    panels[1].axvline(0.0, color=GREY, linewidth=0.8)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{title}: filled ours, ± over seeds; hollow the paper's")
+    figure.savefig(file, dpi=120)

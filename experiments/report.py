@@ -1,8 +1,12 @@
-"""What the terminal shows: a progress bar and the final table."""
+"""What is shown of runs: a progress bar, the final table, and a paper's table with ours beside it."""
 
-from collections.abc import Mapping
-from typing import Any
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -71,3 +75,119 @@ def result_table(finals: Mapping[str, Row]) -> Table:
 
 def _fraction(zeros_and_size: list[int] | None) -> str:
     return "-" if not zeros_and_size else f"{zeros_and_size[0] / zeros_and_size[1]:.2%}"
+
+
+class Line(NamedTuple):
+    """A row of a paper's table beside ours; None where there is nothing. Spreads of ours are sample deviations.
+
+    Attributes:
+      name: of the recipe.
+      row: the paper's label.
+      sparsity: fraction of zeros.
+      optimizer: ours.
+      metric: what the figures are of.
+      paper: as printed.
+      paper_spread: as printed.
+      paper_difference: to the baseline, of the printed figures.
+      baseline: the recipe that differences are to.
+      ours: mean over seeds.
+      spread: over seeds.
+      seeds: how many.
+      difference: to the baseline, mean of the differences seed by seed.
+      difference_spread: of these.
+      pairs: how many.
+    """
+
+    name: str
+    row: str
+    sparsity: float | None
+    optimizer: str
+    metric: str
+    paper: float | None
+    paper_spread: float | None
+    paper_difference: float | None
+    baseline: str | None
+    ours: float | None
+    spread: float | None
+    seeds: int
+    difference: float | None
+    difference_spread: float | None
+    pairs: int
+
+
+HEADER = ("row", "zeros (%)", "paper", "ours", "seeds", "paper: gain", "ours: gain", "pairs")
+MISSING = "–"
+
+
+def comparison(rows: Sequence[Row]) -> list[Line]:
+    """The lines of a table, from rows that hold ``recipe``, ``seed`` and ``value``, in their order."""
+    values: dict[str, dict[int, float]] = {}
+    for row in rows:
+        mine = values.setdefault(row["recipe"]["name"], {})
+        if row["value"] is not None:
+            mine[row["seed"]] = row["value"]
+    lines = []
+    for recipe in {row["recipe"]["name"]: row["recipe"] for row in rows}.values():
+        mine, other = values[recipe["name"]], values.get(recipe["baseline"], {})
+        paired = [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
+        (ours, spread), (difference, difference_spread) = _mean(list(mine.values())), _mean(paired)
+        lines.append(
+            Line(
+                **recipe,
+                ours=ours,
+                spread=spread,
+                seeds=len(mine),
+                difference=difference,
+                difference_spread=difference_spread,
+                pairs=len(paired),
+            )
+        )
+    return lines
+
+
+def comparison_table(lines: Iterable[Line], title: str) -> Table:
+    """For the terminal."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column(HEADER[0], no_wrap=True)
+    for column in HEADER[1:]:
+        table.add_column(column, justify="right")
+    for line in lines:
+        table.add_row(*_cells(line))
+    return table
+
+
+def markdown(lines: Iterable[Line]) -> str:
+    body = [HEADER, ("---",) * len(HEADER), *(_cells(line) for line in lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in body)
+
+
+def comma_separated(lines: Iterable[Line]) -> str:
+    """CSV of the bare figures."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([Line._fields, *lines])
+    return text.getvalue()
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    return (
+        line.row,
+        MISSING if line.sparsity is None else f"{100 * line.sparsity:g}",
+        _figure(line.paper, line.paper_spread),
+        _figure(line.ours, line.spread),
+        str(line.seeds),
+        _figure(line.paper_difference, sign="+"),
+        _figure(line.difference, line.difference_spread, sign="+"),
+        str(line.pairs),
+    )
+
+
+def _figure(value: float | None, spread: float | None = None, sign: str = "") -> str:
+    if value is None:
+        return MISSING
+    return f"{value:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+
+def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """And the standard deviation, which takes two values."""
+    mean = statistics.mean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None

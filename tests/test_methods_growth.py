@@ -408,3 +408,21 @@ def test_seeds_under_vmap_of_scan_equal_single_runs(name):
 def test_bad_input_is_told_what_was_expected(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_mest_refuses_to_empty_a_leaf():
+    params = {"kernel": jnp.ones((100, 100))}
+    whole = sparsify(optax.sgd(0.1), methods.mest(), sparsity=0.98, distribution="uniform", when=Every(0, 1, 10))
+    with pytest.raises(ValueError, match=r"mest would prune all of \['kernel'\]: their sparsity and p=0.02 reach 1"):
+        whole.init(params)
+    part = sparsify(
+        optax.sgd(0.1),
+        methods.mest(extra=((0.0, 0.002),)),
+        sparsity=0.98,
+        distribution="uniform",
+        when=Every(0, 1, 10),
+    )
+    state = part.init(params)
+    updates, state = part.update(params, state, params)
+    assert int(state.nnz["kernel"]) == 200
+    assert int((optax.apply_updates(params, updates)["kernel"] != 0).sum()) > 0

@@ -110,6 +110,8 @@ def config(key: str, sparsity: float, optimizer: OptimizerName, **changes: Any) 
         options["epochs"] *= rounds(sparsity, options.get("prune_fraction", PRUNE_FRACTION)) + 1
     if options["method"] != "dense":
         options["sparsity"] = sparsity
+    if options["method"].startswith("mest-") and sparsity == 0.98:
+        options["method"] += "-98"
     return Config(
         **{
             "dataset": "cifar10",

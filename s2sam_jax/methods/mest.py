@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._growth import first_and_last, grow, magnitude_init, replace_sparse, sparse_leaves
 from s2sam_jax._select import kept, ones, random_scores, select
+from s2sam_jax._tree import named_leaves
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
 Phases = Sequence[tuple[float, float]]
@@ -45,8 +46,8 @@ def mest(
       A method that needs ``when`` with an ``end``. The paper: every 5 epochs.
 
     Raises:
-      ValueError: for phases that do not start at 0.0, do not ascend or lie outside ``[0, 1]``, a negative ``lam``, or
-        a clock without an end.
+      ValueError: for a leaf that would lose all its weights, for phases that do not start at 0.0, do not ascend or
+        lie outside ``[0, 1]``, a negative ``lam``, or a clock without an end.
 
     Reference:
       Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge", NeurIPS 2021. Its
@@ -63,6 +64,8 @@ def mest(
 
     def init(x: MaskInputs) -> MaskUpdate:
         first_and_last(x, "mest")
+        if not soft_bound:
+            _check_room(x, max(p for _, p in extra))
         return magnitude_init(x)
 
     def update(x: MaskInputs, state: Any) -> MaskUpdate:
@@ -94,6 +97,16 @@ def mest(
         return (counts(0), counts(-1)) if soft_bound else (counts(1), counts(0))
 
     return SparseMethod(init=init, update=update, invariant="bounded")
+
+
+def _check_room(x: MaskInputs, most: float) -> None:
+    """A leaf pruned to nothing would start from nothing at every update."""
+    sparsities = {"/".join(path): s for path, s in named_leaves(x.sparsities).items() if s > 0}
+    if emptied := [name for name, s in sparsities.items() if s + most >= 1]:
+        raise ValueError(
+            f"mest would prune all of {emptied}: their sparsity and p={most} reach 1; give smaller p in "
+            "extra=((from, p), ...), or a lower sparsity."
+        )
 
 
 def _check(extra: Phases, lam: float) -> None:

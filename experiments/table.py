@@ -1,0 +1,202 @@
+"""A table of a paper, or part of it: runs what is missing, and prints the paper's figures beside ours.
+
+    python -m experiments.table table1 --methods rigl-erk --sparsities 0.95 --seeds 0 1 2 --scale cpu --data PATH
+
+Rows, page, figures and plot go to experiments/results. A run is done when its folder is there, so that the same command
+goes on after an interruption.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from experiments import models, plots, recipes, report, runs, sparse_methods, train
+from experiments.config import Config, OptimizerName
+from experiments.loop import Row
+from experiments.recipes import Recipe
+from experiments.recipes.base import rounds
+
+RESULTS = Path(__file__).parent / "results"
+Scale = Literal["smoke", "cpu", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Which rows of which table, and how large."""
+
+    table: tyro.conf.Positional[str]  # As recipes begin: table1, table1-cifar100, ssam-table1, and so on.
+    methods: tuple[str, ...] = ()  # Rows by their key, such as rigl-erk; default: all.
+    sparsities: tuple[float, ...] = ()  # Default: all; rows that have none always stay.
+    optimizers: tuple[OptimizerName, ...] = ()  # Default: all.
+    seeds: tuple[int, ...] = (0, 1, 2)
+    scale: Scale = "full"  # full: the recipe. cpu: a quarter of the width, 10 000 images, 12 epochs. smoke: it runs.
+    data: Path | None = None  # As in experiments.train.
+    out: Path = Path("runs")  # The folder that run folders are made in.
+    results: Path = RESULTS
+
+
+def scaled(config: Config, scale: Scale) -> Config:
+    """The run of a recipe at a scale; a round of lottery or LRR is as long as another run.
+
+    On the small scales no clock is slower than an epoch: of MEST's five, 12 epochs would leave a single update.
+
+    Raises:
+      ValueError: for a small scale of what is not on CIFAR.
+    """
+    if scale == "full":
+        return config
+    if not config.dataset.startswith("cifar"):
+        raise ValueError(f"The scale {scale} exists for CIFAR alone; {config.dataset} has the scale full.")
+    width, runs_in_one = models.MODELS[config.model].width, _rounds(config)
+    if config.method not in ("dense", *sparse_methods.ONE_SHOT, *sparse_methods.ROUNDS):
+        interval, _ = sparse_methods.CIFAR_RECIPES.get(config.method, sparse_methods.ELSEWHERE)
+        config = dataclasses.replace(config, update_every=min(config.update_every or interval, 1.0))
+    if scale == "smoke":
+        return dataclasses.replace(config, width=max(2, width // 16), subset=256, epochs=runs_in_one)
+    epochs = 12 * runs_in_one
+    return dataclasses.replace(
+        config, width=width // 4, subset=10_000, epochs=epochs, batch_size=128, eval_every=epochs
+    )
+
+
+def _rounds(config: Config) -> int:
+    """Trainings in one run."""
+    if config.method not in sparse_methods.ROUNDS:
+        return 1
+    return rounds(config.sparsity, config.prune_fraction or 0.2) + 1
+
+
+def chosen(arguments: Arguments) -> list[Recipe]:
+    """Rows of the table that the filters leave.
+
+    Raises:
+      ValueError: for an unknown table, a filter that the table does not have, and when nothing is left.
+    """
+    rows = recipes.of_table(arguments.table)
+    _check("methods", arguments.methods, [recipe.key for recipe in rows], arguments.table)
+    _check("sparsities", arguments.sparsities, [recipe.sparsity for recipe in rows], arguments.table)
+    _check("optimizers", arguments.optimizers, [recipe.config.optimizer for recipe in rows], arguments.table)
+    left = [
+        recipe
+        for recipe in rows
+        if recipe.key in (arguments.methods or (recipe.key,))
+        and recipe.sparsity in (None, *(arguments.sparsities or (recipe.sparsity,)))
+        and recipe.config.optimizer in (arguments.optimizers or (recipe.config.optimizer,))
+    ]
+    if not left:
+        raise ValueError(f"No row of {arguments.table} has these methods, sparsities and optimizers together.")
+    return left
+
+
+def _check(field: str, asked: tuple[Any, ...], known: list[Any], table: str) -> None:
+    if foreign := [value for value in asked if value not in known]:
+        known = [value for value in dict.fromkeys(known) if value is not None]
+        raise ValueError(f"{table} has no {field} {foreign}; it has {known}.")
+
+
+def run(arguments: Arguments) -> list[Row]:
+    """Trains what has no folder yet, and returns the last row of each run asked for."""
+    pairs = [(recipe, _config(recipe, seed, arguments)) for recipe in chosen(arguments) for seed in arguments.seeds]
+    missing = [config for _, config in pairs if not config.run_dir.is_dir()]
+    for config in track(missing, description="runs"):
+        train.train(train.Arguments(config), Console(quiet=True))
+    return [_row(recipe, config, arguments.scale) for recipe, config in pairs]
+
+
+def _config(recipe: Recipe, seed: int, arguments: Arguments) -> Config:
+    config = scaled(recipe.config, arguments.scale)
+    return dataclasses.replace(config, seed=seed, data=arguments.data, out=arguments.out)
+
+
+def _row(recipe: Recipe, config: Config, scale: Scale) -> Row:
+    """What a table is made of: the printed figures, ours, and all that the run says of itself."""
+    last, metric = runs.rows(config.run_dir)[-1], recipe.metric
+    value = metric.scale * last[metric.field] if metric.field in last else None
+    # Where things lie is of this machine alone.
+    choices = {field: choice for field, choice in last["config"].items() if field not in ("data", "out")}
+    return {"recipe": described(recipe), "scale": scale, "value": value} | last | {"config": choices}
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """The paper's part of a line."""
+    baseline = None if recipe.baseline is None else recipes.get(recipe.baseline).expected
+    return {
+        "name": recipe.name,
+        "row": recipe.row,
+        "sparsity": recipe.sparsity,
+        "optimizer": recipe.config.optimizer,
+        "metric": recipe.metric.name,
+        "paper": recipe.expected,
+        "paper_spread": recipe.printed.spread,
+        "paper_difference": _difference(recipe.expected, baseline),
+        "baseline": recipe.baseline,
+    }
+
+
+def _difference(value: float | None, baseline: float | None) -> float | None:
+    return None if value is None or baseline is None else round(value - baseline, 4)
+
+
+def store(rows: list[Row], file: Path) -> list[Row]:
+    """Adds rows to the file, in place of older ones of the same recipe and seed; returns all, in the table's order."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    order = {name: place for place, name in enumerate(recipes.names())}
+    merged = {(row["recipe"]["name"], row["seed"]): row for row in [*old, *rows]}
+    kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
+def write(rows: list[Row], file: Path) -> list[report.Line]:
+    """Page, figures and plot beside the rows' file, from the rows alone."""
+    lines, title = report.comparison(rows), file.stem.replace("_", ", ")
+    file.with_suffix(".md").write_text(f"# {title}\n\n{_head(rows, file)}\n\n{report.markdown(lines)}\n")
+    file.with_suffix(".csv").write_text(report.comma_separated(lines))
+    plots.draw_comparison(lines, title, file.with_suffix(".png"))
+    return lines
+
+
+def _head(rows: list[Row], file: Path) -> str:
+    table, scale = file.stem.rsplit("_", 1)
+    configs, versions = [row["config"] for row in rows], {json.dumps(row["versions"]) for row in rows}
+    size = ", ".join(
+        f"{field} {_all(configs, field)}" for field in ("model", "width", "subset", "epochs", "batch_size")
+    )
+    small = "" if scale == "full" else " That is smaller than the paper's, so that the figures cannot be compared."
+    return (
+        f"Ours: {size} (None is the model's own, or all).{small} After the last epoch, BatchNorm recalibrated; mean ± "
+        "standard deviation over seeds. Gains are over the same row without S2-SAM or SAM, of SSAM over SAM; ours "
+        f"are paired by seed.\n\nDevice: {_all(rows, 'device')}; XLA flags: `{_all(rows, 'xla_flags') or 'none'}`; "
+        f"versions: {', '.join(sorted(versions))}. Made by `python -m experiments.table {table} --scale {scale}` from "
+        f"`{file.name}`, which holds config, versions and commit of each run."
+    )
+
+
+def _all(rows: list[dict[str, Any]], field: str) -> str:
+    return ", ".join(sorted({str(row[field]) for row in rows}))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    arguments, console = tyro.cli(Arguments, args=argv), Console()
+    jax.config.update("jax_compilation_cache_dir", str((arguments.out / "compiled").resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        rows = run(arguments)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    file = arguments.results / f"{arguments.table}_{arguments.scale}.jsonl"
+    console.print(report.comparison_table(write(store(rows, file), file), file.stem.replace("_", ", ")))
+    console.print(f"Files: {file.with_suffix('')}.jsonl, .md, .csv, .png", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""Recipes of the papers' tables, and the tables that are made of runs of them."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments import plots, recipes, report, runs, sparse_methods, table
+from experiments.recipes import base
+from experiments.recipes.ssam import DOUBTFUL
+
+ALL = list(recipes.RECIPES.values())
+
+# Copied by hand from the papers' text.
+PRINTED = {
+    "table1.dense.sgd": (94.58, None),
+    "table1.lottery-0.95.s2sam": (91.47, 0.10),
+    "table1.snip-0.98.sgd": (87.51, 0.31),
+    "table1.grasp-0.9.s2sam": (92.87, 0.14),
+    "table1.rigl-erk-0.95.s2sam": (92.81, 0.08),
+    "table1-cifar100.rigl-0.98.s2sam": (64.98, 0.06),
+    "table1-cifar100.mest-ems-0.95.sgd": (70.36, 0.05),
+    "table1-cifar100.set-0.9.s2sam": (70.23, 0.20),
+    "table4.rigl-0.9.sam": (1508, None),
+    "table4-accuracy.mest-em-0.9.s2sam": (74.58, None),
+    "table5.snip-0.8.s2sam": (34.87, None),
+    "table5-clean.grasp-0.8.sgd": (72.10, None),
+    "table6.efficientnet-b0.s2sam": (77.10, None),
+    "table6.resnet34.sam": (74.77, None),
+    "rebuttal-lrr.lrr-0.95.s2sam": (94.22, None),
+    "rebuttal-lottery-40.lottery-0.9.sgd": (90.73, None),
+    "rebuttal-sweep.mest-em-0.6.s2sam": (94.11, None),
+    "rebuttal-imagenet95.rigl-0.95.sgd": (69.02, None),
+    "rebuttal-set5x.set-5x-0.9.s2sam": (73.16, None),
+    "wmt14.mest-em-0.9.s2sam": (27.2, None),
+    "ssam-table1.ssam-f-0.5": (96.81, None),
+    "ssam-table2-cifar100.ssam-f-0.98": (83.85, None),
+    "ssam-table3.ssam-d-0.8": (77.00, None),
+    "table2.rigl-erk-0.8.s2sam": (None, None),
+    "tableA1-cifar100.snip-0.9.sgd": (None, None),
+}
+
+
+# Recipes
+
+
+def test_every_name_is_its_recipes():
+    assert len(ALL) > 400
+    assert all(name == recipe.name and name.startswith(recipe.table + ".") for name, recipe in recipes.RECIPES.items())
+    assert len({(r.table, r.key, r.sparsity, r.config.optimizer) for r in ALL}) == len(ALL)
+    assert recipes.names("official") == [
+        f"official.{row}.{optimizer}"
+        for row in ("mest-em-0.95", "mest-em-0.98", "mest-ems-0.98")
+        for optimizer in ("sgd", "s2sam")
+    ]
+
+
+def test_table_1_is_complete():
+    keys = ["lottery", "snip", "grasp", "set", "dsr", "rigl", "rigl-erk", "mest-em", "mest-ems"]
+    for name in ("table1", "table1-cifar100"):
+        sparse = [r for r in recipes.of_table(name) if r.sparsity]
+        assert list(dict.fromkeys(r.key for r in sparse)) == keys
+        assert len(sparse) == len(keys) * 3 * 2
+        assert all(r.expected is not None for r in sparse)
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_printed_figures(name):
+    recipe = recipes.get(name)
+    assert (recipe.expected, recipe.printed.spread) == PRINTED[name]
+
+
+def test_printed_differences_are_those_of_the_figures():
+    checked = 0
+    for recipe in ALL:
+        if recipe.printed.difference is not None:
+            gained = recipe.expected - recipes.get(recipe.baseline).expected
+            agrees = abs(gained - recipe.printed.difference) < 0.015
+            assert agrees != (recipe.name in DOUBTFUL), (recipe.name, gained, recipe.printed.difference)
+            checked += 1
+    assert checked == 54 + 8 + 6 + 8 + 3 + 4 * 12 + 6
+
+
+@pytest.mark.parametrize(
+    "text", ["92.58±", "(+0.1)", "92.58 0.1", "92,58", "", "92.58±0.07(0.27)"], ids=lambda text: text or "empty"
+)
+def test_cell_says_what_it_expects(text):
+    with pytest.raises(ValueError, match=r"A cell looks like 92\.58±0\.07\(\+0\.27\)"):
+        base.cell(text)
+
+
+def test_pairs_differ_in_the_optimizer_alone():
+    for recipe in ALL:
+        if recipe.baseline is None or recipe.table.startswith("ssam"):
+            continue
+        other = recipes.get(recipe.baseline).config
+        same = {"optimizer": other.optimizer}
+        if recipe.table == "official":
+            assert (other.weight_decay, recipe.config.weight_decay) == (1e-4, 5e-4)
+            same["weight_decay"] = 1e-4
+        assert dataclasses.replace(recipe.config, **same) == other, recipe.name
+
+
+def test_ssam_is_compared_as_in_its_paper():
+    decays = {(r.config.dataset, r.config.optimizer): r.config.weight_decay for r in ALL if r.table.startswith("ssam")}
+    assert {decay for (dataset, _), decay in decays.items() if dataset == "imagenet2012"} == {1e-4}
+    assert {decays[d, "sgd"] for d in ("cifar10", "cifar100")} == {5e-4}
+    assert {decays[d, o] for d in ("cifar10", "cifar100") for o in ("sam", "ssam-f", "ssam-d")} == {1e-3}
+    assert recipes.get("ssam-table1.ssam-f-0.5").baseline == "ssam-table1.sam"
+    assert recipes.get("ssam-table1.ssam-d-0.5").config.ssam_update_every == 5.0
+    assert {r.config.rho for r in ALL if r.table == "ssam-table2-cifar100"} == {0.2}
+
+
+def test_distributions_and_rounds():
+    assert recipes.get("table1.rigl-0.9.sgd").config.distribution == "uniform"
+    assert recipes.get("table1.rigl-erk-0.9.sgd").config.distribution == "erk"
+    lottery = recipes.get("table1.lottery-0.9.sgd").config
+    assert lottery.epochs == 160 * 12
+    assert abs(sparse_methods.round_steps(lottery, 781) - 160 * 781) <= 1
+    assert recipes.get("rebuttal-lottery-40.lottery-0.9.sgd").config.epochs == 160 * 6
+    assert "11.8%" in recipes.get("rebuttal-lottery-30.lottery-0.9.sgd").unknown
+    assert recipes.get("table2.mest-em-1.7x-0.8.sgd").config.epochs == 170
+
+
+def test_methods_and_clocks_can_be_made():
+    for recipe in ALL:
+        if recipe.config.method != "dense":
+            sparse_methods.make(recipe.config)
+            sparse_methods.clock(recipe.config, steps_per_epoch=100)
+
+
+def test_unknown_names_are_met_with_near_ones():
+    with pytest.raises(
+        ValueError, match=r"'table1\.rigl-erk-0\.95\.s2sma'; did you mean table1\.rigl-erk-0\.95\.s2sam,"
+    ):
+        recipes.get("table1.rigl-erk-0.95.s2sma")
+    with pytest.raises(ValueError, match="Unknown recipe 'zzz'; names begin with one of table1, table1-cifar100"):
+        recipes.get("zzz")
+    with pytest.raises(ValueError, match="Unknown table 'table11'; did you mean table1"):
+        recipes.of_table("table11")
+
+
+def test_description():
+    text = recipes.describe(recipes.get("table1.rigl-erk-0.95.s2sam"))
+    assert "accuracy (%): 92.81 ± 0.08" in text
+    assert "RigL (ERK) + S2-SAM, cifar10, 95 % zeros" in text
+    assert "about 0.37, an estimate" in text
+    assert "python -m experiments.train --recipe table1.rigl-erk-0.95.s2sam --seed 0" in text
+    assert "accuracy (%): unknown" in recipes.describe(recipes.get("table2.rigl-0.8.sgd"))
+    assert "no estimate" in recipes.describe(recipes.get("wmt14.dense.sgd"))
+    assert recipes.get("table6.resnet34.sam").gpu_hours == 2 * recipes.get("table6.resnet34.sgd").gpu_hours
+
+
+# Scales
+
+
+def test_full_scale_is_the_recipe():
+    config = recipes.get("table2.rigl-0.8.s2sam").config
+    assert table.scaled(config, "full") is config
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "epochs", "update_every"),
+    [
+        ("table1.rigl-erk-0.95.s2sam", 8, 12, 0.256),
+        ("table1.mest-em-0.95.s2sam", 8, 12, 1.0),
+        ("table1.snip-0.95.sgd", 8, 12, None),
+        ("table1.lottery-0.9.sgd", 8, 12 * 12, None),
+        ("tableA1.set-0.9.sgd", 16, 12, 1.0),
+        ("ssam-table2.sam", 40, 12, None),
+    ],
+)
+def test_cpu_scale(name, width, epochs, update_every):
+    full = recipes.get(name).config
+    small = table.scaled(full, "cpu")
+    assert small == dataclasses.replace(
+        full, width=width, epochs=epochs, update_every=update_every, subset=10_000, batch_size=128, eval_every=epochs
+    )
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu"])
+def test_every_cifar_recipe_has_a_clock_at_small_scales(scale):
+    for recipe in ALL:
+        if recipe.config.dataset.startswith("cifar"):
+            small = table.scaled(recipe.config, scale)
+            assert small.width >= 2
+            if small.method != "dense":
+                sparse_methods.clock(small, steps_per_epoch=small.subset // small.batch_size)
+
+
+@pytest.mark.parametrize("name", ["table4.rigl-0.9.sam", "wmt14.dense.sgd"])
+def test_small_scales_are_for_cifar(name):
+    config = recipes.get(name).config
+    with pytest.raises(ValueError, match=f"The scale cpu exists for CIFAR alone; {config.dataset} has the scale full"):
+        table.scaled(config, "cpu")
+
+
+# Which rows
+
+
+def test_filters():
+    arguments = table.Arguments("table1", methods=("rigl-erk", "mest-em"), sparsities=(0.95,), optimizers=("s2sam",))
+    assert [r.name for r in table.chosen(arguments)] == ["table1.rigl-erk-0.95.s2sam", "table1.mest-em-0.95.s2sam"]
+    ssam = table.chosen(table.Arguments("ssam-table1", sparsities=(0.5,)))
+    assert [r.name.split(".", 1)[1] for r in ssam] == ["sgd", "sam", "ssam-f-0.5", "ssam-d-0.5"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("rigel",)}, r"table1 has no methods \['rigel'\]; it has \['dense', 'lottery', .*'rigl-erk'"),
+        ({"sparsities": (0.5,)}, r"table1 has no sparsities \[0.5\]; it has \[0.9, 0.95, 0.98\]"),
+        ({"optimizers": ("sam",)}, r"table1 has no optimizers \['sam'\]; it has \['sgd', 's2sam'\]"),
+        ({"methods": ("dense",), "optimizers": ("s2sam",)}, "No row of table1 has these"),
+    ],
+)
+def test_filters_say_what_there_is(change, message):
+    with pytest.raises(ValueError, match=message):
+        table.chosen(table.Arguments("table1", **change))
+
+
+# Running, with a stand-in for training
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Records configs in place of training them; the accuracy follows from config and seed."""
+    done = []
+
+    def train(arguments, console):
+        config = arguments.config
+        done.append(config)
+        config.run_dir.mkdir(parents=True)
+        row = {
+            "config": config.to_json(), "seed": config.seed, "device": "cpu", "xla_flags": "", "versions": {"jax": "1"},
+            "test_accuracy_recalibrated": (0.5 if config.optimizer == "sgd" else 0.52) + config.seed / 100,
+        }  # fmt: skip
+        (config.run_dir / runs.METRICS).write_text('{"seed": 0}\n' + json.dumps(row) + "\n")
+
+    monkeypatch.setattr(table.train, "train", train)
+    return done
+
+
+@pytest.fixture
+def compilation_cache():
+    """Puts back what the command line sets for the whole process."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def arguments_of(tmp_path, **change):
+    common = {"methods": ("rigl-erk",), "sparsities": (0.95,), "seeds": (0, 1), "scale": "cpu"}
+    return table.Arguments("table1", out=tmp_path / "runs", results=tmp_path / "results", **common | change)
+
+
+def test_only_what_is_missing_is_run(tmp_path, trained):
+    first = table.run(arguments_of(tmp_path, optimizers=("sgd",)))
+    assert [(c.optimizer, c.seed) for c in trained] == [("sgd", 0), ("sgd", 1)]
+    rows = table.run(arguments_of(tmp_path))
+    assert [(c.optimizer, c.seed) for c in trained[2:]] == [("s2sam", 0), ("s2sam", 1)]
+    assert table.run(arguments_of(tmp_path)) == rows
+    assert len(trained) == 4
+    assert rows[:2] == first
+    assert all(c.width == 8 and c.subset == 10_000 for c in trained)
+    assert [row["value"] for row in rows] == pytest.approx([50, 51, 52, 53])
+    assert rows[2]["recipe"] == {
+        "name": "table1.rigl-erk-0.95.s2sam",
+        "row": "RigL (ERK) + S2-SAM",
+        "sparsity": 0.95,
+        "optimizer": "s2sam",
+        "metric": "accuracy (%)",
+        "paper": 92.81,
+        "paper_spread": 0.08,
+        "paper_difference": 0.42,
+        "baseline": "table1.rigl-erk-0.95.sgd",
+    }
+    assert "data" not in rows[0]["config"]
+    assert str(tmp_path) not in json.dumps(rows)
+
+
+def test_stored_rows_grow_and_are_replaced(tmp_path, trained):
+    file = tmp_path / "results" / "table1_cpu.jsonl"
+    s2sam = table.store(table.run(arguments_of(tmp_path, optimizers=("s2sam",))), file)
+    both = table.store(table.run(arguments_of(tmp_path, optimizers=("sgd",))), file)
+    assert [row["recipe"]["optimizer"] for row in both] == ["sgd", "sgd", "s2sam", "s2sam"]
+    assert both[2:] == s2sam
+    table.store([{**both[0], "value": 1.0}], file)
+    values = [json.loads(line)["value"] for line in file.read_text().splitlines()]
+    assert values == [1.0, *(row["value"] for row in both[1:])]
+
+
+def test_command_line_writes_page_figures_and_plot(tmp_path, trained, compilation_cache, capsys):
+    names = ["--methods", "rigl-erk", "--sparsities", "0.95", "--scale", "cpu"]
+    table.main(["table1", *names, "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
+    assert "RigL" in capsys.readouterr().out
+    page = (tmp_path / "table1_cpu.md").read_text()
+    assert "| RigL (ERK) + S2-SAM | 95 | 92.81 ± 0.08 | 53.00 ± 1.00 | 3 | +0.42 | +2.00 ± 0.00 | 3 |" in page
+    assert "model resnet32, width 8, subset 10000, epochs 12, batch_size 128" in page
+    assert "cannot be compared" in page
+    with (tmp_path / "table1_cpu.csv").open() as stream:
+        figures = list(csv.DictReader(stream))
+    assert [float(line["ours"]) for line in figures] == pytest.approx([51, 53])
+    assert (tmp_path / "table1_cpu.png").stat().st_size > 1000
+
+
+# Tables from rows
+
+
+def synthetic():
+    """Five seeds of a pair of which one run is missing, and a row that nothing is printed for."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for name in ("table1.rigl-0.9.sgd", "table1.rigl-0.9.s2sam", "table2.rigl-0.8.s2sam", "table5.rigl-0.8.sgd"):
+        for seed in range(5):
+            value = None if name.startswith("table5") else float(rng.normal(90, 1))
+            rows.append({"recipe": table.described(recipes.get(name)), "seed": seed, "value": value})
+    return rows[1:]
+
+
+def test_means_deviations_and_paired_differences():
+    rows = synthetic()
+    sgd, s2sam, alone, unmeasured = report.comparison(rows)
+    a = np.array([row["value"] for row in rows[:4]])
+    b = np.array([row["value"] for row in rows[4:9]])
+    np.testing.assert_allclose((sgd.ours, sgd.spread), (a.mean(), a.std(ddof=1)))
+    np.testing.assert_allclose((s2sam.ours, s2sam.spread), (b.mean(), b.std(ddof=1)))
+    paired = b[1:] - a  # seed 0 has no partner
+    np.testing.assert_allclose((s2sam.difference, s2sam.difference_spread), (paired.mean(), paired.std(ddof=1)))
+    assert (sgd.seeds, s2sam.seeds, sgd.pairs, s2sam.pairs) == (4, 5, 0, 4)
+    assert s2sam.paper_difference == 0.48
+    assert (sgd.difference, alone.paper, alone.difference) == (None, None, None)
+    assert (unmeasured.ours, unmeasured.seeds, unmeasured.paper) == (None, 0, 33.68)
+
+
+def test_missing_cells_are_dashes():
+    header, rule, *cells = report.markdown(report.comparison(synthetic())).splitlines()
+    assert {line.count("|") for line in (header, rule, *cells)} == {len(report.HEADER) + 1}
+    assert cells[0].startswith("| RigL | 90 | 93.07 | ")
+    assert cells[0].endswith(" | 4 | – | – | 0 |")
+    assert cells[2].startswith("| RigL + S2-SAM | 80 | – | ")
+    assert cells[3] == "| RigL | 80 | 33.68 | – | 0 | – | – | 0 |"
+
+
+def test_one_seed_has_no_deviation():
+    rows = [row for row in synthetic() if row["seed"] == 1]
+    assert " ± " not in report.markdown(report.comparison(rows)).replace("93.55 ± 0.14", "")
+
+
+def test_terminal_table_and_plot(tmp_path):
+    lines = report.comparison(synthetic())
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(report.comparison_table(lines, "table1, cpu"))
+    text = captured.get()
+    assert "table1, cpu" in text
+    assert all(line.row in text for line in lines)
+    assert all(column in text for column in report.HEADER)
+    plots.draw_comparison(lines, "table1, cpu", tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 1000
