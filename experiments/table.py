@@ -36,7 +36,7 @@ class Arguments:
     sparsities: tuple[float, ...] = ()  # Default: all; rows that have none always stay.
     optimizers: tuple[OptimizerName, ...] = ()  # Default: all.
     seeds: tuple[int, ...] = (0, 1, 2)
-    scale: Scale = "full"  # full: the recipe. cpu: a quarter of the width, 10 000 images, 12 epochs. smoke: it runs.
+    scale: Scale = "full"  # full: the recipe. cpu: a quarter of the width, 10 000 images, 9 epochs. smoke: it runs.
     data: Path | None = None  # As in experiments.train.
     out: Path = Path("runs")  # The folder that run folders are made in.
     results: Path = RESULTS
@@ -45,7 +45,7 @@ class Arguments:
 def scaled(config: Config, scale: Scale) -> Config:
     """The run of a recipe at a scale; a round of lottery or LRR is as long as another run.
 
-    On the small scales no clock is slower than an epoch: of MEST's five, 12 epochs would leave a single update.
+    On the small scales no clock is slower than an epoch: of MEST's five, 9 epochs would leave a single update.
 
     Raises:
       ValueError: for a small scale of what is not on CIFAR.
@@ -60,7 +60,7 @@ def scaled(config: Config, scale: Scale) -> Config:
         config = dataclasses.replace(config, update_every=min(config.update_every or interval, 1.0))
     if scale == "smoke":
         return dataclasses.replace(config, width=max(2, width // 16), subset=256, epochs=runs_in_one)
-    epochs = 12 * runs_in_one
+    epochs = 9 * runs_in_one
     return dataclasses.replace(
         config, width=width // 4, subset=10_000, epochs=epochs, batch_size=128, eval_every=epochs
     )
@@ -102,12 +102,30 @@ def _check(field: str, asked: tuple[Any, ...], known: list[Any], table: str) -> 
 
 
 def run(arguments: Arguments) -> list[Row]:
-    """Trains what has no folder yet, and returns the last row of each run asked for."""
+    """Trains what has neither a row nor a folder yet, and returns the last row of each run asked for.
+
+    Each row is stored as soon as it is there, so that an interrupted table goes on where it was, on any machine.
+    """
     pairs = [(recipe, _config(recipe, seed, arguments)) for recipe in chosen(arguments) for seed in arguments.seeds]
-    missing = [config for _, config in pairs if not config.run_dir.is_dir()]
-    for config in track(missing, description="runs"):
-        train.train(train.Arguments(config), Console(quiet=True))
-    return [_row(recipe, config, arguments.scale) for recipe, config in pairs]
+    stored = {(row["recipe"]["name"], row["seed"]): row for row in read(rows_file(arguments))}
+    rows = []
+    for recipe, config in track(pairs, description="runs"):
+        row = stored.get((recipe.name, config.seed))
+        if row is None or Config.from_json(row["config"]).digest != config.digest:
+            if not config.run_dir.is_dir():
+                train.train(train.Arguments(config), Console(quiet=True))
+            row = _row(recipe, config, arguments.scale)
+            store([row], rows_file(arguments))
+        rows.append(row)
+    return rows
+
+
+def rows_file(arguments: Arguments) -> Path:
+    return arguments.results / f"{arguments.table}_{arguments.scale}.jsonl"
+
+
+def read(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _config(recipe: Recipe, seed: int, arguments: Arguments) -> Config:
@@ -147,7 +165,7 @@ def _difference(value: float | None, baseline: float | None) -> float | None:
 def store(rows: list[Row], file: Path) -> list[Row]:
     """Adds rows to the file, in place of older ones of the same recipe and seed; returns all, in the table's order."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    old = read(file)
     order = {name: place for place, name in enumerate(recipes.names())}
     merged = {(row["recipe"]["name"], row["seed"]): row for row in [*old, *rows]}
     kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
@@ -190,11 +208,11 @@ def main(argv: list[str] | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", str((arguments.out / "compiled").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
-        rows = run(arguments)
+        run(arguments)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    file = arguments.results / f"{arguments.table}_{arguments.scale}.jsonl"
-    console.print(report.comparison_table(write(store(rows, file), file), file.stem.replace("_", ", ")))
+    file = rows_file(arguments)
+    console.print(report.comparison_table(write(read(file), file), file.stem.replace("_", ", ")))
     console.print(f"Files: {file.with_suffix('')}.jsonl, .md, .csv, .png", soft_wrap=True)
 
 
