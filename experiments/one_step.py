@@ -68,9 +68,9 @@ def run(config: Config) -> dict[str, Any]:
     """Compiles, takes the step, and checks that weights moved and masks hold."""
     step, first_state = step_and_state(config)
     state, begin = first_state(), time.perf_counter()
-    before = jax.device_get(state.params)
     # The first call changes the masks and leaves the weights; the second is an ordinary one.
     state, _ = step(state, batch_of(config))
+    before = jax.device_get(state.params)
     state, metrics = step(state, batch_of(config))
     check_masks(state.params, state.opt_state)
     pairs = zip(jax.tree.leaves(jax.device_get(state.params)), jax.tree.leaves(before), strict=True)
@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; each row is written as soon as it is there."""
     arguments, console = tyro.cli(Arguments, args=argv), Console()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = {}
+    old = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
+    rows = {row["model"]: row for row in map(json.loads, old)}
     for name in arguments.models:
         config = config_of(name, arguments.batch_size)
         rows[name] = run(config) | runs.provenance(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,15 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """The command line; returns the summary."""
-    arguments, console = tyro.cli(Arguments, args=argv), Console()
+    arguments = tyro.cli(Arguments, args=argv)
+    try:
+        return evaluate(arguments, Console())
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+
+
+def evaluate(arguments: Arguments, console: Console) -> dict[str, object]:
+    """Accuracy on every cell, written into the run's folder; returns the summary."""
     config = runs.read_config(arguments.run_dir)
     config = dataclasses.replace(config, data=arguments.data or config.data)
     if config.dataset not in ("cifar10", "imagenet2012"):
@@ -59,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     rows = list(track(found, description="corruptions", total=None))
     summary = corruptions.summary(rows, clean)
     lines = [row | {"run": arguments.run_dir.name} for row in rows] + [{"summary": summary}]
-    file = arguments.run_dir / "robustness.jsonl"
+    file = arguments.run_dir / runs.ROBUSTNESS
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     console.print(summary)
     console.print(f"Rows: {file}", soft_wrap=True)

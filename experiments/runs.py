@@ -16,9 +16,10 @@ from experiments.config import Config
 from experiments.loop import Row
 from s2sam_jax import TrainState, get_masks
 
-CONFIG, METRICS, CHECKPOINT, WEIGHTS, CURVES = (
+CONFIG, METRICS, ROBUSTNESS, CHECKPOINT, WEIGHTS, CURVES = (
     "config.json",
     "metrics.jsonl",
+    "robustness.jsonl",
     "checkpoint",
     "weights.safetensors",
     "curves.png",
@@ -54,6 +55,12 @@ def rows(folder: Path) -> list[Row]:
     return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
+def robustness(folder: Path) -> Row:
+    """The summary that :mod:`experiments.robustness` has left, or nothing."""
+    file = folder / ROBUSTNESS
+    return json.loads(file.read_text().splitlines()[-1])["summary"] if file.is_file() else {}
+
+
 def read_config(folder: Path) -> Config:
     """The config of a finished run.
 
@@ -69,8 +76,8 @@ def read_config(folder: Path) -> Config:
 def restore(folder: Path) -> TrainState:
     """The final state of a finished run."""
     config = read_config(folder)
-    # Only the structure is needed here, and it does not depend on the number of steps.
-    network, tx = tasks.build(config), optimizers.make(config, steps_per_epoch=1)
+    # Only the structure is needed here, which does not depend on the number of steps, if only they are enough.
+    network, tx = tasks.build(config), optimizers.make(config, steps_per_epoch=10_000)
     like = jax.eval_shape(lambda: loop.initial_state(config, network, tx))
     return checkpoint.restore(folder / CHECKPOINT, like)
 

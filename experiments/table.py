@@ -135,7 +135,7 @@ def _config(recipe: Recipe, seed: int, arguments: Arguments) -> Config:
 
 def _row(recipe: Recipe, config: Config, scale: Scale) -> Row:
     """What a table is made of: the printed figures, ours, and all that the run says of itself."""
-    last, metric = runs.rows(config.run_dir)[-1], recipe.metric
+    last, metric = runs.rows(config.run_dir)[-1] | runs.robustness(config.run_dir), recipe.metric
     value = metric.scale * last[metric.field] if metric.field in last else None
     # Where things lie is of this machine alone.
     choices = {field: choice for field, choice in last["config"].items() if field not in ("data", "out")}

@@ -21,6 +21,13 @@ class HostClock:
 
     _FLAGS = ((SparseState, "refresh_masks"), (SSAMState, "refresh_perturbation"))
 
+    _SKIPPING = (
+        optax.MultiStepsState,
+        optax.ApplyIfFiniteState,
+        optax.transforms.ConditionallyTransformState,
+        optax.transforms.ConditionallyMaskState,
+    )
+
     def __init__(self):
         self._last: list[Callable[[], Any]] = []
         self._clocks: dict[str, tuple[int, int]] = {}
@@ -47,7 +54,7 @@ class HostClock:
 
     def _owners(self, opt_state: Any) -> dict[str, Any]:
         """The states with a clock, by the name of their flag; none where calls and updates may differ."""
-        if find_states(opt_state, optax.MultiStepsState) or find_states(opt_state, optax.ApplyIfFiniteState):
+        if any(find_states(opt_state, kind) for kind in self._SKIPPING):
             return {}
         found = {name: find_states(opt_state, kind) for kind, name in self._FLAGS}
         return {name: states[0] for name, states in found.items() if len(states) == 1}

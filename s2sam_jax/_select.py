@@ -41,7 +41,8 @@ def select(
       sparsity: instead of ``count``, the fraction of zeros in ``[0, 1]``: keeps ``N - floor(sparsity * N)``.
       among: bool tree like ``scores``; only these entries may be chosen. If fewer than ``count`` are eligible, all
         of them are chosen.
-      scope: rank within each leaf, or over all leaves together.
+      scope: rank within each leaf, or over all leaves together (in the widest of their types, where casting may
+        lose subnormals).
 
     Returns:
       Bool masks with the structure and shapes of ``scores``.
@@ -71,7 +72,8 @@ def select(
     counts = _counts(scores, count, sparsity, scope)
     allowed = [None] * len(leaves) if among is None else [jnp.asarray(m, bool) for m in jax.tree.leaves(among)]
     if scope == "global":
-        leaves = [x.astype(jnp.result_type(*leaves)) for x in leaves]
+        common = jnp.result_type(*(x.dtype for x in leaves))  # of the types alone: weak ones would be rounded
+        leaves = [x.astype(common) for x in leaves]
     return treedef.unflatten(_largest(leaves, allowed, counts, scope))
 
 
@@ -89,7 +91,8 @@ def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], sco
         jnp.stack(counts[:1] if scope == "global" else [counts[index] for index in order]),
         [jnp.asarray(first[indices]) for indices in alike],
     )
-    masks = dict(zip(order, (mask for stacked in chosen for mask in stacked), strict=True))
+    # By index: iterating over an array would bring its rows to one device.
+    masks = dict(zip(order, (stacked[row] for stacked in chosen for row in range(len(stacked))), strict=True))
     return [masks[index] for index in range(len(leaves))]
 
 
@@ -98,7 +101,8 @@ def ones(masks: list[Any]) -> list[jax.Array]:
     counts: dict[int, jax.Array] = {}
     for indices in _alike(masks):
         stacked = _stack(masks, indices)
-        counts |= zip(indices, jnp.sum(stacked, axis=range(1, stacked.ndim), dtype=jnp.int32), strict=True)
+        total = jnp.sum(stacked, axis=range(1, stacked.ndim), dtype=jnp.int32)
+        counts |= {index: total[row] for row, index in enumerate(indices)}
     return [counts[index] for index in range(len(masks))]
 
 

@@ -117,3 +117,7 @@ def test_no_sort_in_the_program_and_only_counts_leave_a_device():
     assert sizes
     assert max(sizes) <= 2 * 8 * 3  # rows x devices x thresholds
     assert all(mask.sharding == sharding for mask in masks(scores).values())
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        eager = select(jax.device_put(scores, NamedSharding(mesh, PartitionSpec("data"))), count=5)
+        assert all(len(mask.sharding.device_set) == 8 for mask in eager.values())

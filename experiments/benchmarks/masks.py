@@ -74,7 +74,7 @@ def _stepper(tx: Any, params: Any, grads: Any, updater: Any = None, **extra: Any
 
 
 def mask_update(name: str, params: Any, rounds: int, peer: Path | None) -> Iterator[Row]:
-    """One RigL-ERK update, optimizer included on our side, against the peer's mask calculation alone."""
+    """One RigL-ERK update, which leaves the inner optimizer alone, against the peer's mask calculation."""
     for tied in (False, True):
         what = f"{name}, {'all scores tie' if tied else 'no ties'}"
         cases, counts_kept = _mask_updates(params, tied, peer)

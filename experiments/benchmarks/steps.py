@@ -84,9 +84,11 @@ def memory(workload: Workload) -> Iterator[Row]:
         peaks[name] = timing.memory(compiled).peak
         costs[name] = cost(compiled)
     detail = f"peaks {peaks['s2sam'] / 1e6:.1f} / {peaks['sgd'] / 1e6:.1f} MB"
-    yield figure("memory, S2-SAM - SGD", (peaks["s2sam"] - peaks["sgd"]) / size, "params", "<= 1.05", detail)
+    yield figure(
+        "memory of one program, S2-SAM - SGD", (peaks["s2sam"] - peaks["sgd"]) / size, "params", "<= 1.05", detail
+    )
     extra = (peaks["s2sam-bf16"] - peaks["sgd"]) / size
-    yield figure("memory, S2-SAM in bfloat16 - SGD", extra, "params", "<= 0.55")
+    yield figure("memory of one program, S2-SAM in bfloat16 - SGD", extra, "params", "<= 0.55")
     for what, unit in (("flops", "GFLOP"), ("bytes", "GB")):
         s2, sgd = costs["s2sam"][what], costs["sgd"][what]
         detail = f"{s2 / 1e9:.4g} / {sgd / 1e9:.4g} {unit}"

@@ -39,7 +39,7 @@ class Metric(NamedTuple):
 
 
 ACCURACY = Metric("accuracy (%)", "test_accuracy_recalibrated", 100.0)
-CORRUPTED = Metric("ImageNet-C accuracy (%)", "corrupted_accuracy", 100.0)
+CORRUPTED = Metric("ImageNet-C accuracy (%)", "mean_corruption_accuracy", 100.0)
 SPEED = Metric("images/s", "images_per_second")
 BLEU = Metric("SacreBLEU", "bleu")
 

@@ -82,7 +82,7 @@ class Translation:
         return epoch_batches(self._data.train, self._config.seed, number)
 
     def _bleu(self, params: Any, model_state: Any) -> float:
-        search = jax.jit(partial(self._search, params, model_state))
+        search = partial(jax.jit(self._search), params, model_state)
         length = self._config.max_length
         english, german = zip(*self._data.test_pairs, strict=True)
         found = translation.translate(search, self._data.tokenizer, english, batch_size=EVAL_BATCH, max_length=length)
