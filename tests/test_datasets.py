@@ -479,9 +479,11 @@ def test_search_copies_with_a_decoder_that_copies(beams):
 def chain_search(logits, **options):
     """Of a first-order chain over tokens 0 to 5, given by probabilities."""
     table = jnp.log(jnp.array(logits) + 1e-9)
-    encode = lambda sources: ()  # noqa: E731
-    decode = lambda memory, targets_in: table[targets_in]  # noqa: E731
-    found = translation.beam_search(encode, decode, jnp.zeros((1, 1), jnp.int32), max_length=4, **options)
+
+    def decode(memory, targets_in):
+        return table[targets_in]
+
+    found = translation.beam_search(lambda _: (), decode, jnp.zeros((1, 1), jnp.int32), max_length=4, **options)
     return [int(x) for x in found[0]]
 
 

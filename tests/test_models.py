@@ -52,7 +52,10 @@ def inputs_of(name, size=None):
 
 def forward(network, inputs):
     """The program of a training step's forward pass, and the shapes of logits and state."""
-    call = lambda p, s, x: network.apply(p, s, x, True, jax.random.key(0))  # noqa: E731
+
+    def call(params, state, inputs):
+        return network.apply(params, state, inputs, True, jax.random.key(0))
+
     closed, results = jax.make_jaxpr(call, return_shape=True)(*network[:2], inputs)
     return closed.jaxpr, *results
 
@@ -175,7 +178,10 @@ def check_types(name, dtype):
 
 def test_gradients_have_the_precision_of_the_forward_pass():
     network = shapes("transformer-base", width=8, classes=11)
-    loss = lambda p, s, x: network.apply(p, s, x, False)[0].sum()  # noqa: E731
+
+    def loss(params, state, inputs):
+        return network.apply(params, state, inputs, False)[0].sum()
+
     jaxpr = jax.make_jaxpr(jax.grad(loss))(*network[:2], inputs_of("transformer-base")).jaxpr
     assert {eqn.params["precision"][0] for eqn in equations(jaxpr)} == {jax.lax.Precision.HIGHEST}
 
