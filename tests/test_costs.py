@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from experiments import models
+from experiments.benchmarks.timing import memory
 from experiments.config import Config
 from experiments.tasks import images
 from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, select, sparsify
@@ -47,12 +48,6 @@ def compiled_update(tx, **extra):
     return jax.jit(step, donate_argnums=(0, 1)).lower(PARAMS, tx.init(PARAMS), PARAMS).compile()
 
 
-def peak(compiled):
-    used = compiled.memory_analysis()
-    held = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    return held + used.temp_size_in_bytes
-
-
 def flops(compiled):
     return compiled.cost_analysis()["flops"]
 
@@ -76,7 +71,9 @@ def test_as_one_program_s2sam_holds_one_gradient_more():
         step = make_train_step(images.loss_function(Config(dataset="cifar10"), network), tx)
         state = TrainState.create(network.params, tx, model_state=network.model_state)
         batch = (jnp.zeros((16, 32, 32, 3), jnp.uint8), jnp.zeros(16, jnp.int32))
-        peaks.append(peak(jax.jit(lambda s, b, step=step: step(s, b), donate_argnums=0).lower(state, batch).compile()))
+        peaks.append(
+            memory(jax.jit(lambda s, b, step=step: step(s, b), donate_argnums=0).lower(state, batch).compile()).peak
+        )
     assert 0.9 < (peaks[1] - peaks[0]) / copy < 1.05
     assert 0.4 < (peaks[2] - peaks[0]) / copy < 0.55
 
@@ -101,7 +98,7 @@ def test_masks_take_a_byte_a_weight():
 
 def test_selection_holds_a_few_copies_of_the_scores():
     compiled = jax.jit(lambda s: select(s, sparsity=0.9)).lower(PARAMS).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes <= 4.5 * COPY  # stacked scores, their image, ties and places
+    assert memory(compiled).temporary <= 4.5 * COPY  # stacked scores, their image, ties and places
 
 
 def test_a_mask_update_is_no_second_gradient():

@@ -130,8 +130,9 @@ def test_distributions_and_rounds():
 def test_methods_and_clocks_can_be_made():
     for recipe in ALL:
         if recipe.config.method != "dense":
-            sparse_methods.make(recipe.config)
-            sparse_methods.clock(recipe.config, steps_per_epoch=100)
+            method = sparse_methods.make(recipe.config)
+            clock = sparse_methods.clock(recipe.config, steps_per_epoch=100)
+            assert method.update is None or (clock or method.when) is not None, recipe.name
 
 
 def test_unknown_names_are_met_with_near_ones():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from experiments import data, models
@@ -92,3 +93,16 @@ def make(config: Config, loaded: Any) -> Task:
     else:
         from experiments.tasks.arrays import ImageArrays as Kind
     return Kind(config, build(config), loaded)
+
+
+def run_epoch(
+    step: Step, state: TrainState, batches: Iterator[Any], reporter: Reporter
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+    """A step a batch; metrics are fetched once, so that the device never waits for the host."""
+    history = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        history.append(metrics)
+        reporter.steps(1)
+    history = jax.device_get(history)
+    return state, {name: np.stack([metrics[name] for metrics in history]) for name in history[0]}

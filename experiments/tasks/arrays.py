@@ -10,7 +10,7 @@ from experiments import data
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.models import Network
-from experiments.tasks import Reporter, Step, images
+from experiments.tasks import Reporter, Step, images, run_epoch
 from s2sam_jax import TrainState
 
 Epoch = Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, np.ndarray]]]
@@ -53,13 +53,8 @@ def epoch_runner(step: Step, dataset: Dataset, reporter: Reporter) -> Epoch:
     take = jax.jit(lambda images, labels, rows: (images[rows], labels[rows]))
 
     def stepwise(state, order):
-        history = []
-        for rows in order:
-            state, metrics = step(state, take(dataset.train_images, dataset.train_labels, rows))
-            history.append(metrics)
-            reporter.steps(1)
-        history = jax.device_get(history)
-        return state, {name: np.stack([metrics[name] for metrics in history]) for name in history[0]}
+        batches = (take(dataset.train_images, dataset.train_labels, rows) for rows in order)
+        return run_epoch(step, state, batches, reporter)
 
     @jax.jit(donate_argnames="state")
     def scanned(state, images, labels, order):

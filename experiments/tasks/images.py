@@ -13,7 +13,7 @@ from experiments.data import Kind
 from experiments.models import Network
 
 
-def loss_function(config: Config, network: Network, *, augment: bool = True, cutout: bool = True) -> Callable[..., Any]:
+def loss_function(config: Config, network: Network, *, augment: bool = True) -> Callable[..., Any]:
     """The library's loss: augmentation, normalisation, network and cross-entropy on a batch of raw images."""
     kind = data.KINDS[config.dataset]
 
@@ -21,7 +21,7 @@ def loss_function(config: Config, network: Network, *, augment: bool = True, cut
         images, labels = batch
         images = data.augment(key, images, kind) if augment else images
         images = data.normalise(images, kind)
-        if cutout and config.cutout:
+        if config.cutout:
             images = data.cutout(jax.random.fold_in(key, 1), images, config.cutout)
         logits, new_state = network.apply(params, model_state, images, True, jax.random.fold_in(key, 2))
         targets = optax.smooth_labels(jax.nn.one_hot(labels, kind.classes), config.label_smoothing)

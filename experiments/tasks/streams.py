@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from experiments import data, models
@@ -11,7 +10,7 @@ from experiments.config import Config
 from experiments.datasets import imagenet
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
-from experiments.tasks import Reporter, Step, images
+from experiments.tasks import Reporter, Step, images, run_epoch
 from s2sam_jax import TrainState
 
 EVAL_BATCH = 256
@@ -57,16 +56,3 @@ class ImageStream:
 def epoch_batches(stream: Stream, seed: int, number: int) -> Iterator[Any]:
     batches = stream.batches(seed, number * stream.steps_per_epoch)
     return (next(batches) for _ in range(stream.steps_per_epoch))
-
-
-def run_epoch(
-    step: Step, state: TrainState, batches: Iterator[Any], reporter: Reporter
-) -> tuple[TrainState, dict[str, np.ndarray]]:
-    """A step a batch; metrics are fetched once, so that the device never waits for the host."""
-    history = []
-    for batch in batches:
-        state, metrics = step(state, batch)
-        history.append(metrics)
-        reporter.steps(1)
-    history = jax.device_get(history)
-    return state, {name: np.stack([metrics[name] for metrics in history]) for name in history[0]}

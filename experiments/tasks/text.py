@@ -14,8 +14,8 @@ from experiments.config import Config
 from experiments.datasets import sources, translation, wmt
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
-from experiments.tasks import Reporter, Step
-from experiments.tasks.streams import epoch_batches, run_epoch
+from experiments.tasks import Reporter, Step, run_epoch
+from experiments.tasks.streams import epoch_batches
 from s2sam_jax import TrainState
 
 EVAL_BATCH = 64
