@@ -2,6 +2,9 @@
 
 from s2sam_jax import methods as methods
 from s2sam_jax._batch_stats import recalibrate_batch_stats as recalibrate_batch_stats
+from s2sam_jax._channels import ChannelGroup as ChannelGroup
+from s2sam_jax._channels import Slice as Slice
+from s2sam_jax._channels import channel_masks as channel_masks
 from s2sam_jax._masks import SparseState as SparseState
 from s2sam_jax._masks import apply_masks as apply_masks
 from s2sam_jax._masks import check_masks as check_masks
