@@ -1,0 +1,292 @@
+"""Curvature without the Hessian: products with vectors, spectrum, largest eigenvalues, trace.
+
+XLA on CPU is slow at gradients of convolutions inside loops, so that the loops here are Python's, around one compiled
+program.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from s2sam_jax._tree import check_same_leaves, masked
+from s2sam_jax._types import Masks, Params
+from s2sam_jax.analysis.surface import LossFn, Progress
+
+Product = Callable[[jax.Array], jax.Array]
+
+
+def hvp(loss_fn: LossFn, params: Params, vector: Params, batch: Any, *, masks: Masks | None = None) -> Params:
+    r"""The Hessian of the loss times a vector, by one forward- over one reverse-mode pass.
+
+    .. math:: H v = \frac{\partial}{\partial t} \nabla L(w + t v) \Big|_{t=0}
+
+    Args:
+      loss_fn: ``(params, batch) -> loss[]``.
+      params: where.
+      vector: tree like ``params``.
+      batch: the data.
+      masks: if given, the Hessian of the live weights alone: :math:`M H M v`.
+
+    Returns:
+      A tree like ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax.analysis import hvp
+      >>> print(hvp(lambda w, batch: jnp.sum(batch * w**3) / 6, jnp.array([1.0, 2.0]), jnp.ones(2), jnp.ones(2)))
+      [1. 2.]
+    """
+    if masks is not None:
+        vector = masked(masks, vector)
+    product = jax.jvp(jax.grad(lambda w: loss_fn(w, batch)), (params,), (vector,))[1]
+    return product if masks is None else masked(masks, product)
+
+
+class Spectrum(NamedTuple):
+    """What stochastic Lanczos quadrature knows of a spectrum: nodes with weights, for each random start.
+
+    Attributes:
+      nodes: float64[runs, steps], Ritz values, ascending; steps that were not needed have weight 0.
+      weights: float64[runs, steps], which sum to 1 in each run.
+    """
+
+    nodes: np.ndarray
+    weights: np.ndarray
+
+    def density(self, grid: Any, sigma: float | None = None) -> np.ndarray:
+        """Smoothed by a Gaussian: ``mean over runs of sum_i weights_i N(x; nodes_i, sigma**2)`` at each ``x``.
+
+        By default ``sigma**2 = 1e-5 max(1, largest - smallest node)``.
+        """
+        live = self.nodes[self.weights > 0]
+        if sigma is None:
+            sigma = float(np.sqrt(1e-5 * max(1.0, live.max() - live.min())))
+        distance = (np.asarray(grid, np.float64)[:, None, None] - self.nodes) / sigma
+        bells = np.exp(-0.5 * distance**2) / (sigma * np.sqrt(2 * np.pi))
+        return (bells * self.weights).sum(axis=-1).mean(axis=-1)
+
+
+def hessian_spectrum(
+    loss_fn: LossFn,
+    params: Params,
+    key: jax.Array,
+    batches: Sequence[Any],
+    *,
+    steps: int = 100,
+    runs: int = 1,
+    masks: Masks | None = None,
+    progress: Progress | None = None,
+) -> Spectrum:
+    r"""The density of the Hessian's eigenvalues, by stochastic Lanczos quadrature.
+
+    .. math:: \phi(\lambda) \approx \frac{1}{R} \sum_r \sum_i \tau_{r,i}^2\, \delta(\lambda - \theta_{r,i})
+
+    with Ritz values :math:`\theta` and the first components :math:`\tau` of the tridiagonal matrix's eigenvectors.
+    Every new vector is orthogonalised against all before it, twice, which takes ``steps`` copies of the parameters.
+
+    Args:
+      loss_fn: ``(params, batch) -> loss[]``, in evaluation mode.
+      params: the solution.
+      key: PRNG key of the Rademacher starts.
+      batches: data whose mean loss is meant; batches of equal size.
+      steps: of Lanczos; each is a product over all batches. At most the number of weights is used.
+      runs: random starts.
+      masks: if given, the spectrum of the live weights alone. Without them pruned weights count as well: those are
+        directions in which the loss is curved too, though training never takes them.
+      progress: called with 1 after every product.
+
+    Returns:
+      A :class:`Spectrum`.
+
+    Raises:
+      ValueError: for masks that do not fit, no batches, or fewer than one step or run.
+
+    Reference:
+      Ghorbani et al., "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density", ICML 2019.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from s2sam_jax.analysis import hessian_spectrum
+      >>> loss_fn = lambda w, curvature: 0.5 * jnp.sum(curvature * w**2)
+      >>> found = hessian_spectrum(loss_fn, jnp.zeros(3), jax.random.key(0), [jnp.array([1.0, 2.0, 5.0])])
+      >>> print(found.nodes.round(4), found.weights.round(4))
+      [[1. 2. 5.]] [[0.3333 0.3333 0.3333]]
+    """
+    if steps < 1 or runs < 1:
+        raise ValueError(f"hessian_spectrum needs steps >= 1 and runs >= 1; got {steps} and {runs}.")
+    product, size, live = _product(loss_fn, params, batches, masks, progress)
+    steps = min(steps, size)
+    nodes, weights = np.zeros((runs, steps)), np.zeros((runs, steps))
+    for run, run_key in enumerate(jax.random.split(key, runs)):
+        theta, vectors, _ = _ritz(product, jax.random.rademacher(run_key, live.shape, live.dtype) * live, steps)
+        nodes[run, : len(theta)], weights[run, : len(theta)] = theta, vectors[0] ** 2
+        nodes[run, len(theta) :] = theta[-1]
+    return Spectrum(nodes, weights)
+
+
+def top_eigenvalues(
+    loss_fn: LossFn,
+    params: Params,
+    key: jax.Array,
+    batches: Sequence[Any],
+    *,
+    k: int = 5,
+    steps: int = 60,
+    masks: Masks | None = None,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""The ``k`` largest eigenvalues of the Hessian, by Lanczos with full re-orthogonalisation.
+
+    .. math:: |\lambda - \theta_i| \le \beta_m |s_{m,i}|
+
+    bounds how far a Ritz value may be from an eigenvalue. An eigenvalue of several dimensions is found once.
+
+    Args:
+      loss_fn: ``(params, batch) -> loss[]``, in evaluation mode.
+      params: the solution.
+      key: PRNG key of the start.
+      batches: as in :func:`hessian_spectrum`.
+      k: how many; fewer are returned where Lanczos ends before (fewer distinct eigenvalues, or weights).
+      steps: of Lanczos, at least ``k``; several times ``k`` for good bounds.
+      masks: if given, of the live weights alone.
+      progress: called with 1 after every product.
+
+    Returns:
+      Eigenvalues, descending, and their bounds, both float64[k]. SSAM's sharpness measure λ1/λ5 is
+      ``values[0] / values[4]``.
+
+    Raises:
+      ValueError: for masks that do not fit, no batches, or ``steps`` below ``k``.
+
+    Reference:
+      Parlett, "The Symmetric Eigenvalue Problem", §13.2, for the bound.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from s2sam_jax.analysis import top_eigenvalues
+      >>> loss_fn = lambda w, curvature: 0.5 * jnp.sum(curvature * w**2)
+      >>> values, _ = top_eigenvalues(loss_fn, jnp.zeros(3), jax.random.key(0), [jnp.array([1.0, 2.0, 5.0])], k=2)
+      >>> print(values.round(4))
+      [5. 2.]
+    """
+    if steps < k or k < 1:
+        raise ValueError(f"top_eigenvalues needs 1 <= k <= steps; got k={k} and steps={steps}.")
+    product, size, live = _product(loss_fn, params, batches, masks, progress)
+    start = jax.random.normal(key, live.shape, live.dtype) * live
+    theta, vectors, beta = _ritz(product, start, min(steps, size))
+    return theta[::-1][:k], np.abs(beta * vectors[-1])[::-1][:k]
+
+
+def hessian_trace(
+    loss_fn: LossFn,
+    params: Params,
+    key: jax.Array,
+    batches: Sequence[Any],
+    *,
+    samples: int = 100,
+    masks: Masks | None = None,
+    progress: Progress | None = None,
+) -> tuple[float, float]:
+    r"""The trace of the Hessian, by Hutchinson's estimator.
+
+    .. math:: \mathrm{tr}\, H \approx \frac{1}{n} \sum_j v_j^\top H v_j, \qquad v_j \in \{-1, 1\}^d
+
+    Args:
+      loss_fn: ``(params, batch) -> loss[]``, in evaluation mode.
+      params: the solution.
+      key: PRNG key.
+      batches: as in :func:`hessian_spectrum`.
+      samples: products; at least 2.
+      masks: if given, of the live weights alone.
+      progress: called with 1 after every product.
+
+    Returns:
+      The estimate and its standard error.
+
+    Raises:
+      ValueError: for masks that do not fit, no batches, or fewer than two samples.
+
+    Reference:
+      Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from s2sam_jax.analysis import hessian_trace
+      >>> loss_fn = lambda w, curvature: 0.5 * jnp.sum(curvature * w**2)
+      >>> hessian_trace(loss_fn, jnp.zeros(3), jax.random.key(0), [jnp.array([1.0, 2.0, 5.0])], samples=2)
+      (8.0, 0.0)
+    """
+    if samples < 2:
+        raise ValueError(f"hessian_trace needs samples >= 2; got {samples}.")
+    product, _, live = _product(loss_fn, params, batches, masks, progress)
+    starts = (jax.random.rademacher(k, live.shape, live.dtype) * live for k in jax.random.split(key, samples))
+    found = np.array([float(v @ product(v)) for v in starts])
+    return float(found.mean()), float(found.std(ddof=1) / np.sqrt(samples))
+
+
+def _product(
+    loss_fn: LossFn, params: Params, batches: Sequence[Any], masks: Masks | None, progress: Progress | None
+) -> tuple[Product, int, jax.Array]:
+    """Products of flat vectors with the Hessian, the number of weights that count, and ones where they are."""
+    if not batches:
+        raise ValueError("The Hessian of a loss needs batches; got none.")
+    flat, unravel = ravel_pytree(params)
+    if masks is None:
+        live = jnp.ones_like(flat)
+    else:
+        check_same_leaves(masks, params, "masks", "params")
+        live = ravel_pytree(masks)[0].astype(flat.dtype)
+
+    @jax.jit
+    def one(params, live, vector, batch):
+        return live * ravel_pytree(hvp(loss_fn, params, unravel(live * vector), batch))[0]
+
+    def product(vector):
+        products = (one(params, live, vector, batch) for batch in batches)
+        total = functools.reduce(jnp.add, products)
+        if progress is not None:
+            progress(1)
+        return total / len(batches)
+
+    return product, int(live.sum()), live
+
+
+def _ritz(product: Product, start: jax.Array, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ritz values, ascending, the eigenvectors of the tridiagonal matrix as columns, and what would come next in it."""
+    alphas, betas = _lanczos(product, start, steps)
+    tridiagonal = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
+    values, vectors = np.linalg.eigh(tridiagonal)
+    return values, vectors, betas[-1]
+
+
+def _lanczos(product: Product, start: jax.Array, steps: int) -> tuple[list[float], list[float]]:
+    """Diagonal and off-diagonal; ends early where the Krylov space is complete."""
+    basis = jnp.zeros((steps, start.size), start.dtype).at[0].set(start / jnp.linalg.norm(start))
+    tiny = 10 * float(jnp.finfo(start.dtype).eps)
+    alphas: list[float] = []
+    betas: list[float] = []
+    for index in range(steps):
+        image = product(basis[index])
+        alpha, beta, rest = _orthogonal(basis, image, index)
+        alphas.append(float(alpha))
+        betas.append(float(beta))
+        if betas[-1] <= tiny * max(map(abs, alphas + betas)):
+            break
+        if index + 1 < steps:
+            basis = basis.at[index + 1].set(rest / beta)
+    return alphas, betas
+
+
+@jax.jit
+def _orthogonal(basis: jax.Array, image: jax.Array, index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The image's part along the last vector, and the length and direction of what is orthogonal to all."""
+    alpha = basis[index] @ image
+    rest = image
+    for _ in range(2):  # once leaves rounding errors behind
+        rest = rest - basis.T @ (basis @ rest)
+    return alpha, jnp.linalg.norm(rest), rest

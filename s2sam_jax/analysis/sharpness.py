@@ -1,0 +1,123 @@
+"""How sharp a solution is along the steps that sharpness-aware methods take."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._perturb import add, ascent
+from s2sam_jax._tree import check_same_leaves, masked, norm
+from s2sam_jax._types import Masks, Params
+from s2sam_jax.analysis.surface import LossFn
+
+
+def gradient_difference_ratio(grads: Params, sam_grads: Params, *, masks: Masks | None = None) -> Params:
+    r"""How much SAM changes each coordinate of the gradient.
+
+    .. math:: r_j = \ln \left| \frac{g^{SAM}_j - g_j}{g_j} \right|
+
+    Below 0 the difference is smaller than the gradient itself: that most coordinates are, is what Sparse SAM starts
+    from.
+
+    Args:
+      grads: gradient at the weights.
+      sam_grads: gradient at the perturbed weights, on the same batch.
+      masks: if given, pruned coordinates are NaN.
+
+    Returns:
+      A tree like ``grads``: NaN where the gradient is zero, ``-inf`` where both are equal.
+
+    Raises:
+      ValueError: for trees that do not fit.
+
+    Reference:
+      Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach", NeurIPS 2022,
+      figure 1. The base of the logarithm is not given there; here it is natural.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax.analysis import gradient_difference_ratio
+      >>> print(gradient_difference_ratio(jnp.array([1.0, 2.0, 0.0]), jnp.array([2.0, 2.0, 1.0])))
+      [  0. -inf  nan]
+    """
+    check_same_leaves(sam_grads, grads, "sam_grads", "grads")
+
+    def ratio(g, other):
+        return jnp.where(g == 0, jnp.nan, jnp.log(jnp.abs((other - g) / jnp.where(g == 0, 1, g))))
+
+    ratios = jax.tree.map(ratio, grads, sam_grads)
+    if masks is None:
+        return ratios
+    check_same_leaves(masks, grads, "masks", "grads")
+    return jax.tree.map(lambda m, r: jnp.where(m, r, jnp.nan), masks, ratios)
+
+
+def sam_sharpness(
+    loss_fn: LossFn,
+    params: Params,
+    batches: Sequence[Any],
+    *,
+    rho: float = 0.05,
+    steps: int = 1,
+    masks: Masks | None = None,
+) -> float:
+    r"""How far the loss rises within a radius, as far as gradient ascent finds.
+
+    .. math:: \max_{\|\epsilon\| \le \rho} L(w + \epsilon) - L(w)
+
+    One step is SAM's own ascent, :math:`\epsilon = \rho\, g / \|g\|`. More steps go on along the gradient there,
+    each by a third of the radius, back onto the sphere; the highest loss seen counts.
+
+    Args:
+      loss_fn: ``(params, batch) -> loss[]``, in evaluation mode.
+      params: the solution.
+      batches: data whose mean loss is meant; batches of equal size.
+      rho: radius, L2 over all leaves.
+      steps: gradients taken.
+      masks: if given, live weights alone are perturbed.
+
+    Returns:
+      A float, at least 0.
+
+    Raises:
+      ValueError: for masks that do not fit, no batches, or ``steps`` below 1.
+
+    Reference:
+      Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021, equation 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax.analysis import sam_sharpness
+      >>> sam_sharpness(lambda w, batch: jnp.sum(w**2), jnp.array([3.0, 4.0]), [None], rho=1.0)
+      11.0
+    """
+    if steps < 1 or not batches:
+        raise ValueError(f"sam_sharpness needs steps >= 1 and batches; got {steps} and {len(batches)} batches.")
+    if masks is not None:
+        check_same_leaves(masks, params, "masks", "params")
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
+
+    def at(point):
+        losses, grads = zip(*(value_and_grad(point, batch) for batch in batches), strict=True)
+        mean = jax.tree.map(lambda *g: sum(g) / len(batches), *grads)
+        return float(sum(losses) / len(batches)), mean if masks is None else masked(masks, mean)
+
+    (base, grads), epsilon = at(params), jax.tree.map(jnp.zeros_like, params)
+    highest = base
+    for step in range(steps):
+        epsilon = _climb(epsilon, grads, rho=rho, length=rho if step == 0 else rho / 3)
+        loss, grads = at(jax.tree.map(add, params, epsilon))
+        highest = max(highest, loss)
+    return highest - base
+
+
+@partial(jax.jit, static_argnames=("rho", "length"))
+def _climb(epsilon: Params, grads: Params, *, rho: float, length: float) -> Params:
+    """A step of that length along the gradient, and back onto the sphere if it leads out of it."""
+    leaves, treedef = jax.tree.flatten(grads)
+    step = treedef.unflatten(ascent(leaves, leaves, rho=length, eps=1e-12))
+    moved = jax.tree.map(jnp.add, epsilon, step)
+    shrink = jnp.minimum(1.0, rho / jnp.maximum(norm(moved), 1e-12))
+    return jax.tree.map(lambda e: shrink * e, moved)
