@@ -1,5 +1,6 @@
 """Sharpness-aware and sparse training as optax gradient transformations."""
 
+from s2sam_jax import analysis as analysis
 from s2sam_jax import methods as methods
 from s2sam_jax._batch_stats import recalibrate_batch_stats as recalibrate_batch_stats
 from s2sam_jax._channels import ChannelGroup as ChannelGroup
@@ -11,6 +12,11 @@ from s2sam_jax._masks import check_masks as check_masks
 from s2sam_jax._masks import get_masks as get_masks
 from s2sam_jax._masks import set_masks as set_masks
 from s2sam_jax._masks import update_masks as update_masks
+from s2sam_jax._materialize import Materialized as Materialized
+from s2sam_jax._materialize import materialize as materialize
+from s2sam_jax._nm_pack import NMPacked as NMPacked
+from s2sam_jax._nm_pack import nm_pack as nm_pack
+from s2sam_jax._nm_pack import nm_unpack as nm_unpack
 from s2sam_jax._s2sam import S2SAMState as S2SAMState
 from s2sam_jax._s2sam import perturb as perturb
 from s2sam_jax._s2sam import s2sam as s2sam
@@ -27,6 +33,10 @@ from s2sam_jax._sparsity import uniform as uniform
 from s2sam_jax._ssam import SSAMState as SSAMState
 from s2sam_jax._ssam import empirical_fisher as empirical_fisher
 from s2sam_jax._ssam import ssam as ssam
+from s2sam_jax._structure import NM as NM
+from s2sam_jax._structure import Block as Block
+from s2sam_jax._structure import Channel as Channel
+from s2sam_jax._structure import Unstructured as Unstructured
 from s2sam_jax._train import TrainState as TrainState
 from s2sam_jax._train import make_train_step as make_train_step
 from s2sam_jax._types import Every as Every

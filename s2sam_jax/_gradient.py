@@ -1,7 +1,7 @@
 """The gradient of a loss with everything that comes along, averaged over micro-batches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,28 +11,40 @@ from s2sam_jax._types import Params
 Batch = Any  # a pytree whose leaves have the examples along their leading axis
 ModelState = Any
 Metrics = dict[str, jax.Array]
-Gradient = tuple[Params, jax.Array, ModelState, Metrics]  # with the loss, at one point
 LossFn = Callable[[Params, ModelState, Batch, jax.Array], tuple[jax.Array, tuple[ModelState, Metrics]]]
+
+
+class Gradient(NamedTuple):
+    """A gradient with what comes along.
+
+    Attributes:
+      grads: the gradient.
+      loss: at the same point.
+      model_state: after the forward pass.
+      metrics: those of the loss.
+      by_part: the gradients of the parts of the batch, stacked, if it is cut up for the sharpness; else ``None``.
+    """
+
+    grads: Params
+    loss: jax.Array
+    model_state: ModelState
+    metrics: Metrics
+    by_part: Params | None = None
 
 
 def averaged_gradient(
     loss_fn: LossFn, model_state: ModelState, batch: Batch, key: jax.Array, parts: int
 ) -> Callable[[Params], Gradient]:
-    """The gradient at a point and what comes with it, averaged over micro-batches."""
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-
-    def one(params, model_state, batch, key):
-        (loss, (model_state, metrics)), grads = value_and_grad(params, model_state, batch, key)
-        metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.result_type(float)), metrics)
-        return (grads, loss, metrics), model_state
+    """The gradient at a point, averaged over micro-batches, one after another."""
+    one = _gradient_of(loss_fn)
 
     def single(params):
         (grads, loss, metrics), new = one(params, model_state, batch, key)
-        return grads, loss, new, metrics
+        return Gradient(grads, loss, new, metrics)
 
     if parts == 1:
         return single
-    micro = jax.tree.map(lambda x: _split(x, parts), batch)
+    micro = _cut(batch, parts, "accumulate")
 
     def averaged(params):
         first = jax.eval_shape(one, params, model_state, jax.tree.map(lambda x: x[0], micro), key)[0]
@@ -48,12 +60,50 @@ def averaged_gradient(
         unroll = parts if jax.default_backend() == "cpu" else 1
         (total, new), _ = jax.lax.scan(body, (zeros, model_state), (jnp.arange(parts), micro), unroll=unroll)
         grads, loss, metrics = total
-        return grads, loss, new, metrics
+        return Gradient(grads, loss, new, metrics)
 
     return averaged
 
 
-def _split(x: jax.Array, parts: int) -> jax.Array:
-    if x.ndim == 0 or x.shape[0] % parts:
-        raise ValueError(f"accumulate={parts} does not divide a batch leaf of shape {x.shape} along its first axis.")
-    return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+def gradient_by_part(
+    loss_fn: LossFn, model_state: ModelState, batch: Batch, key: jax.Array, parts: int
+) -> Callable[[Callable[[Any], Params], Any], Gradient]:
+    """The gradients of the parts of a batch, side by side: if it is cut up among devices, each has its own.
+
+    The function returned takes ``point``, where a part's gradient is taken, and a tree with an entry a part that
+    ``point`` is called with. Statistics of the batch are averaged over the parts, as everything else is.
+    """
+    one, cut = _gradient_of(loss_fn), _cut(batch, parts, "sharpness_parts")
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
+
+    def averaged(point, entries):
+        each = jax.vmap(lambda entry, part, key: one(point(entry), model_state, part, key))
+        (by_part, loss, metrics), new = each(entries, cut, keys)
+        return Gradient(_mean(by_part), jnp.mean(loss), _mean(new), _mean(metrics), by_part)
+
+    return averaged
+
+
+def _gradient_of(loss_fn: LossFn) -> Callable[..., Any]:
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def one(params, model_state, batch, key):
+        (loss, (model_state, metrics)), grads = value_and_grad(params, model_state, batch, key)
+        metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.result_type(float)), metrics)
+        return (grads, loss, metrics), model_state
+
+    return one
+
+
+def _mean(stacked: Any) -> Any:
+    """Over the parts; what cannot be averaged, such as a counter, is that of the first."""
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0], stacked)
+
+
+def _cut(batch: Batch, parts: int, option: str) -> Batch:
+    def split(x):
+        if x.ndim == 0 or x.shape[0] % parts:
+            raise ValueError(f"{option}={parts} does not divide a batch leaf of shape {x.shape} along its first axis.")
+        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+
+    return jax.tree.map(split, batch)

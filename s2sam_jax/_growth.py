@@ -5,15 +5,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._select import kept, random_masks, select
+from s2sam_jax._select import best_in_groups, kept, random_scores, select
+from s2sam_jax._structure import NM
 from s2sam_jax._types import MaskInputs, Masks, MaskUpdate
 
 
 def random_init(x: MaskInputs) -> MaskUpdate:
     """Random masks with exactly the planned count per leaf, and no state."""
-    leaves = sparse_leaves(x, x.params)
-    planned = zip(leaves, sparse_leaves(x, x.sparsities), strict=True)
-    masks = random_masks(x.key, [kept(p.size, sparsity) for p, sparsity in planned], leaves)
+    return first_masks(x, random_scores(x.key, sparse_leaves(x, x.params)))
+
+
+def magnitude_init(x: MaskInputs) -> MaskUpdate:
+    """Masks of the largest weights with exactly the planned count per leaf, and no state."""
+    return first_masks(x, [jnp.abs(w) for w in sparse_leaves(x, x.params)])
+
+
+def first_masks(x: MaskInputs, scores: list[jax.Array]) -> MaskUpdate:
+    """The best-scored of each sparse leaf as planned, under N:M of each group."""
+    planned = zip(scores, sparse_leaves(x, x.sparsities), strict=True)
+    if isinstance(x.structure, NM):
+        masks = select(scores, structure=x.structure)
+    else:
+        masks = select(scores, count=[kept(s.size, sparsity) for s, sparsity in planned])
     return MaskUpdate(replace_sparse(x, x.masks, masks))
 
 
@@ -38,9 +51,19 @@ def replace_sparse(x: MaskInputs, tree: Any, new: list[Any]) -> Any:
 
 
 def grow(x: MaskInputs, keep: list[Any], added: list[Any], scores: list[Any]) -> Masks:
-    """The kept weights and, per sparse leaf, ``added`` more: the best-scored of all that were not kept."""
-    grown = select(scores, count=added, among=[~m for m in keep])
+    """The kept weights and, per sparse leaf, ``added`` more: the best-scored of all that were not kept.
+
+    Under N:M, of the :func:`openings`: where as many are added as were dropped, every group is full again.
+    """
+    free = [~m for m in keep]
+    candidates = openings(keep, scores, x.structure) if isinstance(x.structure, NM) else free
+    grown = select(scores, count=added, among=candidates)
     return replace_sparse(x, x.masks, [k | g for k, g in zip(keep, grown, strict=True)])
+
+
+def openings(keep: list[jax.Array], scores: list[jax.Array], structure: NM) -> list[jax.Array]:
+    """Where N:M lets weights grow: in each group, the best-scored of those not kept, until it would have n."""
+    return best_in_groups(scores, structure, among=[~m for m in keep], taken=keep)
 
 
 def move_smallest(x: MaskInputs, fraction: Any, growth_scores: Any) -> Masks:
@@ -53,14 +76,6 @@ def move_smallest(x: MaskInputs, fraction: Any, growth_scores: Any) -> Masks:
     left = [n - k for n, k in zip(active, moved, strict=True)]
     keep = select([jnp.abs(w) for w in sparse_leaves(x, x.params)], count=left, among=old)
     return grow(x, keep, moved, sparse_leaves(x, growth_scores))
-
-
-def magnitude_init(x: MaskInputs) -> MaskUpdate:
-    """Masks of the largest weights with exactly the planned count per leaf, and no state."""
-    weights = sparse_leaves(x, x.params)
-    planned = zip(weights, sparse_leaves(x, x.sparsities), strict=True)
-    masks = select([jnp.abs(w) for w in weights], count=[kept(w.size, sparsity) for w, sparsity in planned])
-    return MaskUpdate(replace_sparse(x, x.masks, masks))
 
 
 def total_zeros(x: MaskInputs) -> int:

@@ -4,11 +4,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import optax
 
 from s2sam_jax._masks import SparseState
 from s2sam_jax._ssam import SSAMState
-from s2sam_jax._tree import find_states
+from s2sam_jax._tree import find_states, scalar
 
 
 class HostClock:
@@ -60,4 +61,9 @@ class HostClock:
         return {name: states[0] for name, states in found.items() if len(states) == 1}
 
     def _read(self, owners: dict[str, Any]) -> dict[str, tuple[int, int]]:
-        return {name: (int(state.step), int(state.next_update)) for name, state in owners.items()}
+        return {name: (_newest(state.step), _newest(state.next_update)) for name, state in owners.items()}
+
+
+def _newest(count: Any) -> int:
+    """A count, or that of several networks side by side, of which all agree that have not been frozen."""
+    return int(np.max(scalar(count)))

@@ -1,5 +1,6 @@
 """SAM and ASAM as a transformation of gradients."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,9 @@ import optax
 from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
 from s2sam_jax._tree import increment
 from s2sam_jax._types import GradFn, Params, ScalarOrSchedule
+
+# From (the gradient of a part of the batch -> a point) to the mean of the parts' gradients, each at its point.
+GradFnByPart = Callable[[Callable[[Params], Params]], Params]
 
 
 class SAMState(NamedTuple):
@@ -33,6 +37,10 @@ def sam(
     Two gradients a step: the loop's own, and one through the extra argument ``grad_fn`` of ``update``. Put it
     first in its chain; weight decay and momentum after it then act at the unperturbed weights. Inside
     :func:`sparsify`, the perturbation and both gradients live on the mask.
+
+    For m-sharpness, ``grad_fn_by_part`` in place of ``grad_fn``: it takes a function from the gradient of a part of the
+    batch to the point that is perturbed by it, and returns the mean of the parts' gradients there
+    (``make_train_step(..., sharpness_parts=m)``).
 
     Args:
       rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
@@ -70,25 +78,33 @@ def sam(
         del params
         return SAMState(jnp.zeros((), jnp.int32), rho_at(jnp.zeros((), jnp.int32)))
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, **extra_args):
+    def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
         del extra_args
-        params, grad_fn = check_extras("sam", params, grad_fn)
+        params, gradient_at = climber("sam", params, updates, grad_fn, grad_fn_by_part)
         leaves, treedef = jax.tree.flatten(params)
-        grads, radius = treedef.flatten_up_to(updates), rho_at(state.step)
-        epsilon = ascent(grads, leaves, rho=radius, eps=eps, eta=eta if adaptive else None)
-        point = treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
-        return grad_fn(point), SAMState(increment(state.step), radius)
+        radius = rho_at(state.step)
+
+        def point(grads):
+            epsilon = ascent(treedef.flatten_up_to(grads), leaves, rho=radius, eps=eps, eta=eta if adaptive else None)
+            return treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
+
+        return gradient_at(point), SAMState(increment(state.step), radius)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def check_extras(name: str, params: Params | None, grad_fn: GradFn | None) -> tuple[Params, GradFn]:
+def climber(
+    name: str, params: Params | None, grads: Params, grad_fn: GradFn | None, grad_fn_by_part: GradFnByPart | None
+) -> tuple[Params, GradFnByPart]:
+    """The parameters, and a function from ``point`` (of a gradient) to the gradient there, of the batch or by part."""
     if params is None:
         raise ValueError(f"{name} needs params: call tx.update(grads, state, params, grad_fn=grad_fn).")
+    if grad_fn_by_part is not None:
+        return params, grad_fn_by_part
     if grad_fn is None:
         raise TypeError(
             f"{name} needs a second gradient: pass grad_fn, a function from parameters to the gradient of this batch, "
             "to tx.update(grads, state, params, grad_fn=grad_fn). make_train_step does; "
             "flax.training.TrainState.apply_gradients cannot pass it on."
         )
-    return params, grad_fn
+    return params, lambda point: grad_fn(point(grads))

@@ -4,6 +4,7 @@ A floating number's bits, read as an integer (with negatives flipped), have the 
 of many integers are found by counting.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,8 @@ from jax.core import Tracer
 from jax.experimental import checkify
 
 from s2sam_jax._bisect import largest
+from s2sam_jax._blocks import all_in_block, best_of_groups, pool, spread
+from s2sam_jax._structure import NM, UNSTRUCTURED, Block, Channel, Structure, check_fits, check_structure, same
 from s2sam_jax._tree import check_same_leaves, map_named, named_leaves
 from s2sam_jax._types import Masks
 
@@ -26,6 +29,7 @@ def select(
     sparsity: Any = None,
     among: Masks | None = None,
     scope: Scope = "leaf",
+    structure: Structure = UNSTRUCTURED,
 ) -> Masks:
     r"""Masks of the largest scores, with exactly the asked number of ones.
 
@@ -43,13 +47,16 @@ def select(
         of them are chosen.
       scope: rank within each leaf, or over all leaves together (in the widest of their types, where casting may
         lose subnormals).
+      structure: ``Block(...)`` or ``Channel(...)`` select whole units by their pooled scores, and count in units;
+        a unit may be chosen where all its entries may. ``NM(n, m)`` selects the best ``n`` of each group, which says
+        how many: leave ``count``, ``sparsity`` and ``scope`` out.
 
     Returns:
       Bool masks with the structure and shapes of ``scores``.
 
     Raises:
-      ValueError: for neither or both of ``count`` and ``sparsity``, for values out of range, or a tree in ``among``
-        that does not match.
+      ValueError: for neither or both of ``count`` and ``sparsity``, for values out of range, a tree in ``among``
+        that does not match, or leaves that the structure does not divide.
       TypeError: for scores that are not floating.
 
     Example:
@@ -69,12 +76,31 @@ def select(
     leaves, treedef = jax.tree.flatten(scores)
     if not leaves:
         return scores
+    check_structure(structure)
+    check_fits(structure, {"/".join(path): x.shape for path, x in named_leaves(scores).items()})
+    if isinstance(structure, NM):
+        _check_count_of_groups(structure, count, sparsity)
+        everywhere = [jnp.ones_like(x, dtype=bool) for x in leaves]
+        eligible = everywhere if among is None else jax.tree.leaves(among)
+        return treedef.unflatten(best_in_groups(leaves, structure, eligible, taken=[~m for m in everywhere]))
+    if isinstance(structure, Block | Channel):
+        return _select_units(scores, structure, among, count=count, sparsity=sparsity, scope=scope)
     counts = _counts(scores, count, sparsity, scope)
     allowed = [None] * len(leaves) if among is None else [jnp.asarray(m, bool) for m in jax.tree.leaves(among)]
     if scope == "global":
         common = jnp.result_type(*(x.dtype for x in leaves))  # of the types alone: weak ones would be rounded
         leaves = [x.astype(common) for x in leaves]
     return treedef.unflatten(_largest(leaves, allowed, counts, scope))
+
+
+def _select_units(scores: Any, structure: Block | Channel, among: Masks | None, **options: Any) -> Masks:
+    """Masks of whole units: their pooled scores are selected from."""
+    leaves, treedef = jax.tree.flatten(scores)
+    units = treedef.unflatten(map_alike(lambda x: pool(x, structure), leaves))
+    if among is not None:
+        among = treedef.unflatten(map_alike(lambda m: all_in_block(m, structure), jax.tree.leaves(among)))
+    chosen = jax.tree.leaves(select(units, among=among, **options))
+    return treedef.unflatten(map_alike(lambda m, x: spread(m, structure, x), chosen, leaves))
 
 
 def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], scope: Scope) -> list[jax.Array]:
@@ -98,19 +124,34 @@ def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], sco
 
 def ones(masks: list[Any]) -> list[jax.Array]:
     """Ones per mask, int32[]."""
-    counts: dict[int, jax.Array] = {}
-    for indices in _alike(masks):
-        stacked = _stack(masks, indices)
-        total = jnp.sum(stacked, axis=range(1, stacked.ndim), dtype=jnp.int32)
-        counts |= {index: total[row] for row, index in enumerate(indices)}
-    return [counts[index] for index in range(len(masks))]
+    return map_alike(lambda mask: jnp.sum(mask, dtype=jnp.int32), masks)
 
 
-def _alike(leaves: list[Any]) -> list[list[int]]:
+def best_in_groups(
+    scores: list[jax.Array], structure: NM, among: list[jax.Array], taken: list[jax.Array]
+) -> list[jax.Array]:
+    """The best ``n`` of every group, less what is taken there, of those that may be chosen."""
+
+    def best(x, allowed, taken):
+        return best_of_groups(_image(x, allowed, jnp.finfo(x.dtype).bits), structure, taken)
+
+    return map_alike(best, scores, among, taken)
+
+
+def map_alike(fn: Callable[..., jax.Array], *columns: list[Any]) -> list[jax.Array]:
+    """``fn`` on the first leaves, on the second ones, and so on; those of one type are stacked and done at once."""
+    done: dict[int, jax.Array] = {}
+    for indices in _alike(*columns):
+        stacked = jax.vmap(fn)(*(_stack(column, indices) for column in columns))
+        done |= {index: stacked[row] for row, index in enumerate(indices)}
+    return [done[index] for index in range(len(columns[0]))]
+
+
+def _alike(*columns: list[Any]) -> list[list[int]]:
     """Indices of leaves of one type: compile time grows with the number of different ones, not of leaves."""
     groups: dict[Any, list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        groups.setdefault(jax.typeof(leaf), []).append(index)
+    for index, leaves in enumerate(zip(*columns, strict=True)):
+        groups.setdefault(tuple(map(jax.typeof, leaves)), []).append(index)
     return list(groups.values())
 
 
@@ -153,6 +194,15 @@ def _explicit_sharding(leaf: jax.Array) -> Any:
 def _check_scores(name: str, x: Any) -> None:
     if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
         raise TypeError(f"select needs floating scores; leaf {name!r} has dtype {jnp.asarray(x).dtype}.")
+
+
+def _check_count_of_groups(structure: NM, count: Any, sparsity: Any) -> None:
+    given = jax.tree.leaves(sparsity)
+    if count is not None or any(isinstance(s, Tracer) or not same(s, structure.sparsity) for s in given):
+        raise ValueError(
+            f"{structure} says how many to keep: leave count and sparsity out, or give "
+            f"sparsity={structure.sparsity:g}; got count={count}, sparsity={sparsity}."
+        )
 
 
 def _counts(scores: Any, count: Any, sparsity: Any, scope: Scope) -> list[jax.Array]:

@@ -10,8 +10,10 @@ import optax
 from s2sam_jax._masks import SparseState, count_masks
 from s2sam_jax._s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity import DISTRIBUTIONS, Distribution, Prunable, check_sparsity, kernels
+from s2sam_jax._structure import NM, UNSTRUCTURED, Structure, check_structure
 from s2sam_jax._tree import check_same_leaves, copy_key, find_states, increment, mask_mirrored, masked, where
 from s2sam_jax._types import NEVER, Every, GradFn, MaskInputs, Masks, MaskUpdate, SparseMethod
+from s2sam_jax._units import fit_plan, structured
 
 
 def sparsify(
@@ -23,6 +25,7 @@ def sparsify(
     when: Every | None = None,
     prunable: Prunable = kernels,
     overrides: Mapping[str, float] | None = None,
+    structure: Structure = UNSTRUCTURED,
     seed: int | jax.Array = 0,
     mask_grads: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,23 +49,27 @@ def sparsify(
       method: a mask-update method, e.g. ``methods.rigl()``.
       sparsity: fraction of zeros in ``[0, 1)``, over the prunable leaves.
       distribution: ``"uniform"``, ``"er"``, ``"erk"``, or a function with the signature of :func:`uniform`. By default
-        ``"erk"``, and ``"uniform"`` for methods that rank all leaves together, where only its total counts.
+        ``"erk"``, and ``"uniform"`` for methods that rank all leaves together, where only its total counts, and under
+        N:M, where no other will do.
       when: when masks change, counted in calls of update; needed by methods whose masks change, unless they bring a
         clock of their own.
       prunable: ``(path, leaf) -> bool``; by default leaves of two or more dimensions.
       overrides: sparsity by path pattern, as in :func:`uniform`.
+      structure: ``NM(n, m)`` keeps n of every m, ``Block(shape)`` and ``Channel()`` keep whole units, so that the
+        sparsity of a leaf counts units. For methods that rank within leaves.
       seed: integer or PRNG key, possibly traced, for random masks and growth.
       mask_grads: ``False`` hands the dense gradient to ``inner`` and lets its state be dense, as the released S2-SAM
         code does; weights are sparse all the same.
 
     Returns:
       A transformation whose ``update`` needs ``params``. It forwards all extra arguments inward, adds ``masks`` and
-      ``dense_grads``, and masks what ``grad_fn`` returns. ``refresh_masks`` (a Python bool) tells it whether this
-      call changes the masks, where the caller keeps the clock; left out, a ``lax.cond`` decides.
+      ``dense_grads``, and masks what ``grad_fn`` and ``grad_fn_by_part`` return. ``refresh_masks`` (a Python bool) says
+      whether this call changes the masks, where the caller keeps the clock; left out, a ``lax.cond`` decides.
 
     Raises:
       ValueError: for a sparsity out of range or unreachable, an unknown distribution, a method that needs ``when``,
-        an ``inner`` that must go outside, or parameters of another structure.
+        an ``inner`` that must go outside, leaves or a method that do not fit the ``structure``, or parameters of
+        another tree.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -77,13 +84,15 @@ def sparsify(
       (4, 4)
     """
     check_sparsity(sparsity, "sparsity")
+    check_structure(structure)
     when = _clock(method, when)
+    method = structured(method, structure)
     update_masks = method.update or _unchanged
     inner = optax.with_extra_args_support(inner)
-    distribute = _distribution(distribution, method)
+    distribute = _distribution(distribution, method, structure)
 
     def plan(params):
-        return distribute(params, sparsity, prunable=prunable, overrides=overrides)
+        return fit_plan(structure, params, distribute(params, sparsity, prunable=prunable, overrides=overrides))
 
     def init_fn(params):
         key, step = copy_key(seed), jnp.zeros((), jnp.int32)
@@ -93,7 +102,7 @@ def sparsify(
         first_key = jax.random.fold_in(key, NEVER)
         sizes = jax.tree.map(lambda p: jnp.array(p.size, jnp.int32), params)
         new = method.init(
-            MaskInputs(params, None, dense, sizes, plan(params), step, first_key, when, None, inner_state)
+            MaskInputs(params, None, dense, sizes, plan(params), step, first_key, when, None, inner_state, structure)
         )
         if mask_grads:
             inner_state = mask_mirrored(new.masks, inner_state)
@@ -109,7 +118,8 @@ def sparsify(
             live = masked(state.masks, params)  # in here, so that it costs nothing where nothing changes
             key = jax.random.fold_in(state.key, state.step)
             inputs = MaskInputs(
-                live, grads, state.masks, state.nnz, plan(live), state.step, key, when, grad_fn, state.inner_state
+                live, grads, state.masks, state.nnz, plan(live), state.step, key, when, grad_fn, state.inner_state,
+                structure,
             )  # fmt: skip
             new = update_masks(inputs, state.method_state)
             return new, count_masks(new.masks, state)
@@ -117,7 +127,8 @@ def sparsify(
         def keep():
             values = None if asked.values is None else masked(state.masks, params)
             inner_state = None if asked.inner_state is None else state.inner_state
-            return MaskUpdate(state.masks, state.method_state, values, inner_state, skip=False), state.nnz
+            restart = None if asked.restart is None else jax.tree.map(jnp.zeros_like, state.masks)
+            return MaskUpdate(state.masks, state.method_state, values, inner_state, restart, skip=False), state.nnz
 
         if due is True:
             return change()
@@ -137,6 +148,8 @@ def sparsify(
         inner_grads = grads
         if mask_grads:
             inner_grads, grad_fn = masked(masks, grads), _masked_grad_fn(grad_fn, masks)
+            if (by_part := extra_args.get("grad_fn_by_part")) is not None:
+                extra_args |= {"grad_fn_by_part": lambda at: masked(masks, by_part(lambda g: at(masked(masks, g))))}
         extra_args |= {"masks": masks, "dense_grads": grads, "grad_fn": grad_fn}
         return inner.update(inner_grads, inner_state, masked(masks, weights), **extra_args)
 
@@ -148,6 +161,8 @@ def sparsify(
         due = _due(method, state, refresh_masks)
         new, nnz = change_masks(due, updates, state, params, grad_fn)
         weights = masked(state.masks, params) if new.values is None else new.values
+        if new.restart is not None:
+            weights = jax.tree.map(lambda r, w: jnp.where(r, jnp.zeros_like(w), w), new.restart, weights)
         inner_state = state.inner_state if new.inner_state is None else new.inner_state
         if mask_grads:
             inner_state = ruled(inner_state, state.masks, new, due)
@@ -187,10 +202,10 @@ def _next_update(method: SparseMethod, when: Every | None, step: jax.Array) -> j
     return never if method.update is None or when is None else when.at_or_after(step)
 
 
-def _distribution(distribution: str | Distribution | None, method: SparseMethod) -> Distribution:
+def _distribution(distribution: str | Distribution | None, method: SparseMethod, structure: Structure) -> Distribution:
     if callable(distribution):
         return distribution
-    name = distribution or ("uniform" if method.ranks == "global" else "erk")
+    name = distribution or ("uniform" if method.ranks == "global" or isinstance(structure, NM) else "erk")
     if name not in DISTRIBUTIONS:
         raise ValueError(f"Unknown distribution {name!r}; use one of {sorted(DISTRIBUTIONS)} or a function.")
     return DISTRIBUTIONS[name]

@@ -9,7 +9,7 @@ import optax
 
 from s2sam_jax._growth import cosine
 from s2sam_jax._perturb import add, ascent, check_compat, check_non_negative, schedule
-from s2sam_jax._sam import check_extras
+from s2sam_jax._sam import climber
 from s2sam_jax._select import random_scores, select
 from s2sam_jax._sparsity import check_sparsity
 from s2sam_jax._tree import align, copy_key, increment
@@ -126,13 +126,14 @@ def ssam(
         params=None,
         *,
         grad_fn=None,
+        grad_fn_by_part=None,
         fisher_fn=None,
         masks=None,
         refresh_perturbation=None,
         **extra_args,
     ):
         del extra_args
-        params, grad_fn = check_extras("ssam", params, grad_fn)
+        params, gradient_at = climber("ssam", params, updates, grad_fn, grad_fn_by_part)
         live = None if masks is None else align(masks, params)
         due = state.step == state.next_update if refresh_perturbation is None else refresh_perturbation
 
@@ -145,7 +146,7 @@ def ssam(
             new = jax.lax.cond(due, change, lambda: state.perturb_masks)
         acting = state.perturb_masks if authors and mask == "dynamic" else new
         radius = rho_at(state.step)
-        grads = grad_fn(_masked_ascent(params, updates, acting, radius, eps))
+        grads = gradient_at(lambda grads: _masked_ascent(params, grads, acting, radius, eps))
         step = increment(state.step)
         return grads, SSAMState(step, clock.at_or_after(step), radius, new, state.key)
 

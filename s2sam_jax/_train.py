@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from s2sam_jax._gradient import Batch, Gradient, LossFn, Metrics, ModelState, averaged_gradient
+from s2sam_jax._gradient import Batch, Gradient, LossFn, Metrics, ModelState, averaged_gradient, gradient_by_part
 from s2sam_jax._host_clock import HostClock
 from s2sam_jax._masks import SparseState, apply_masks
 from s2sam_jax._s2sam import S2SAMState, perturb
@@ -82,8 +82,11 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     accumulate: int = 1,
+    sharpness_parts: int = 1,
     fisher_examples: int = 16,
     fisher_loss_fn: LossFn | None = None,
+    vmap: bool = False,
+    state_sharding: Any = None,
 ) -> TrainStep:
     r"""Builds the train step: the same one for SGD, SAM, SSAM and S2-SAM, dense or sparse.
 
@@ -100,8 +103,17 @@ def make_train_step(
       tx: the optimizer.
       accumulate: micro-batches per step. The batch is cut into as many equal parts; their gradients (and SAM's second
         ones) are averaged at one fixed perturbation.
+      sharpness_parts: the ``m`` of m-sharpness. The batch is cut into as many equal parts, side by side; ``sam`` and
+        ``ssam`` climb for each along its own gradient, and the mean of the gradients up there is taken. With a batch
+        cut up among devices and a part for each, that is the perturbation per device of SAM's authors. It takes as many
+        copies of the gradient.
       fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from.
       fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
+      vmap: several networks at once, such as seeds: every leaf of state and batch has one more leading axis. All must
+        be at the same step, as one clock on the host, on every backend, tells when masks are updated; in a ``lax.cond``
+        under ``vmap`` every step would pay for it.
+      state_sharding: where every step leaves the state: a sharding a leaf. By default the compiler decides, which may
+        cut up what came in whole.
 
     Returns:
       ``step(state, batch) -> (state, metrics)``. Metrics are device scalars: ``loss``, ``grad_norm``, ``update_norm``,
@@ -109,8 +121,9 @@ def make_train_step(
       step) and ``sparsity`` (zeros over all parameters).
 
     Raises:
-      ValueError: for ``accumulate`` below 1, and from the step: a batch that does not divide, an ``opt_state`` that is
-        not of this ``tx``, or ``sam``/``ssam`` inside ``optax.MultiSteps`` (use ``accumulate``).
+      ValueError: for ``accumulate`` or ``sharpness_parts`` below 1 or both above, and from the step: a batch that does
+        not divide, an ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` without ``sam`` or ``ssam``, or
+        either inside ``optax.MultiSteps`` (use ``accumulate``).
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -123,8 +136,7 @@ def make_train_step(
       >>> print(state.params, metrics["loss"], metrics["grad_norm"])
       [0.5] 1.0 2.0
     """
-    if accumulate < 1:
-        raise ValueError(f"make_train_step needs accumulate >= 1; got {accumulate}.")
+    _check_parts(accumulate, sharpness_parts)
     optimizer = optax.with_extra_args_support(tx)
     fisher = _fisher_of(fisher_loss_fn or loss_fn)
 
@@ -132,27 +144,39 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         return averaged_gradient(loss_fn, state.model_state, batch, key, accumulate)
 
+    def by_part(state: TrainState, batch: Batch) -> Callable[..., Gradient]:
+        key = jax.random.fold_in(state.key, state.step)
+        return gradient_by_part(loss_fn, state.model_state, batch, key, sharpness_parts)
+
     def differentiate(state: TrainState, batch: Batch) -> Gradient:
         _check_state(tx, state)
+        if sharpness_parts > 1:
+            _check_climbs(state)
+            return by_part(state, batch)(lambda _: state.params, jnp.arange(sharpness_parts))
         perturbs = bool(find_states(state.opt_state, S2SAMState))
         point = perturb(state.params, state.opt_state) if perturbs else state.params
         return gradient_fn(state, batch)(point)
 
     def update(state: TrainState, gradient: Gradient, batch: Batch, flags: Flags) -> tuple[TrainState, Metrics]:
-        grads, loss, model_state, metrics = gradient
+        grads, loss, model_state, metrics, grads_by_part = gradient
         key = jax.random.fold_in(state.key, state.step)
+        extra: dict[str, Any] = dict(flags)
+        if grads_by_part is not None:
+            extra["grad_fn_by_part"] = lambda point: by_part(state, batch)(point, grads_by_part).grads
         updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
             state.params,
             value=loss,
-            grad_fn=lambda params: gradient_fn(state, batch)(params)[0],
+            grad_fn=lambda params: gradient_fn(state, batch)(params).grads,
             fisher_fn=lambda params: fisher(params, state.model_state, _first(batch, fisher_examples), key),
-            **dict(flags),
+            **extra,
         )
         update_norm = norm(updates)
         proposal = (optax.apply_updates(state.params, updates), model_state, opt_state)
         new_state = _freeze_if_bad(state, proposal, loss, update_norm)
+        if state_sharding is not None:
+            new_state = jax.lax.with_sharding_constraint(new_state, state_sharding)
         own = {"loss": loss, "grad_norm": norm(grads), "update_norm": update_norm}
         own |= {"first_bad_step": new_state.first_bad_step}
         return new_state, metrics | own | _rho(state.opt_state, opt_state) | _sparsity(new_state)
@@ -160,20 +184,22 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return update(state, differentiate(state, batch), batch, ())
 
-    if jax.default_backend() != "cpu":
-        jitted = jax.jit(step, donate_argnames="state")
+    if vmap:
+        one, jitted = jax.vmap(step), _two_programs(jax.vmap(differentiate), _vmapped(update))
+    elif jax.default_backend() == "cpu":
+        one, jitted = step, _two_programs(differentiate, update)
     else:
-        jitted = _two_programs(differentiate, update)
+        one, jitted = step, jax.jit(step, donate_argnames="state")
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch)))
-        return step(state, batch) if traced else jitted(state, batch)
+        return one(state, batch) if traced else jitted(state, batch)
 
     return train_step
 
 
 def _two_programs(differentiate: Callable[..., Gradient], update: Callable[..., Any]) -> TrainStep:
-    """For CPU, where gradients of convolutions are slow inside ``lax.cond``: the host decides when masks change.
+    """The host decides when masks change: for CPU, where gradients of convolutions are slow inside ``lax.cond``.
 
     The update is compiled for each kind of call, but the gradient, by far the longer to compile, only once.
     """
@@ -188,6 +214,13 @@ def _two_programs(differentiate: Callable[..., Gradient], update: Callable[..., 
         return new_state, metrics
 
     return step
+
+
+def _vmapped(update: Callable[..., Any]) -> Callable[..., Any]:
+    def updates(state: TrainState, gradient: Gradient, batch: Batch, flags: Flags) -> tuple[TrainState, Metrics]:
+        return jax.vmap(lambda *one: update(*one, flags))(state, gradient, batch)
+
+    return updates
 
 
 def _first(batch: Batch, examples: int) -> Batch:
@@ -237,6 +270,24 @@ def _sparsity(state: TrainState) -> Metrics:
     covered = sum(m.size for s in sparse for m in jax.tree.leaves(s.masks))
     alive = sum((n for s in sparse for n in jax.tree.leaves(s.nnz)), jnp.zeros((), jnp.int32))
     return {"sparsity": (covered - alive) / total}
+
+
+def _check_parts(accumulate: int, sharpness_parts: int) -> None:
+    for option, value in (("accumulate", accumulate), ("sharpness_parts", sharpness_parts)):
+        if value < 1:
+            raise ValueError(f"make_train_step needs {option} >= 1; got {value}.")
+    if accumulate > 1 and sharpness_parts > 1:
+        raise ValueError(
+            f"accumulate={accumulate} and sharpness_parts={sharpness_parts} cut the batch in two ways: one has to be 1."
+        )
+
+
+def _check_climbs(state: TrainState) -> None:
+    if not find_states(state.opt_state, SAMState) + find_states(state.opt_state, SSAMState):
+        raise ValueError(
+            "sharpness_parts cuts the batch of sam and ssam, and tx has neither; s2sam has one perturbation for the "
+            "whole batch, from the gradient of the step before. Leave it at 1."
+        )
 
 
 def _check_state(tx: optax.GradientTransformation, state: TrainState) -> None:

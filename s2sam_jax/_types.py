@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from s2sam_jax._structure import UNSTRUCTURED, Structure
+
 Params = Any  # a pytree of floating arrays
 Masks = Any  # bool arrays, exactly the treedef of the parameters; True where a weight lives
 GradFn = Callable[[Params], Params]
@@ -68,6 +70,8 @@ class MaskInputs(NamedTuple):
       when: the update clock, for schedules that need its horizon; ``None`` when masks never change.
       grad_fn: ``params -> dense gradient`` on the current batch, or ``None`` if the loop offers none.
       inner_state: state of the wrapped optimizer, for methods that rewind it.
+      structure: what masks must keep to; ``NM`` or ``Unstructured``. Methods under blocks and channels see one weight a
+        unit instead: pooled magnitudes, and nothing of ``grad_fn`` and ``inner_state``.
     """
 
     params: Params
@@ -80,6 +84,7 @@ class MaskInputs(NamedTuple):
     when: Every | None
     grad_fn: GradFn | None
     inner_state: Any
+    structure: Structure = UNSTRUCTURED
 
 
 class MaskUpdate(NamedTuple):
@@ -90,6 +95,7 @@ class MaskUpdate(NamedTuple):
       state: the method's own state.
       values: weights to go on from, for methods that rewind them; ``None`` keeps the present ones.
       inner_state: state for the wrapped optimizer to go on from; ``None`` keeps the present one.
+      restart: bool masks, true where weights start again from zero; ``None`` for nowhere.
       skip: leave the inner optimizer alone on this call: surviving weights keep their value, dropped ones
         become zero. A bool, possibly traced.
     """
@@ -98,6 +104,7 @@ class MaskUpdate(NamedTuple):
     state: Any = ()
     values: Params | None = None
     inner_state: Any = None
+    restart: Masks | None = None
     skip: bool | jax.Array = False
 
 
@@ -112,6 +119,8 @@ class SparseMethod(NamedTuple):
         (the sum of counts is kept), ``"monotone"`` (masks only shrink) or ``"bounded"``. The tests read it.
       ranks: whether it spends the sparsity ``"leaf"`` by leaf, or over all leaves together (``"global"``).
       when: the clock, if the method brings its own; ``sparsify(when=...)`` goes before it.
+      structured: whether it works under ``sparsify(structure=...)``: it ranks within leaves, by magnitudes, and
+        keeps to ``MaskInputs.structure``.
     """
 
     init: Callable[[MaskInputs], MaskUpdate]
@@ -119,6 +128,7 @@ class SparseMethod(NamedTuple):
     invariant: Literal["per_layer", "total", "monotone", "bounded"]
     ranks: Literal["leaf", "global"] = "leaf"
     when: Every | None = None
+    structured: bool = False
 
 
 class Unmasked(NamedTuple):

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from s2sam_jax import methods
+from s2sam_jax import ChannelGroup, Slice, methods
 
 
 class Golden(NamedTuple):
@@ -24,6 +24,20 @@ class MethodRow(NamedTuple):
 
 def bits(text):
     return np.array([c == "1" for c in text])
+
+
+GROUPS = [
+    ChannelGroup(name, filters=(Slice(f"{name}/kernel", -1),), scales=(Slice(f"norm/{name}", 0),))
+    for name in ("conv", "head")
+]
+
+
+def network(conv, head, norm_conv, norm_head):
+    return {
+        "conv": {"kernel": np.array(conv)},
+        "head": {"kernel": np.array(head)},
+        "norm": {"conv": np.array(norm_conv), "head": np.array(norm_head)},
+    }
 
 
 METHODS = [
@@ -99,6 +113,39 @@ METHODS = [
             grads=[0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
             mask=bits("11111111"),
             new_mask=bits("11010001"),
+            step=150,
+        ),
+    ),
+    MethodRow(
+        "chex",
+        lambda: methods.chex(GROUPS),
+        random_updates=True,
+        # Of six channels the three with the largest scales stay, two here and one there. The last update regrows none.
+        golden=Golden(
+            weights=network([[1, 1, 0], [0, 1, 0], [0, 0, 0.5], [1, 0, 0]], np.diag([1, 3, 2]), [1, 2, 3], [0, 0, 4]),
+            grads=network(np.zeros((4, 3)), np.zeros((3, 3)), np.zeros(3), np.zeros(3)),
+            mask=network(np.ones((4, 3), bool), np.ones((3, 3), bool), bits("111"), bits("111")),
+            new_mask=network([bits("110")] * 4, [bits("010")] * 3, bits("110"), bits("010")),
+            step=150,
+        ),
+    ),
+    MethodRow(
+        "chase",
+        lambda: methods.chase(GROUPS),
+        random_updates=False,
+        # Mean magnitudes .125, .1, .3, .1 and .7, .05: three of six channels stay, and all the budget just fills them.
+        golden=Golden(
+            weights=network(
+                [[0.5, 0.1, 0.9, 0.2], [0, 0.1, 0, 0.2], [0, 0.1, 0.3, 0], [0, 0.1, 0, 0]],
+                [[0.7, 0.05]],
+                [1] * 4,
+                [1] * 2,
+            ),
+            grads=network(np.ones((4, 4)), [[1, 1]], [1] * 4, [1] * 2),
+            mask=network(
+                [bits("1111"), bits("0101"), bits("0110"), bits("0100")], [bits("11")], bits("1111"), bits("11")
+            ),
+            new_mask=network([bits("1010")] * 4, [bits("10")], bits("1010"), bits("10")),
             step=150,
         ),
     ),

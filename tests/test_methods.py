@@ -17,7 +17,7 @@ rows = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
 
 
 def tree(seed, ties=False):
-    """Odd shapes: a conv kernel, a matrix, a leaf of one weight, an all-zero matrix, dense leaves."""
+    """Odd shapes: a conv kernel, a matrix, a leaf of one weight, an all-zero matrix, dense leaves, norms."""
     draw = np.random.default_rng(seed)
 
     def leaf(*shape):
@@ -29,6 +29,7 @@ def tree(seed, ties=False):
         "one": leaf(1, 1),
         "zeros": jnp.zeros((4, 6)),
         "head": {"kernel": leaf(7, 11), "scale": leaf()},
+        "norm": {"conv": leaf(5), "head": leaf(11)},
     }
 
 
@@ -141,13 +142,19 @@ def test_worked_example(row):
     if row.golden is None:
         assert row.make().update is None, "a method that updates needs a worked example"
         return
+
+    def leaves(values, dtype=jnp.float32):
+        """One leaf, or a tree for methods that need several."""
+        tree = values if isinstance(values, dict) else {"kernel": np.asarray(values)}
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
+
     golden = row.golden
-    params = {"kernel": jnp.asarray(golden.weights, jnp.float32)}
+    params = leaves(golden.weights)
     tx = make(row, sparsity=0.5, prunable=lambda path, p: True)
-    state = set_masks(tx.init(params), {"kernel": jnp.asarray(golden.mask)})
+    state = set_masks(tx.init(params), leaves(golden.mask, bool))
     state = state._replace(step=jnp.int32(golden.step), next_update=jnp.int32(golden.step))
-    _, state = with_grad_fn(tx)({"kernel": jnp.asarray(golden.grads, jnp.float32)}, state, params)
-    np.testing.assert_array_equal(state.masks["kernel"], golden.new_mask)
+    _, state = with_grad_fn(tx)(leaves(golden.grads), state, params)
+    jax.tree.map(np.testing.assert_array_equal, state.masks, leaves(golden.new_mask, bool))
 
 
 # RigL

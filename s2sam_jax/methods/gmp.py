@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._growth import first_and_last, replace_sparse, sparse_leaves, total_zeros
-from s2sam_jax._select import Scope, kept, select
+from s2sam_jax._select import Scope, kept, ones, select
+from s2sam_jax._structure import NM
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
 
@@ -18,7 +19,8 @@ def gmp(scope: Scope = "leaf") -> SparseMethod:
 
     zeros at call :math:`t`, from the first call :math:`t_0` of the clock to its last :math:`t_n`, where the count is
     exactly :math:`z_l`. Masks only shrink. A pruned weight becomes zero, loses its optimizer state and never comes
-    back; the others go on undisturbed, and no gradient step is skipped.
+    back; the others go on undisturbed, and no gradient step is skipped. Under N:M the best n of each group are
+    out of danger, so that the last update leaves exactly them.
 
     Args:
       scope: rank within each ``"leaf"``, or over all sparse leaves together (``"global"``): the cubic then holds for
@@ -70,7 +72,21 @@ def gmp(scope: Scope = "leaf") -> SparseMethod:
             count = [live(w.size, w.size - kept(w.size, sparsity)) for w, sparsity in planned]
         else:
             count = live(sum(w.size for w in weights), total_zeros(x))
-        new = select([jnp.abs(w) for w in weights], count=count, among=masks, scope=scope)
+        scores = [jnp.abs(w) for w in weights]
+        if isinstance(x.structure, NM):
+            new = _largest_beside_groups(scores, count, masks, x.structure)
+        else:
+            new = select(scores, count=count, among=masks, scope=scope)
         return MaskUpdate(replace_sparse(x, x.masks, new), state)
 
-    return SparseMethod(init=init, update=update, invariant="monotone", ranks=scope)
+    return SparseMethod(init=init, update=update, invariant="monotone", ranks=scope, structured=scope == "leaf")
+
+
+def _largest_beside_groups(
+    scores: list[jax.Array], count: Any, masks: list[jax.Array], structure: NM
+) -> list[jax.Array]:
+    """The best n of each group, and the largest others up to the count: groups shrink, but never below n."""
+    stay = select(scores, among=masks, structure=structure)
+    more = [k - n for k, n in zip(count, ones(stay), strict=True)]
+    others = select(scores, count=more, among=[m & ~s for m, s in zip(masks, stay, strict=True)])
+    return [jnp.logical_or(s, o) for s, o in zip(stay, others, strict=True)]

@@ -15,7 +15,8 @@ class ITOPState(NamedTuple):
     """State of :func:`itop`.
 
     Attributes:
-      explored: bool per sparse leaf, in tree order; true where a weight has ever been active.
+      explored: bool per sparse leaf, in tree order; true where a weight (a unit, under blocks and channels) has ever
+        been active.
     """
 
     explored: list[jax.Array]
@@ -85,7 +86,7 @@ def itop(
         seen = zip(state.explored, old, sparse_leaves(x, masks), strict=True)
         return MaskUpdate(masks, ITOPState([before | m | new for before, m, new in seen]))
 
-    return SparseMethod(init=init, update=update, invariant="per_layer")
+    return SparseMethod(init=init, update=update, invariant="per_layer", structured=True)
 
 
 def explored_fraction(opt_state: Any) -> jax.Array:
@@ -93,7 +94,7 @@ def explored_fraction(opt_state: Any) -> jax.Array:
 
     .. math:: R_s = \|m_1 \cup \dots \cup m_t\|_0 / N
 
-    over the leaves that are sparse.
+    over the leaves that are sparse; under blocks and channels, of units.
 
     Args:
       opt_state: an optimizer state with :func:`itop` in it, at any depth.

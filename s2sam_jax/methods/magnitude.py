@@ -45,4 +45,5 @@ def magnitude(scope: Scope = "leaf") -> SparseMethod:
         count = sum(s.size for s in scores) - total_zeros(x)
         return MaskUpdate(replace_sparse(x, x.masks, select(scores, count=count, scope="global")))
 
-    return SparseMethod(init=init, update=None, invariant="per_layer" if scope == "leaf" else "total", ranks=scope)
+    within = scope == "leaf"
+    return SparseMethod(init, None, "per_layer" if within else "total", ranks=scope, structured=within)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._growth import first_and_last, grow, magnitude_init, replace_sparse, sparse_leaves
 from s2sam_jax._select import kept, ones, random_scores, select
+from s2sam_jax._structure import NM
 from s2sam_jax._tree import named_leaves
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
@@ -46,8 +47,8 @@ def mest(
       A method that needs ``when`` with an ``end``. The paper: every 5 epochs.
 
     Raises:
-      ValueError: for a leaf that would lose all its weights, for phases that do not start at 0.0, do not ascend or
-        lie outside ``[0, 1]``, a negative ``lam``, or a clock without an end.
+      ValueError: for a leaf that would lose all its weights, for EM&S under N:M, for phases that do not start at 0.0,
+        do not ascend or lie outside ``[0, 1]``, a negative ``lam``, or a clock without an end.
 
     Reference:
       Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge", NeurIPS 2021. Its
@@ -64,6 +65,8 @@ def mest(
 
     def init(x: MaskInputs) -> MaskUpdate:
         first_and_last(x, "mest")
+        if soft_bound and isinstance(x.structure, NM):
+            raise ValueError(f"mest(soft_bound=True) grows beyond {x.structure}; use mest(), which stays within.")
         if not soft_bound:
             _check_room(x, max(p for _, p in extra))
         return magnitude_init(x)
@@ -77,8 +80,8 @@ def mest(
         keep = select(scores, count=lower, among=sparse_leaves(x, x.masks))
         added = [n - k for n, k in zip(upper, ones(keep), strict=True)]
         masks = grow(x, keep, added, random_scores(x.key, weights))
-        left = [jnp.where(k, w, jnp.zeros_like(w)) for k, w in zip(keep, weights, strict=True)]
-        return MaskUpdate(masks, state, values=replace_sparse(x, x.params, left))
+        restart = replace_sparse(x, jax.tree.map(jnp.zeros_like, x.masks), [~k for k in keep])
+        return MaskUpdate(masks, state, restart=restart)
 
     def _bounds(x: MaskInputs, weights: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Per leaf, how many weights to prune to and to grow to at this step."""
@@ -96,7 +99,7 @@ def mest(
 
         return (counts(0), counts(-1)) if soft_bound else (counts(1), counts(0))
 
-    return SparseMethod(init=init, update=update, invariant="bounded")
+    return SparseMethod(init=init, update=update, invariant="bounded", structured=True)
 
 
 def _check_room(x: MaskInputs, most: float) -> None:

@@ -61,4 +61,4 @@ def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: 
         masks = move_smallest(x, fraction(x), jax.tree.map(jnp.abs, x.grads))
         return MaskUpdate(masks, state, skip=skip_step)
 
-    return SparseMethod(init=init, update=update, invariant="per_layer")
+    return SparseMethod(init=init, update=update, invariant="per_layer", structured=True)

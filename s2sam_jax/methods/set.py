@@ -28,7 +28,8 @@ def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: boo
     Args:
       drop_fraction: :math:`\zeta` in ``[0, 1]``, the same at every update; or a function of the step that gives it.
       by_sign: drop the fraction among positive and among negative weights; ``False`` drops
-        :math:`\lfloor \zeta \|m_l\|_0 \rfloor` smallest magnitudes, as the RigL code's SET does.
+        :math:`\lfloor \zeta \|m_l\|_0 \rfloor` smallest magnitudes, as the RigL code's SET does. Blocks and channels
+        have no sign.
 
     Returns:
       A method that needs ``when``. The paper: once an epoch.
@@ -67,7 +68,7 @@ def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: boo
         moved = [sum(dropped[i :: len(weights)]) for i in leaves]
         return MaskUpdate(grow(x, keep, moved, random_scores(x.key, weights)), state)
 
-    return SparseMethod(init=random_init, update=update, invariant="per_layer")
+    return SparseMethod(init=random_init, update=update, invariant="per_layer", structured=True)
 
 
 def _by_sign(weights: list[jax.Array], masks: list[jax.Array]) -> list[list[jax.Array]]:

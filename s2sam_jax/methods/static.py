@@ -22,4 +22,4 @@ def static() -> SparseMethod:
       >>> int(tx.init({"kernel": jnp.ones((10, 10))}).nnz["kernel"])
       10
     """
-    return SparseMethod(init=random_init, update=None, invariant="per_layer")
+    return SparseMethod(init=random_init, update=None, invariant="per_layer", structured=True)
