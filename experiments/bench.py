@@ -1,4 +1,4 @@
-"""What S2-SAM, sparsify and mask updates cost: every claim about speed and memory, measured, as one table."""
+"""What S2-SAM, sparsify and mask updates cost, and removed channels save: speed and memory, measured, as one table."""
 
 import dataclasses
 import importlib.util
@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import data, plots, runs
-from experiments.benchmarks import masks, steps, whole_loop
+from experiments.benchmarks import inference, masks, steps, whole_loop
 from experiments.benchmarks.peers import Official
 from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import Config
 
-Section = Literal["step", "memory", "compile", "optimizer", "masks", "loop", "seeds", "official", "growth"]
+Section = Literal["step", "memory", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official", "growth"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,7 @@ def _sections(arguments: Arguments, config: Config, console: Console) -> dict[st
         "masks": mask_updates,
         "loop": lambda: _loops(rounds),
         "seeds": lambda: steps.seeds_at_once(narrow, min(rounds, 3)),
+        "inference": lambda: _inference(rounds),
         "official": lambda: _official(arguments, workload, console),
         "growth": lambda: _growth(arguments, console),
     }
@@ -108,6 +109,11 @@ def _loops(rounds: int) -> Iterator[Row]:
     yield from whole_loop.throughput("digits, ResNet-8", digits, data.load("digits"), 22, rounds)
     cifar = Config(dataset="cifar10", model="resnet32", width=8, batch_size=128)
     yield from whole_loop.throughput("ResNet-32 x8", cifar, whole_loop.noise_images(2560), 20, min(rounds, 3))
+
+
+def _inference(rounds: int) -> Iterator[Row]:
+    yield from inference.forward_passes("resnet34-cifar", width=64, size=32, batch=32, rounds=rounds)
+    yield from inference.forward_passes("resnet50", width=64, size=224, batch=4, rounds=rounds)
 
 
 def _official(arguments: Arguments, workload: steps.Workload, console: Console) -> Iterator[Row]:

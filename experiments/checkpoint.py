@@ -1,6 +1,9 @@
-"""The final state of a run on disk: an Orbax checkpoint, and plain weights and masks as safetensors."""
+"""The state of a run on disk: Orbax checkpoints, and plain weights and masks as safetensors."""
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +13,158 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
-from s2sam_jax import TrainState, eval_params
+from s2sam_jax import TrainState
+
+_POLICIES = ocp.training.preservation_policies
+
+
+class Checkpoints:
+    """Those of a run in progress, by epoch: the last two, and the one of the best test accuracy.
+
+    They are written while training goes on; each appears at once, when it is complete, and only then an older one is
+    removed. A context manager: leaving it waits for what is being written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        _check_metrics(folder)
+        best = _POLICIES.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
+        kept: Any = _POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(2), best])
+        self._checkpointer = ocp.training.Checkpointer(
+            str(folder.resolve()),
+            preservation_policy=kept,
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        if kind is None:
+            self.wait()
+        self._checkpointer.close()
+
+    @property
+    def epochs(self) -> list[int]:
+        """Of which there is one, ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    @property
+    def best(self) -> Path:
+        """The folder of the one with the best test accuracy; among equals the last."""
+        measured = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
+        return self.folder / str(max(measured, key=lambda c: (_accuracy(c.metrics), c.step)).step)
+
+    def save(self, epoch: int, state: TrainState, progress: dict[str, Any], accuracy: float | None) -> None:
+        """Begins to write; ``progress`` is anything that JSON can hold.
+
+        Raises:
+          OSError: when this or the one before it cannot be written.
+        """
+        metrics: dict[str, Any] | None = None if accuracy is None else {"test_accuracy": accuracy}
+        with self._writing():
+            self._checkpointer.save_async(epoch, state, force=True, metrics=metrics, custom_metadata=progress)
+
+    def wait(self) -> None:
+        """Until all is written; raises as :meth:`save`."""
+        with self._writing():
+            self._checkpointer.wait()
+
+    def restore(self, epoch: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state as :func:`restore` has it, with the progress; later checkpoints are removed."""
+        folder = self.folder / str(epoch)
+        state = restore(folder, like)
+        with _reading(folder):
+            progress: Any = ocp.metadata(str(folder.resolve())).custom_metadata
+            if not isinstance(progress, dict) or progress.get("epoch") != epoch:
+                raise ValueError(f"its metadata are {progress}")
+        for later in [other for other in self.epochs if other > epoch]:
+            self._checkpointer.delete(later)
+        return state, progress
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax reports what went wrong in the background, as one of many types, when it is called next."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"A checkpoint could not be written to {self.folder} ({_short(error)}). Those that are "
+                "complete stay; when there is space and permission to write, the same command goes on from the last."
+            ) from error
 
 
 def save(folder: Path, state: TrainState) -> None:
     """Writes a checkpoint; Orbax makes it appear at once, when it is complete."""
-    ocp.save(str(folder.resolve()), state)
+    ocp.save(str(folder.resolve()), state, overwrite=True)
 
 
 def restore(folder: Path, like: TrainState) -> TrainState:
     """Reads a checkpoint into the structure of ``like``, whose leaves may be shapes, as from ``jax.eval_shape``.
 
+    Each leaf comes to lie as in ``like``, or on the first device where that does not say.
+
     Raises:
       FileNotFoundError: when there is none.
-      ValueError: listing every field that is missing, unexpected, or of another shape or type.
+      ValueError: listing every field that is missing, unexpected, or of another shape or type; or for a checkpoint
+        that is damaged.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no checkpoint {folder}; it appears when a run has finished.")
-    _check_fields(folder, like)
+    with _reading(folder):
+        stored = ocp.metadata(str(folder.resolve())).metadata
+        if stored is None:
+            raise ValueError("it does not say what is in it")
+    _check_fields(folder, stored, like)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), like)
-    return ocp.load(str(folder.resolve()), target)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like)
+    with _reading(folder):
+        return ocp.load(str(folder.resolve()), target)
 
 
-def export(file: Path, state: TrainState, masks: Any = None) -> None:
-    """Writes clean weights by path, and masks as uint8 under ``mask/``; the file is replaced at once or not at all."""
-    arrays = _named(eval_params(state.params, state.opt_state))
+def export(file: Path, params: Any, masks: Any = None) -> None:
+    """Writes weights by path, and masks as uint8 under ``mask/``; the file is replaced at once or not at all."""
+    arrays = _named(params)
     if masks is not None:
         arrays |= {f"mask/{name}": mask.astype(np.uint8) for name, mask in _named(masks).items()}
-    arrays = {name: np.ascontiguousarray(array) for name, array in jax.device_get(arrays).items()}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     partial = file.with_suffix(".partial")
     save_file(arrays, partial)
     os.replace(partial, file)
 
 
-def _check_fields(folder: Path, like: TrainState) -> None:
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """A damaged checkpoint shows as almost any type of exception."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"The checkpoint {folder} is damaged ({_short(error)}). Remove that folder to go on from "
+            "the one before it, or train anew with --overwrite."
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    """Orbax and TensorStore add pages of their settings."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _accuracy(metrics: Any) -> float:
+    return metrics["test_accuracy"]
+
+
+def _check_metrics(folder: Path) -> None:
+    """Orbax reads those of all checkpoints at once, and does not say which are damaged."""
+    for file in folder.glob("*/metrics/metrics"):
+        if (checkpoint := file.parents[1]).name.isdecimal():
+            with _reading(checkpoint):
+                _accuracy(json.loads(file.read_text()))
+
+
+def _check_fields(folder: Path, tree: Any, like: TrainState) -> None:
     """Orbax casts types silently and does not name the field whose shape differs."""
-    stored = {
-        name: x for name, x in _named(ocp.metadata(str(folder.resolve())).metadata).items() if hasattr(x, "dtype")
-    }
+    stored = {name: x for name, x in _named(tree).items() if hasattr(x, "dtype")}
     wanted = {name: _as_stored(x) for name, x in _named(like).items()}
     problems = [f"{name}: missing in the checkpoint" for name in wanted.keys() - stored.keys()]
     problems += [f"{name}: in the checkpoint only" for name in stored.keys() - wanted.keys()]

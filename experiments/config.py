@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from experiments import structures
 from s2sam_jax import methods
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet2012", "wmt14"]
@@ -19,8 +20,8 @@ ModelName = Literal[
 OptimizerName = Literal["sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam"]
 DistributionName = Literal["uniform", "er", "erk"]
 
-# Where things lie, and the seed, which the name spells out.
-_NOT_HASHED = ("data", "out", "seed")
+# What a result does not depend on, and the seed, which the name spells out.
+_NOT_HASHED = ("data", "out", "checkpoint_every", "seed")
 
 
 # Names of their own for the forms that papers report.
@@ -34,6 +35,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mest-em-98": ("mest", {"extra": ((0.0, 0.002), (100 / 160, 0.001), (130 / 160, 0.0))}),
     "mest-ems-98": ("mest", {"soft_bound": True, "extra": ((0.0, 0.05), (100 / 160, 0.02), (130 / 160, 0.0))}),
     "mest-ems": ("mest", {"soft_bound": True, "extra": ((0.0, 0.05), (90 / 160, 0.025), (120 / 160, 0.0))}),
+    # Channels every 2 epochs, weights every 0.4, both up to epoch 80 of 100.
+    "chase-imagenet": ("chase", {"channel_every": 5, "removal_end": 0.8, "exploration_end": 0.8}),
 }
 
 
@@ -59,6 +62,7 @@ class Config:
     optimizer: OptimizerName = "s2sam"  # All of them end in the base optimizer with weight decay.
     base: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or Adam with decoupled weight decay.
     rho: float = 0.05  # Radius of the perturbation.
+    sharpness_parts: int = 1  # Parts of a batch that sam and ssam perturb for, each by its own gradient.
     eta: float = 0.01  # The constant of asam.
     ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.
     ssam_update_every: float = 1.0  # Epochs between two perturbation masks of ssam.
@@ -66,10 +70,13 @@ class Config:
     method: str = "rigl"  # How the masks are found: dense (none), or a name in s2sam_jax.methods.
     sparsity: float = 0.9  # Fraction of zeros over all kernels.
     distribution: DistributionName | None = None  # How that is shared out among the layers; default: erk, where it may.
+    structure: str = "unstructured"  # What lives and dies together: nm:2:4, block:4x4, channel.
     update_every: float | None = None  # Epochs between two mask updates; default: the recipe's on CIFAR, else 1.
     update_end: float | None = None  # Fraction of training after which masks stay; default: the recipe's, else 0.75.
     drop_fraction: float | None = None  # Share of weights that the first mask update replaces; default: the method's.
     prune_fraction: float | None = None  # Of the remaining weights, a round of lottery and lrr; default: 0.2.
+    channel_sparsity: float | None = None  # Fraction of channels that chase removes; default: 0.5.
+    explore: float | None = None  # Fraction of channels that chex explores at first; default: 0.2.
     rounds: int | None = None  # Prunings of lottery and lrr; default: as many as the sparsity takes.
     rewind_epochs: float = 0.0  # The point in training that lottery and lrr go back to.
 
@@ -86,6 +93,7 @@ class Config:
     label_smoothing: float = 0.0
     cutout: int = 0  # Side of the square that is blanked in half of the training images.
     eval_every: int = 1  # Epochs between two evaluations.
+    checkpoint_every: int = 1  # Epochs between two checkpoints; an interrupted run goes on from its last one.
 
     seed: int = 0  # Of initialisation, data order, augmentation and masks.
     init_from: Path | None = None  # Start from the weights of this run; with --method magnitude, prune and fine-tune.
@@ -98,20 +106,14 @@ class Config:
         _check_name("method", self.method, method_names())
         _check_name("distribution", self.distribution, (None, *get_args(DistributionName)))
         for name in (
-            "width",
-            "image_size",
-            "vocabulary",
-            "max_length",
-            "epochs",
-            "batch_size",
-            "accumulate",
-            "eval_every",
-        ):
+            "width", "image_size", "vocabulary", "max_length", "epochs", "batch_size", "accumulate", "sharpness_parts",
+            "eval_every", "checkpoint_every",
+        ):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "at least 1", value)
         for name in ("sparsity", "ssam_sparsity", "label_smoothing", "momentum"):
             _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        for name in ("update_end", "drop_fraction", "prune_fraction"):
+        for name in ("update_end", "drop_fraction", "prune_fraction", "channel_sparsity", "explore"):
             value = getattr(self, name)
             _check(value is None or 0 <= value <= 1, name, "in [0, 1]", value)
         for name in (
@@ -122,8 +124,11 @@ class Config:
         for name in ("update_every", "ssam_update_every"):
             value = getattr(self, name)
             _check(value is None or value > 0, name, "above 0 epochs", value)
+        structures.parse(self.structure)
         _check(self.subset is None or self.subset >= self.batch_size, "subset", "at least one batch", self.subset)
-        _check(self.batch_size % self.accumulate == 0, "accumulate", "a divisor of batch_size", self.accumulate)
+        for name in ("accumulate", "sharpness_parts"):
+            value = getattr(self, name)
+            _check(self.batch_size % value == 0, name, "a divisor of batch_size", value)
 
     @property
     def name(self) -> str:
@@ -135,9 +140,7 @@ class Config:
     @property
     def digest(self) -> str:
         """A hash of what differs from the defaults, so that a new field renames no old run."""
-        changed = {k: v for k, v in self.to_json().items() if v != _DEFAULTS[k] and k not in _NOT_HASHED}
-        if self.init_from is not None:
-            changed["init_from"] = self.init_from.resolve().name
+        changed = {k: v for k, v in choices(self.to_json()).items() if v != _DEFAULTS[k]}
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
@@ -159,6 +162,14 @@ class Config:
         return cls(**{**values, **paths})
 
 
+def choices(stored: dict[str, Any]) -> dict[str, Any]:
+    """What a result depends on besides the seed, of a config as JSON; fields that it lacks have their defaults."""
+    chosen = {k: v for k, v in (_DEFAULTS | stored).items() if k not in _NOT_HASHED}
+    if chosen["init_from"] is not None:
+        chosen["init_from"] = Path(chosen["init_from"]).resolve().name
+    return chosen
+
+
 def _check_name(field: str, value: str | None, known: Any) -> None:
     if value not in known:
         raise ValueError(f"Unknown {field} {value!r}; there are {', '.join(name for name in known if name)}.")
@@ -169,4 +180,4 @@ def _check(holds: bool, field: str, expected: str, value: Any) -> None:
         raise ValueError(f"{field} must be {expected}; got {value}.")
 
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)} | {"out": "runs"}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)} | {"out": "runs"}

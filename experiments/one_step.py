@@ -1,11 +1,10 @@
-"""Every full-size model takes one real step under RigL with S2-SAM: that it fits together, as rows.
+"""Every full-size model takes real steps under RigL with S2-SAM, one of them ordinary: that it fits together, as rows.
 
 python -m experiments.one_step
 """
 
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rich.console import Console
 from experiments import data, models, optimizers, runs, tasks
 from experiments.config import Config
 from experiments.tasks import images, text
-from s2sam_jax import TrainState, check_masks, make_train_step
+from s2sam_jax import TrainState, check_masks, get_masks, make_train_step
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,14 +45,15 @@ def batch_of(config: Config) -> Any:
     if spec.text:
         tokens = rng.integers(4, config.vocabulary, (2, config.batch_size, config.max_length), np.int32)
         return {"sources": jnp.asarray(tokens[0]), "targets": jnp.asarray(tokens[1])}
-    side, classes = spec.image_size or 0, data.KINDS[config.dataset].classes
+    side, classes = config.image_size or spec.image_size or 0, data.KINDS[config.dataset].classes
     pixels = rng.integers(0, 256, (config.batch_size, side, side, 3), np.uint8)
     return jnp.asarray(pixels), jnp.asarray(rng.integers(0, classes, config.batch_size))
 
 
 def step_and_state(config: Config, steps_per_epoch: int = 100) -> tuple[Any, Any]:
     """The train step of a config, and a function that makes its first state."""
-    network, tx = tasks.build(config), optimizers.make(config, steps_per_epoch)
+    network = tasks.build(config)
+    tx = optimizers.make(config, steps_per_epoch, network.groups)
     if models.MODELS[config.model].text:
         loss_fn = text.loss_function(config, network, train=True)
         plain = text.loss_function(config, network, train=False)
@@ -64,27 +64,42 @@ def step_and_state(config: Config, steps_per_epoch: int = 100) -> tuple[Any, Any
     return step, lambda: TrainState.create(network.params, tx, model_state=network.model_state)
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Compiles, takes the step, and checks that weights moved and masks hold."""
+def two_steps(config: Config) -> dict[str, Any]:
+    """Compiles, takes two steps, and checks that weights moved and masks hold.
+
+    Losses are those that the steps report, S2-SAM's at its perturbed weights; the sparsity is over all parameters.
+
+    Raises:
+      FloatingPointError: when a loss or a weight is not finite, and when no weight moved.
+      ValueError: naming the leaves whose masks do not hold.
+    """
     step, first_state = step_and_state(config)
-    state, begin = first_state(), time.perf_counter()
-    # The first call changes the masks and leaves the weights; the second is an ordinary one.
-    state, _ = step(state, batch_of(config))
-    before = jax.device_get(state.params)
-    state, metrics = step(state, batch_of(config))
-    check_masks(state.params, state.opt_state)
-    pairs = zip(jax.tree.leaves(jax.device_get(state.params)), jax.tree.leaves(before), strict=True)
-    moved = sum(int((after != first).sum()) for after, first in pairs)
-    loss = float(metrics["loss"])
-    if not math.isfinite(loss) or not moved:
-        raise FloatingPointError(f"{config.model}: loss {loss}, {moved} weights moved.")
-    return {
-        "model": config.model,
-        "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-        "loss": loss,
-        "sparsity": float(metrics["sparsity"]),
+    batch, state, begin = batch_of(config), first_state(), time.perf_counter()
+    # Where the first call changes the masks, it leaves the weights; the second is an ordinary one.
+    state, first = step(state, batch)
+    before = jax.device_get(jax.tree.leaves(state.params))
+    state, _ = step(state, batch)
+    after = jax.device_get(jax.tree.leaves(state.params))
+    zeros = 0
+    if config.method != "dense":
+        check_masks(state.params, state.opt_state)
+        zeros = sum(int((~mask).sum()) for mask in jax.tree.leaves(get_masks(state.opt_state)))
+    # A step's loss is that of the weights before it, so the one after two steps takes a third.
+    _, last = step(state, batch)
+    losses = [float(metrics["loss"]) for metrics in (first, last)]
+    row = {
+        "parameters": sum(p.size for p in after),
+        "loss_before": losses[0],
+        "loss_after": losses[1],
+        "moved": sum(int((new != old).sum()) for new, old in zip(after, before, strict=True)),
+        "zeros": zeros,
+        "sparsity": zeros / sum(p.size for p in after),
+        "finite": all(bool(np.isfinite(values).all()) for values in (losses, *after)),
         "seconds_with_compilation": time.perf_counter() - begin,
     }
+    if not (row["finite"] and row["moved"]):
+        raise FloatingPointError(f"{config.name} must move its weights and stay finite; got {row}.")
+    return row
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = {row["model"]: row for row in map(json.loads, old)}
     for name in arguments.models:
         config = config_of(name, arguments.batch_size)
-        rows[name] = run(config) | runs.provenance(config)
-        console.print({k: rows[name][k] for k in ("model", "parameters", "loss", "seconds_with_compilation")})
+        rows[name] = {"model": name} | two_steps(config) | runs.provenance(config)
+        console.print({k: rows[name][k] for k in ("model", "parameters", "loss_after", "seconds_with_compilation")})
         arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
         jax.clear_caches()
 

@@ -1,24 +1,32 @@
 """From a config to one optax transformation."""
 
+from collections.abc import Sequence
+
 import optax
 
-from experiments import sparse_methods
+from experiments import sparse_methods, structures
 from experiments.config import Config
-from s2sam_jax import s2sam, sam, sparsify, ssam
+from s2sam_jax import ChannelGroup, s2sam, sam, sparsify, ssam
 
 
-def make(config: Config, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-    """``sparsify(chain(sharpness, weight decay, SGD), method)``; its clocks are in epochs of so many steps."""
+def make(
+    config: Config, steps_per_epoch: int, groups: Sequence[ChannelGroup] = ()
+) -> optax.GradientTransformationExtraArgs:
+    """``sparsify(chain(sharpness, weight decay, SGD), method)``; its clocks are in epochs of so many steps.
+
+    ``groups`` are the network's channels, for the methods that remove them.
+    """
     total_steps = config.epochs * steps_per_epoch
     optimizer = optax.chain(_sharpness(config, steps_per_epoch, total_steps), *_base(config, steps_per_epoch))
     if config.method == "dense":
         return optimizer
     return sparsify(
         optimizer,
-        sparse_methods.make(config),
+        sparse_methods.make(config, groups),
         sparsity=config.sparsity,
         distribution=config.distribution,
         when=sparse_methods.clock(config, steps_per_epoch),
+        structure=structures.parse(config.structure),
         seed=config.key("masks"),
     )
 

@@ -1,4 +1,7 @@
-"""A run's folder: its config, one JSON row per evaluation, the checkpoint, weights and curves."""
+"""A run's folder: its config, one JSON row per evaluation, checkpoints, weights and curves.
+
+While the run is in progress the name ends in ``.partial``; several processes share the folder, and one writes.
+"""
 
 import json
 import os
@@ -6,49 +9,77 @@ import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 import s2sam_jax
-from experiments import checkpoint, loop, optimizers, plots, tasks
-from experiments.config import Config
-from experiments.loop import Row
-from s2sam_jax import TrainState, get_masks
+from experiments import checkpoint, loop, optimizers, plots, sharding, tasks
+from experiments.config import Config, choices
+from experiments.record import Row
+from s2sam_jax import TrainState, eval_params, get_masks
 
-CONFIG, METRICS, ROBUSTNESS, CHECKPOINT, WEIGHTS, CURVES = (
+CONFIG, METRICS, ROBUSTNESS, CHECKPOINTS, CHECKPOINT, BEST, WEIGHTS, CURVES = (
     "config.json",
     "metrics.jsonl",
     "robustness.jsonl",
+    "checkpoints",
     "checkpoint",
+    "best",
     "weights.safetensors",
     "curves.png",
 )
+Which = Literal["last", "best"]
 
 
-def begin(config: Config) -> Path:
-    """An empty folder for an unfinished run; one that an interrupted run has left is emptied."""
+def begin(config: Config, overwrite: bool = False) -> Path:
+    """The folder of an unfinished run: that which an interrupted one has left, or a new one.
+
+    Raises:
+      ValueError: for a folder that a run of another config has left.
+    """
     folder = config.run_dir.with_name(config.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / CONFIG).write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    if not overwrite:
+        _check_config(folder, config)
+    sharding.wait_for_all("check")
+    if sharding.writes():
+        if overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
+    sharding.wait_for_all("begin")
     return folder
 
 
 def append(folder: Path, row: Row) -> None:
-    with (folder / METRICS).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Adds a row, in place of those from its epoch on, which an interrupted run may have left."""
+    if sharding.writes():
+        file = folder / METRICS
+        lines = file.read_text().splitlines() if file.is_file() else []
+        kept = [line for line in lines if _epoch(line) < row["epoch"]]
+        _write(file, "".join(line + "\n" for line in [*kept, json.dumps(row)]))
 
 
-def finish(config: Config, folder: Path, state: TrainState) -> None:
+def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
     """Writes what is left to write, then gives the folder its name, so that a named folder is a finished run."""
     checkpoint.save(folder / CHECKPOINT, state)
-    checkpoint.export(
-        folder / WEIGHTS, state, None if config.method == "dense" else get_masks(state.opt_state, state.params)
-    )
-    plots.draw({config.optimizer: rows(folder)}, config.name, folder / CURVES)
-    shutil.rmtree(config.run_dir, ignore_errors=True)
-    os.replace(folder, config.run_dir)
+    masks = None if config.method == "dense" else get_masks(state.opt_state, state.params)
+    params, masks = sharding.gather((eval_params(state.params, state.opt_state), masks))
+    if sharding.writes():
+        checkpoint.export(folder / WEIGHTS, params, masks)
+        plots.draw({config.optimizer: rows(folder)}, config.name, folder / CURVES)
+        shutil.rmtree(folder / BEST, ignore_errors=True)
+        shutil.copytree(best, folder / BEST)
+        shutil.rmtree(config.run_dir, ignore_errors=True)
+        os.replace(folder, config.run_dir)
+        tidy(config.run_dir)
+    sharding.wait_for_all("finish")
+
+
+def tidy(folder: Path) -> None:
+    """A finished run needs no checkpoints to go on from."""
+    if sharding.writes():
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def rows(folder: Path) -> list[Row]:
@@ -73,13 +104,13 @@ def read_config(folder: Path) -> Config:
     return Config.from_json(json.loads(file.read_text()))
 
 
-def restore(folder: Path) -> TrainState:
-    """The final state of a finished run."""
+def restore(folder: Path, which: Which = "last") -> TrainState:
+    """The final state of a finished run, or that after the epoch of the best test accuracy."""
     config = read_config(folder)
     # Only the structure is needed here, which does not depend on the number of steps, if only they are enough.
     network, tx = tasks.build(config), optimizers.make(config, steps_per_epoch=10_000)
     like = jax.eval_shape(lambda: loop.initial_state(config, network, tx))
-    return checkpoint.restore(folder / CHECKPOINT, like)
+    return checkpoint.restore(folder / {"last": CHECKPOINT, "best": BEST}[which], like)
 
 
 def provenance(config: Config) -> dict[str, Any]:
@@ -92,6 +123,44 @@ def provenance(config: Config) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("jax", "optax", "flax")} | {"s2sam_jax": s2sam_jax.__version__},
         "commit": _commit(),
     }
+
+
+def _check_config(folder: Path, config: Config) -> None:
+    """Raises a ValueError that names the fields in which an unfinished run has another config."""
+    file = folder / CONFIG
+    if not file.is_file():
+        return
+    try:
+        values = json.loads(file.read_text())
+        stored = choices(values) | {"seed": values.get("seed")}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not the config of a run ({error}). Train anew with --overwrite.") from error
+    wanted = choices(config.to_json()) | {"seed": config.seed}
+    differing = [
+        f"{field}: {json.dumps(stored.get(field))} there, {json.dumps(wanted.get(field))} asked for"
+        for field in dict.fromkeys([*wanted, *stored])
+        if field not in wanted or stored[field] != wanted[field]
+    ]
+    if differing:
+        raise ValueError(
+            f"The unfinished run {folder} has another config:\n  " + "\n  ".join(differing) + "\n"
+            "Put back what it was to go on, or train anew with --overwrite."
+        )
+
+
+def _epoch(line: str) -> float:
+    """Of a row; infinite for half of one."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
+
+
+def _write(file: Path, text: str) -> None:
+    """The file is replaced at once or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
 
 
 def _commit() -> str | None:

@@ -2,12 +2,14 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 
 from experiments.config import VARIANTS, Config
-from s2sam_jax import Every, SparseMethod, methods
+from s2sam_jax import ChannelGroup, Every, SparseMethod, methods
 
 # Epochs between mask updates, and the fraction of training at which they end, as the CIFAR experiments of the papers
-# have them: RigL every 100 steps of batch 128, ITOP every 1500 (random) or 4000 (gradient), MEST every 5 epochs.
+# have them: RigL every 100 steps of batch 128, ITOP every 1500 (random) or 4000 (gradient), MEST every 5 epochs, Chase
+# every 1000 steps of batch 100. CHEX's are its ImageNet ones.
 CIFAR_RECIPES = {
     "rigl": (0.256, 0.75),
     "set": (1.0, 1.0),
@@ -15,27 +17,35 @@ CIFAR_RECIPES = {
     "set-itop": (4.26, 1.0),
     "itop": (4.26, 1.0),
     "rigl-itop": (11.4, 1.0),
-    "mest": (5.0, 130 / 160),
-    "mest-em": (5.0, 130 / 160),
-    "mest-ems": (5.0, 120 / 160),
-    "mest-em-98": (5.0, 130 / 160),
-    "mest-ems-98": (5.0, 130 / 160),
+    # To the end, as MEST's phases are fractions of the clock; in its last phase nothing moves any more.
+    "mest": (5.0, 1.0),
+    "mest-em": (5.0, 1.0),
+    "mest-ems": (5.0, 1.0),
+    "mest-em-98": (5.0, 1.0),
+    "mest-ems-98": (5.0, 1.0),
+    "chex": (2.0, 0.72),
+    "chase": (2.0, 1.0),
     "gmp": (2.56, 0.77),
     "gmp-global": (2.56, 0.77),
 }
 ELSEWHERE = (1.0, 0.75)
+OPTIONS = ("drop_fraction", "prune_fraction", "rounds", "channel_sparsity", "explore")
 ROUNDS = ("lottery", "lrr")
 ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # no clock, or one of their own
 
 
-def make(config: Config) -> SparseMethod:
-    """The method of that name, with the options that the config gives."""
+def make(config: Config, groups: Sequence[ChannelGroup] = ()) -> SparseMethod:
+    """The method of that name, with the options that the config gives; on the network's channels, if it has any."""
     name, options = VARIANTS.get(config.method, (config.method, {}))
     factory = getattr(methods, name)
-    given = {"drop_fraction": config.drop_fraction, "prune_fraction": config.prune_fraction, "rounds": config.rounds}
-    given = {option: value for option, value in given.items() if value is not None}
-    if foreign := sorted(given.keys() - inspect.signature(factory).parameters.keys()):
+    known = inspect.signature(factory).parameters
+    given = {option: getattr(config, option) for option in OPTIONS if getattr(config, option) is not None}
+    if foreign := sorted(given.keys() - known.keys()):
         raise ValueError(f"{', '.join(foreign)} given, but {config.method} has no such option; leave it out.")
+    if "groups" in known:
+        if not groups:
+            raise ValueError(f"{config.method} removes channels, but {config.model} declares none.")
+        given["groups"] = groups
     return factory(**options, **given)
 
 

@@ -53,7 +53,7 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int)
     return dataclasses.replace(small, epochs=ROUND_EPOCHS * (rounds + 1), prune_fraction=PRUNE_FRACTION)
 
 
-class _Last:
+class Last:
     """A reporter that keeps the last row."""
 
     def __init__(self):
@@ -68,13 +68,13 @@ class _Last:
 def run(sweep: Sweep) -> None:
     """Trains what has no row yet; each row is written as soon as it is there."""
     sweep.rows.parent.mkdir(parents=True, exist_ok=True)
-    done = {_cell(row) for row in read(sweep.rows)}
+    done = {cell_of(row) for row in read(sweep.rows)}
     cells: list[Cell] = [
         (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds
     ]
     dataset = tasks.load(Config())
     for cell in track([cell for cell in cells if cell not in done], description="runs"):
-        config, last = config_of(*cell), _Last()
+        config, last = config_of(*cell), Last()
         loop.train(config, tasks.make(config, dataset), last)
         method, optimizer, sparsity, _ = cell
         row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity}
@@ -87,7 +87,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def _cell(row: dict[str, Any]) -> Cell:
+def cell_of(row: dict[str, Any]) -> Cell:
     return row["method"], row["optimizer"], row["sparsity_asked"], row["seed"]
 
 

@@ -21,7 +21,7 @@ from experiments import models, plots, recipes, report, runs, sparse_methods, tr
 from experiments.config import Config, OptimizerName
 from experiments.loop import Row
 from experiments.recipes import Recipe
-from experiments.recipes.base import rounds
+from experiments.recipes.base import CORRUPTED, rounds
 
 RESULTS = Path(__file__).parent / "results"
 Scale = Literal["smoke", "cpu", "full"]
@@ -137,6 +137,8 @@ def _row(recipe: Recipe, config: Config, scale: Scale) -> Row:
     """What a table is made of: the printed figures, ours, and all that the run says of itself."""
     last, metric = runs.rows(config.run_dir)[-1] | runs.robustness(config.run_dir), recipe.metric
     value = metric.scale * last[metric.field] if metric.field in last else None
+    if metric is CORRUPTED and last.get("missing"):
+        value = None  # a mean over some corruptions is not the paper's
     # Where things lie is of this machine alone.
     choices = {field: choice for field, choice in last["config"].items() if field not in ("data", "out")}
     return {"recipe": described(recipe), "scale": scale, "value": value} | last | {"config": choices}

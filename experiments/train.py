@@ -9,9 +9,10 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments import loop, plots, recipes, report, runs, tasks
+from experiments import loop, plots, recipes, report, runs, sharding, tasks
+from experiments.checkpoint import Checkpoints
 from experiments.config import Config, OptimizerName
-from experiments.loop import Row
+from experiments.record import Row
 from s2sam_jax import TrainState
 
 
@@ -24,16 +25,22 @@ class Arguments:
 
     config: tyro.conf.OmitArgPrefixes[Config] = dataclasses.field(default_factory=Config)
     compare: tuple[OptimizerName, ...] = ()  # Train with each of these optimizers, from the same seed.
-    overwrite: bool = False  # Train anew even if the result is there.
+    overwrite: bool = False  # Train anew, even if the result is there or an interrupted run could go on.
+    mesh: str | None = None  # Devices to train on, as data=8 or data=4,fsdp=2; default: one.
+    distributed: bool = False  # This is one of several processes; the cluster tells which, or the next three options.
+    coordinator: str | None = None  # HOST:PORT of the first process.
+    num_processes: int | None = None
+    process_id: int | None = None
     tensorboard: bool = False  # Event files in the run's folder as well; needs tensorboardX.
 
 
 class _Recorder:
     """Writes every row to the run's folder, and passes it on to the progress bar."""
 
-    def __init__(self, config: Config, folder: Path, bar: report.ProgressBar, tensorboard: bool):
-        self._provenance, self._folder, self._bar = runs.provenance(config), folder, bar
-        self._events = _event_writer(folder) if tensorboard else None
+    def __init__(self, config: Config, folder: Path, bar: report.ProgressBar, arguments: Arguments):
+        self._provenance = runs.provenance(config) | ({"mesh": arguments.mesh} if arguments.mesh else {})
+        self._folder, self._bar = folder, bar
+        self._events = _event_writer(folder) if arguments.tensorboard and sharding.writes() else None
 
     def steps(self, count: int) -> None:
         self._bar.steps(count)
@@ -65,7 +72,7 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
         loaded = tasks.load(arguments.config)
         start = _start(arguments.config)
         for config in fresh:
-            _run(config, loaded, start, console, arguments.tensorboard)
+            _run(config, loaded, start, console, arguments)
     folders = {name: config.run_dir for name, config in configs.items()}
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
     console.print(_title(arguments.config), soft_wrap=True)
@@ -74,18 +81,23 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
         console.print("Shown from stored runs where they exist; add --overwrite to train anew.")
     for folder in folders.values():
         console.print(f"Files: {folder}", soft_wrap=True)
-    if arguments.compare:
+    if arguments.compare and sharding.writes():
         file = arguments.config.out / f"compare-{'-'.join(optimizers)}-{configs[optimizers[0]].name}.png"
         plots.draw(rows, _title(arguments.config), file)
         console.print(f"Curves: {file}", soft_wrap=True)
     return folders
 
 
-def _run(config: Config, loaded: Any, start: TrainState | None, console: Console, tensorboard: bool) -> None:
-    task, folder = tasks.make(config, loaded), runs.begin(config)
-    with report.ProgressBar(console, config.optimizer, config.epochs, task.steps_per_epoch) as bar:
-        state = loop.train(config, task, _Recorder(config, folder, bar, tensorboard), start)
-    runs.finish(config, folder, state)
+def _run(config: Config, loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> None:
+    task = tasks.make(config, loaded, sharding.parse(arguments.mesh))
+    folder = runs.begin(config, arguments.overwrite)
+    with (
+        Checkpoints(folder / runs.CHECKPOINTS) as checkpoints,
+        report.ProgressBar(console, config.optimizer, config.epochs, task.steps_per_epoch) as bar,
+    ):
+        recorder = _Recorder(config, folder, bar, arguments)
+        state = loop.train(config, task, recorder, start, checkpoints)
+    runs.finish(config, folder, state, checkpoints.best)
 
 
 def _start(config: Config) -> TrainState | None:
@@ -118,15 +130,17 @@ def _recipe(argv: list[str] | None) -> tuple["recipes.Recipe | None", list[str]]
 
 def main(argv: list[str] | None = None) -> dict[str, Path]:
     """The command line; returns the folders of the runs, by optimizer."""
-    console = Console()
     recipe, argv = _recipe(argv)
     default = Arguments() if recipe is None else Arguments(config=recipe.config)
     arguments = tyro.cli(Arguments, args=argv, default=default)
+    if arguments.distributed:
+        sharding.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    console = Console(quiet=not sharding.writes())
     if recipe is not None:
         console.print(recipes.describe(recipe), soft_wrap=True)
     try:
         return train(arguments, console)
-    except FileNotFoundError as error:
+    except OSError as error:
         sys.exit(f"error: {error}")
 
 

@@ -19,7 +19,9 @@ from experiments import (
     loop,
     models,
     optimizers,
+    record,
     runs,
+    sharding,
     sieving,
     sparse_methods,
     tasks,
@@ -27,7 +29,7 @@ from experiments import (
 )
 from experiments.config import Config
 from experiments.tasks import arrays, images
-from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods
+from s2sam_jax import ChannelGroup, Every, Slice, TrainState, apply_masks, get_masks, make_train_step, methods
 
 TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
 
@@ -169,7 +171,7 @@ def test_every_test_row_is_counted_once(digits):
     def apply(params, model_state, images, train):
         return jax.nn.one_hot(jnp.zeros(len(images), jnp.int32), 10), model_state
 
-    task = arrays.ImageArrays(Config(), models.Network((), (), apply), digits)
+    task = arrays.ImageArrays(Config(), models.Network((), (), apply), digits, sharding.parse())
     accuracy = task.evaluate((), ())["test_accuracy"]
     assert accuracy == np.mean(np.asarray(digits.test_labels) == 0)
     labels = np.concatenate([y for _, y in data.eval_batches(digits.test_images, digits.test_labels, 100)])
@@ -238,7 +240,8 @@ def test_wide_resnet32_has_the_published_size():
 @pytest.mark.parametrize("method", ["dense", *methods.available()])
 @pytest.mark.parametrize("optimizer", ["sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam"])
 def test_every_optimizer_goes_with_every_method(optimizer, method):
-    tx = optimizers.make(Config(optimizer=optimizer, method=method), steps_per_epoch=10)
+    group = ChannelGroup("all", filters=(Slice("kernel", -1),), scales=(Slice("bias", 0),))
+    tx = optimizers.make(Config(optimizer=optimizer, method=method), 10, [group])
     state = jax.eval_shape(lambda: TrainState.create({"kernel": jnp.ones((20, 20)), "bias": jnp.ones(20)}, tx))
     assert state.params["kernel"].shape == (20, 20)
 
@@ -276,7 +279,7 @@ def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
 def test_a_breakdown_stops_the_run_and_names_the_step():
     state = SimpleNamespace(first_bad_step=jnp.array(7))
     with pytest.raises(FloatingPointError, match="broke down at step 7"):
-        loop._stop_if_bad(state)
+        record.stop_if_bad(state)
 
 
 def test_batch_larger_than_the_data_is_refused(digits):
@@ -413,8 +416,38 @@ def test_rounds_share_the_epochs_out():
         sparse_methods.round_steps(Config(method="lottery", epochs=1), steps_per_epoch=12)
 
 
+@pytest.mark.parametrize(
+    ("method", "ends"), {"mest-em": (100, 130), "mest-ems": (90, 120), "mest-ems-98": (100, 130)}.items()
+)
+def test_phases_of_mest_end_when_they_were_published_to(method, ends):
+    """Of 160 epochs; while a phase lasts something moves, and EM&S has more weights than planned."""
+    tx = optimizers.make(Config(method=method, dataset="cifar10", epochs=160, optimizer="sgd"), steps_per_epoch=100)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (50, 100))}
+    state = tx.init(params)
+    params = apply_masks(params, state)
+
+    @jax.jit
+    def update(state, params, step):
+        state = state._replace(step=step)
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params, refresh_masks=True)
+        return state, optax.apply_updates(params, updates)
+
+    moved, counts = {}, {}
+    for epoch in range(0, 160, 5):
+        before = state.masks["kernel"]
+        state, params = update(state, params, epoch * 100)
+        moved[epoch], counts[epoch] = int((before ^ state.masks["kernel"]).sum()), int(state.nnz["kernel"])
+    if method == "mest-em":
+        assert set(counts.values()) == {500}
+        assert moved[ends[0] - 5] > 1.5 * moved[ends[0]] > 0
+    else:
+        first, second = ends
+        assert counts[0] == counts[first - 5] > counts[first] == counts[second - 5] > counts[second] == 500
+    assert [epoch for epoch in moved if moved[epoch]][-1] == ends[1] - (5 if method == "mest-em" else 0)
+
+
 def test_recipes_apply_on_cifar_and_can_be_overridden():
-    assert sparse_methods.clock(Config(method="mest-em", dataset="cifar10", epochs=160), 100) == Every(0, 500, 13_000)
+    assert sparse_methods.clock(Config(method="mest-em", dataset="cifar10", epochs=160), 100) == Every(0, 500, 15_500)
     assert sparse_methods.clock(Config(method="mest-em", epochs=160), 100) == Every(0, 100, 12_000)
     changed = Config(method="mest-em", dataset="cifar10", epochs=160, update_every=10, update_end=1.0)
     assert sparse_methods.clock(changed, 100) == Every(0, 1000, 15_000)

@@ -22,7 +22,8 @@ from experiments.models import (
     vit,
     wide_resnet,
 )
-from s2sam_jax import erdos_renyi_kernel
+from s2sam_jax import channel_masks, erdos_renyi_kernel, materialize
+from s2sam_jax._channels import group_sizes
 
 
 def shapes(name, classes=None, width=None, dtype=jnp.float32):
@@ -32,14 +33,17 @@ def shapes(name, classes=None, width=None, dtype=jnp.float32):
 
 @functools.cache
 def _shapes(name, classes, width, dtype):
-    spec, networks = models.MODELS[name], []
+    return abstract(name, width=width, classes=classes, dtype=dtype)
+
+
+def abstract(name, **options):
+    networks = []
 
     def build():
-        channels = None if spec.text else 3
-        networks.append(models.build(name, width=width, channels=channels, classes=classes, seed=0, dtype=dtype))
+        networks.append(models.build(name, channels=None if models.MODELS[name].text else 3, seed=0, **options))
         return networks[0][:2]
 
-    return models.Network(*jax.eval_shape(build), networks[0].apply)
+    return models.Network(*jax.eval_shape(build), *networks[0][2:])
 
 
 def inputs_of(name, size=None):
@@ -316,6 +320,77 @@ def test_training_and_evaluation(name, shallow):
     np.testing.assert_array_equal(at_rest, at_rest_again)
 
 
+# Channels, by hand from the publications.
+HIDDEN = {
+    "resnet8": [16, 32, 64],
+    "resnet20": [16] * 3 + [32] * 3 + [64] * 3,
+    "resnet32": [32] * 5 + [64] * 5 + [128] * 5,
+    "wrn28x10": [160] * 4 + [320] * 4 + [640] * 4,
+    "resnet18-cifar": [64] * 2 + [128] * 2 + [256] * 2 + [512] * 2,
+    "resnet34-cifar": [64] * 3 + [128] * 4 + [256] * 6 + [512] * 3,
+    "resnet34": [64] * 3 + [128] * 4 + [256] * 6 + [512] * 3,
+    "resnet50": [64] * 6 + [128] * 8 + [256] * 12 + [512] * 6,
+    "vgg19": [64] * 2 + [128] * 2 + [256] * 4 + [512] * 7,
+    "mobilenet-v2-cifar": [32, 96] + [144] * 2 + [192] * 3 + [384] * 4 + [576] * 3 + [960] * 3,
+    "efficientnet-b0": [96] + [144] * 2 + [240] * 2 + [480] * 3 + [672] * 3 + [1152] * 4,
+    "vit-small-cifar": [768] * 12,
+    "vit-small": [768] * 12,
+    "transformer-base": [2048] * 12,
+}
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_hidden_channels(name):
+    network = shapes(name)
+    sizes = group_sizes(network.params, network.groups, statistics=network.model_state)
+    assert list(sizes.values()) == HIDDEN[name]
+    assert all(group.name + "/kernel" == group.filters[0].path for group in network.groups)
+
+
+def random_like(tree):
+    """Norms and their statistics, biases and positions too: what is zero or one at first would hide a mistake."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        match jax.tree_util.keystr(path[-1:], simple=True):
+            case "kernel":
+                return 2 * noise / np.sqrt(np.float32(noise[..., 0].size))
+            case "var":
+                return np.abs(noise) + np.float32(0.1)
+            case _:
+                return noise
+
+    return jax.tree_util.tree_map_with_path(draw, tree)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_removing_channels_is_masking_them(name, shallow):
+    """In evaluation, on everything random."""
+    text, rng = models.MODELS[name].text, np.random.default_rng(1)
+    network = abstract(name, width=NARROW[name], classes=10)
+    inputs = (rng.integers(1, 10, (4, 6)),) * 2 if text else rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
+    params, state = random_like(network[:2])
+    sizes = group_sizes(params, network.groups)
+    alive = {group: rng.permutation(size) < (size + 1) // 2 for group, size in sizes.items()}
+    masks = channel_masks(params, network.groups, alive)
+    masked = jax.tree.map(lambda p, m: np.where(m, p, np.float32(0)), params, masks)
+
+    small = materialize(masked, state, network.groups, masks)
+    assert small.widths == {group: (size + 1) // 2 for group, size in sizes.items()}
+    assert jax.tree.all(jax.tree.map(np.all, small.masks))
+    rebuilt = abstract(name, width=NARROW[name], classes=10, widths=small.widths)
+    assert jax.tree.map(jnp.shape, small[:2]) == jax.tree.map(jnp.shape, rebuilt[:2])
+    assert group_sizes(small.params, rebuilt.groups, statistics=small.model_state) == small.widths
+
+    full = jax.jit(lambda params: network.apply(params, state, inputs, False)[0])
+    expected, dense = full(masked), full(params)
+    got = jax.jit(lambda *weights: rebuilt.apply(*weights, inputs, False)[0])(*small[:2])
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
+    assert np.abs(dense - expected).max() > 0.01 * scale
+
+
 def test_dropout_needs_a_key():
     network = shapes("efficientnet-b0")
     with pytest.raises(ValueError, match="efficientnet-b0 has dropout: in training, apply needs a key"):
@@ -327,6 +402,18 @@ def test_dropout_needs_a_key():
     [
         ({"name": "resnet9", "channels": 3}, "Unknown model 'resnet9'; there are resnet8, .*transformer-base"),
         ({"name": "resnet8", "channels": 3, "width": 0}, "width must be at least 1; got 0"),
+        (
+            {"name": "resnet8", "channels": 3, "widths": {"blocks/3/conv1": 4}},
+            r"resnet8 has no channel groups \['blocks/3/conv1'\]; there are blocks/0/conv1, .*blocks/2/conv1",
+        ),
+        (
+            {"name": "resnet8", "channels": 3, "widths": {"blocks/0/conv1": 0, "blocks/1/conv1": 1}},
+            "resnet8 can have from 1 to {'blocks/0/conv1': 16} channels in these groups; got {'blocks/0/conv1': 0}",
+        ),
+        (
+            {"name": "resnet8", "channels": 3, "widths": {"blocks/1/conv1": 33}},
+            "resnet8 can have from 1 to {'blocks/1/conv1': 32} channels in these groups; got {'blocks/1/conv1': 33}",
+        ),
         ({"name": "resnet8"}, "resnet8 needs the channels of its images; got channels=None"),
         ({"name": "transformer-base", "channels": 3}, "transformer-base needs no channels, being of text; got"),
         ({"name": "transformer-base", "width": 7}, "width must be even.*got width=7"),
@@ -385,7 +472,7 @@ def batch_norm(x, p, name):
 
 
 def test_residual_block_against_numpy():
-    block, p = numbers(resnet.Block(3, 4, 2, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    block, p = numbers(resnet.Block("block", 3, 4, 2, widths={}, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     x = np.random.default_rng(1).normal(size=(2, 6, 6, 3))
     y = np.maximum(batch_norm(convolve(x, p["conv1/kernel"], 2), p, "norm1"), 0)
     y = batch_norm(convolve(y, p["conv2/kernel"], 1), p, "norm2")
@@ -400,7 +487,7 @@ def layer_norm(x, p, name):
 
 def test_encoder_layer_against_numpy():
     """Two heads, and the last token masked."""
-    layer, p = numbers(transformer.EncoderLayer(128, 0.1, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    layer, p = numbers(transformer.EncoderLayer("layer", 128, 0.1, widths={}, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     x = np.random.default_rng(1).normal(size=(5, 128))
     query, key, value = (x @ p[f"attention/{name}/kernel"] for name in ("query", "key", "value"))
     heads = []
@@ -451,7 +538,7 @@ def test_convolutions_start_with_the_variance_of_he(size, groups, variance):
 
 @pytest.fixture(scope="module")
 def translator():
-    model = transformer.Transformer(2, 0.1, width=8, classes=11, rngs=nnx.Rngs(0))
+    model = transformer.Transformer(2, 0.1, width=8, classes=11, widths={}, rngs=nnx.Rngs(0))
     return jax.jit(partial(model, train=False))
 
 

@@ -1,11 +1,15 @@
-"""The full-size train step of every recipe, traced: shapes fit, whatever the method and the optimizer."""
+"""The train steps of the recipes: of every one at full size, traced; and real ones of a narrow network."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import one_step, recipes
+from experiments import narrow_steps, one_step, recipes, tasks
 from experiments.config import Config
 from s2sam_jax import SparseState
 from s2sam_jax._tree import find_states
@@ -35,3 +39,85 @@ def test_full_size_step(name, config):
     assert metrics["loss"].dtype == jnp.float32
     assert bool(find_states(after.opt_state, SparseState)) == (config.method != "dense")
     assert sum(np.prod(p.shape) for p in jax.tree.leaves(after.params)) > 1e6
+
+
+# Narrow networks
+
+
+@pytest.fixture
+def compilation_cache():
+    """Puts back what the command line sets for the whole process."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_combinations_are_those_of_all_recipes_once():
+    found = narrow_steps.combinations()
+    configs = [recipes.get(name).config for name in recipes.names()]
+    assert set(found) == {(config.model, config.method, config.optimizer) for config in configs}
+    assert all(
+        (config.model, config.method, config.optimizer) == key
+        for key, config in ((key, recipes.get(name).config) for key, name in found.items())
+    )
+    assert narrow_steps.combinations(("table1.rigl-0.9.sgd", "table1.rigl-erk-0.95.sgd")) == {
+        ("resnet32", "rigl", "sgd"): "table1.rigl-0.9.sgd"
+    }
+
+
+def test_only_sizes_and_warm_up_are_changed():
+    sizes = {"width", "image_size", "vocabulary", "max_length", "batch_size", "warmup_epochs"}
+    for name in narrow_steps.combinations().values():
+        full = recipes.get(name).config
+        narrow = narrow_steps.narrowed(full)
+        assert {k for k, v in dataclasses.asdict(narrow).items() if v != getattr(full, k)} <= sizes
+
+
+@pytest.mark.parametrize("name", ["table6.vgg19.sgd", "wmt14.dense.sgd"])
+def test_narrow_networks_have_all_layers(name):
+    full = recipes.get(name).config
+    shapes = [jax.eval_shape(lambda c=c: tasks.build(c).params) for c in (narrow_steps.narrowed(full), full)]
+    assert jax.tree.structure(shapes[0]) == jax.tree.structure(shapes[1])
+    few, many = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in shapes)
+    assert few < many / 8
+
+
+def test_narrow_steps_write_a_row_and_go_on_from_it(tmp_path, monkeypatch, compilation_cache):
+    """Of a recipe whose network is exchanged for one that compiles soon."""
+    name, other = "table1.snip-0.9.s2sam", "table1.snip-0.9.sgd"
+    small = dataclasses.replace(recipes.get(name).config, model="resnet8")
+    monkeypatch.setitem(recipes.RECIPES, name, dataclasses.replace(recipes.get(name), config=small))
+    file = tmp_path / "rows" / "narrow.jsonl"
+    options = ["--out", str(file), "--cache", str(tmp_path / "compiled")]
+    narrow_steps.main([*options, "--recipes", name])
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert [row[key] for key in ("model", "method", "optimizer", "recipe")] == ["resnet8", "snip", "s2sam", name]
+    assert row["config"]["width"] == 4
+    assert row["finite"]
+    assert np.isfinite([row["loss_before"], row["loss_after"]]).all()
+    assert row["loss_before"] != row["loss_after"]
+    assert 0 < row["moved"] <= row["parameters"] - row["zeros"]
+    assert row["sparsity"] == row["zeros"] / row["parameters"] == pytest.approx(0.9, abs=0.05)
+    assert {"versions", "commit", "device", "xla_flags", "seconds_with_compilation"} <= row.keys()
+
+    taken = []
+    monkeypatch.setattr(one_step, "two_steps", lambda config: taken.append(config.optimizer) or {"loss_after": 1.0})
+    narrow_steps.main([*options, "--recipes", name, other])
+    assert taken == ["sgd"]
+    first, second = map(json.loads, file.read_text().splitlines())
+    assert first == row
+    assert second["recipe"] == other
+
+
+@pytest.mark.parametrize(("factor", "loss", "message"), [(1.0, 0.5, "'moved': 0"), (2.0, np.nan, "'finite': False")])
+def test_steps_that_fail_make_no_row(factor, loss, message, monkeypatch):
+    def step(state, batch):
+        return SimpleNamespace(params=jax.tree.map(lambda p: factor * p, state.params)), {"loss": loss}
+
+    first = SimpleNamespace(params={"kernel": jnp.ones((2, 2))})
+    monkeypatch.setattr(one_step, "step_and_state", lambda config: (step, lambda: first))
+    config = dataclasses.replace(one_step.config_of("resnet8", 2), method="dense")
+    with pytest.raises(FloatingPointError, match=f"must move its weights and stay finite; got .*{message}"):
+        one_step.two_steps(config)

@@ -1,7 +1,8 @@
 """Fourteen of the fifteen corruptions of CIFAR-10-C, computed from clean images with that data set's severities.
 
 They follow its published definitions (Hendrycks & Dietterich, 2019), not its random draws, so a result is near to one
-on the released files but not the same. Frost is left out: it is made of photographs that come with the benchmark.
+on the released files but not the same. Frost is missing, as it is made of photographs that come with the benchmark, and
+a mean is over the other fourteen: to compare with published figures, take the released files.
 """
 
 import io

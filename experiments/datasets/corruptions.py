@@ -1,6 +1,10 @@
-"""Robustness to the common corruptions of CIFAR-10-C and ImageNet-C: their images, and accuracy on them."""
+"""Robustness to the common corruptions of CIFAR-10-C and ImageNet-C: their images, and accuracy on them.
 
-from collections.abc import Callable, Iterable, Iterator
+Computed images lack frost, so that a mean over them is one over the other fourteen corruptions. Wherever cells are
+made, ``names`` keeps only these corruptions; default: all there are.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +42,10 @@ class Cell(NamedTuple):
     batches: Iterable[tuple[np.ndarray, np.ndarray]]
 
 
-def from_tfds(name: str, batch_size: int, data_dir: Path | None = None, *, image_size: int) -> Iterator[Cell]:
-    """All cells of "cifar10_corrupted" (image_size 32) or "imagenet2012_corrupted" (224), as prepared by TFDS.
+def from_tfds(
+    name: str, batch_size: int, data_dir: Path | None = None, *, image_size: int, names: Collection[str] = ()
+) -> Iterator[Cell]:
+    """The cells of "cifar10_corrupted" (image_size 32) or "imagenet2012_corrupted" (224), as prepared by TFDS.
 
     Raises:
       FileNotFoundError: before any cell is read, if one is not prepared.
@@ -47,7 +53,7 @@ def from_tfds(name: str, batch_size: int, data_dir: Path | None = None, *, image
     if name not in _TFDS_SPLITS:
         raise ValueError(f"Unknown data set {name!r}; there are {', '.join(_TFDS_SPLITS)}.")
     renamed, folder = _TFDS_NAMES.get(name, {}), sources.tfds_folder(data_dir)
-    paths = {(c, s): f"{name}/{renamed.get(c, c)}_{s}" for c in CORRUPTIONS for s in SEVERITIES}
+    paths = {(c, s): f"{name}/{renamed.get(c, c)}_{s}" for c in _chosen(names, CORRUPTIONS) for s in SEVERITIES}
     if missing := [path for path in paths.values() if not sources.versions(path, folder)]:
         raise FileNotFoundError(
             f"Of the {len(paths)} corruptions in {name}, {len(missing)} are not prepared in {folder}, such as "
@@ -58,13 +64,14 @@ def from_tfds(name: str, batch_size: int, data_dir: Path | None = None, *, image
     return (Cell(*cell, _batches(open_images(path), example, batch_size, image_size)) for cell, path in paths.items())
 
 
-def from_npy(folder: Path, batch_size: int) -> Iterator[Cell]:
-    """All cells of CIFAR-10-C as released: a folder with labels.npy and a file per corruption, severities in turn.
+def from_npy(folder: Path, batch_size: int, *, names: Collection[str] = ()) -> Iterator[Cell]:
+    """The cells of CIFAR-10-C as released: a folder with labels.npy and a file per corruption, severities in turn.
 
     Raises:
       FileNotFoundError: naming the files that are missing.
     """
-    files = {name: folder / f"{name}.npy" for name in ("labels", *CORRUPTIONS)}
+    chosen = _chosen(names, CORRUPTIONS)
+    files = {name: folder / f"{name}.npy" for name in ("labels", *chosen)}
     if missing := [file.name for file in files.values() if not file.is_file()]:
         raise FileNotFoundError(f"{folder} is not CIFAR-10-C as released: it lacks {', '.join(missing)}.")
     labels = np.load(files["labels"])
@@ -75,14 +82,16 @@ def from_npy(folder: Path, batch_size: int) -> Iterator[Cell]:
         images = np.load(files[corruption], mmap_mode="r")[part]
         return Cell(corruption, severity, _array_batches(images, labels[part], batch_size))
 
-    return (cell(corruption, severity) for corruption in CORRUPTIONS for severity in SEVERITIES)
+    return (cell(corruption, severity) for corruption in chosen for severity in SEVERITIES)
 
 
-def computed(images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int = 0) -> Iterator[Cell]:
+def computed(
+    images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int = 0, *, names: Collection[str] = ()
+) -> Iterator[Cell]:
     """Cells made from the test images of CIFAR-10, without frost; see :mod:`experiments.datasets.cifar_c`."""
     return (
         Cell(name, severity, _array_batches(cifar_c.corrupt(name, severity, images, seed), labels, batch_size))
-        for name in cifar_c.CORRUPTIONS
+        for name in _chosen(names, cifar_c.CORRUPTIONS)
         for severity in SEVERITIES
     )
 
@@ -103,7 +112,10 @@ def accuracy_rows(cells: Iterable[Cell], predict: Callable[[np.ndarray], Any]) -
 
 
 def summary(rows: Iterable[Row], clean_accuracy: float) -> Row:
-    """Mean accuracy over all cells, not weighted by another network's errors; alone, and relative to clean images."""
+    """Mean accuracy over the cells there are, not weighted by another network's errors; alone, and relative to clean.
+
+    "missing" names the corruptions without a cell, which are not in the mean: frost, where images are computed.
+    """
     rows = list(rows)
     mean = _mean(rows)
     return {
@@ -114,6 +126,13 @@ def summary(rows: Iterable[Row], clean_accuracy: float) -> Row:
         "by_severity": {str(s): _mean(rows, severity=s) for s in sorted({r["severity"] for r in rows})},
         "missing": [name for name in CORRUPTIONS if name not in {r["corruption"] for r in rows}],
     }
+
+
+def _chosen(names: Collection[str], known: Collection[str]) -> list[str]:
+    """In the order of the benchmark."""
+    if foreign := [name for name in names if name not in known]:
+        raise ValueError(f"There are no corruptions {foreign} here; there are {', '.join(known)}.")
+    return [name for name in known if not names or name in names]
 
 
 def _mean(rows: list[Row], **where: Any) -> float:

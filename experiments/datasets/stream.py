@@ -31,7 +31,7 @@ class Stream:
       source: the records.
       example: ``(record, generator) -> example``, a tree of arrays. The generator is of the seed, the epoch and the
         place in its order.
-      batch_size: over all processes together; each yields an equal share of every batch.
+      batch_size: over all processes together; each yields an equal share of every batch, in one piece.
       process_index: which share.
       process_count: how many there are.
     """
@@ -63,8 +63,8 @@ class Stream:
         source: Any = self.source
         share = self.batch_size // self.process_count
         examples = grain.MapDataset.source(source).seed(seed).shuffle().random_map(self.example)
-        epoch = examples[: self.steps_per_epoch * self.batch_size][self.process_index :: self.process_count]
-        return _read(epoch.batch(share).repeat()[start_step:])
+        shares = examples[: self.steps_per_epoch * self.batch_size].batch(share)
+        return _read(shares[self.process_index :: self.process_count].repeat()[start_step:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Evaluation:
       source: the records.
       example: ``record -> example``, a tree of arrays.
       padding: the example that fills the last batch, to be told apart by what is in it, such as a label of -1.
-      batch_size: over all processes together; each yields an equal share of every batch.
+      batch_size: over all processes together; each yields an equal share of every batch, in one piece.
       process_index: which share.
       process_count: how many there are.
     """
@@ -100,8 +100,10 @@ class Evaluation:
         def row(index: int) -> Any:
             return self.example(self.source[index]) if index < len(self.source) else self.padding
 
-        rows = grain.MapDataset.range(len(self) * self.batch_size)[self.process_index :: self.process_count]
-        return _read(rows.map(row).batch(self.batch_size // self.process_count))
+        shares = (
+            grain.MapDataset.range(len(self) * self.batch_size).map(row).batch(self.batch_size // self.process_count)
+        )
+        return _read(shares[self.process_index :: self.process_count])
 
 
 def _read(batches: Any) -> Iterator[Any]:

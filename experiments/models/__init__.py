@@ -1,6 +1,6 @@
 """Models by name, as pure functions of their parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,13 +10,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments.models import efficientnet, mobilenet, resnet, resnet_imagenet, transformer, vgg, vit, wide_resnet
+from s2sam_jax import ChannelGroup
 
 
 class Spec(NamedTuple):
     """A model and the sizes that it was published with.
 
     Attributes:
-      make: the module, but for ``width``, ``classes``, ``dtype`` and ``rngs``, and ``channels`` for images.
+      make: the module, but for ``width``, ``widths``, ``classes``, ``dtype`` and ``rngs``, and ``channels`` for images.
       width: channels of the first stage, or of the stem, or features of the embedding; other sizes scale with it.
       image_size: pixels on a side; None for a model of text.
       classes: of its data set, or the size of the vocabulary.
@@ -41,11 +42,13 @@ class Network(NamedTuple):
       apply: ``(params, model_state, inputs, train, key=None, method="__call__") -> (outputs, model_state)``. Inputs are
         an array of images, or for text a tuple of the arguments of the method, which may be "encode" or "decode". The
         key is for dropout.
+      groups: the channels that can be removed. ``build`` takes their names for ``widths``.
     """
 
     params: Any
     model_state: Any
     apply: Callable[..., tuple[Any, Any]]
+    groups: tuple[ChannelGroup, ...] = ()
 
 
 _BASIC, _BOTTLENECK, _SIZES = resnet.Block, resnet_imagenet.Bottleneck, (3, 4, 6, 3)
@@ -76,6 +79,7 @@ def build(
     classes: int,
     seed: int,
     dtype: DTypeLike = jnp.float32,
+    widths: Mapping[str, int] | None = None,
 ) -> Network:
     """A freshly initialised model.
 
@@ -86,9 +90,10 @@ def build(
       classes: outputs; for text, the size of the vocabulary.
       seed: of the initialisation.
       dtype: what convolutions and matrix products compute in; parameters and outputs are float32.
+      widths: channels of groups that have fewer than the model's own, by the name of the group.
 
     Raises:
-      ValueError: for an unknown name, and for a size that the model cannot have.
+      ValueError: for an unknown name of a model or a group, and for a size that the model cannot have.
     """
     if name not in MODELS:
         raise ValueError(f"Unknown model {name!r}; there are {', '.join(MODELS)}.")
@@ -100,7 +105,13 @@ def build(
         expected = "no channels, being of text" if spec.text else "the channels of its images"
         raise ValueError(f"{name} needs {expected}; got channels={channels}.")
     options = {} if spec.text else {"channels": channels}
-    model = spec.make(width=width, classes=classes, dtype=dtype, rngs=nnx.Rngs(seed), **options)
+
+    def make(widths: Mapping[str, int]) -> Any:
+        return spec.make(width=width, classes=classes, widths=widths, dtype=dtype, rngs=nnx.Rngs(seed), **options)
+
+    if widths:
+        _check_widths(name, widths, nnx.eval_shape(lambda: make({})))
+    model = make(widths or {})
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     has_dropout = any(isinstance(module, nnx.Dropout) for _, module in nnx.iter_modules(model))
 
@@ -115,4 +126,16 @@ def build(
         outputs = getattr(model, method)(*arguments, train=train, rngs=rngs)
         return outputs, nnx.as_pure(nnx.split(model, nnx.Param, ...)[2])
 
-    return Network(nnx.as_pure(params), nnx.as_pure(rest), apply)
+    return Network(nnx.as_pure(params), nnx.as_pure(rest), apply, model.groups())
+
+
+def _check_widths(name: str, widths: Mapping[str, int], full: Any) -> None:
+    """Against the groups of the model that has all its channels."""
+    leaves = jax.tree.leaves_with_path(nnx.as_pure(nnx.state(full, nnx.Param)))
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    sizes = {group.name: shapes[group.filters[0].path][group.filters[0].axis] for group in full.groups()}
+    if unknown := sorted(widths.keys() - sizes.keys()):
+        raise ValueError(f"{name} has no channel groups {unknown}; there are {', '.join(sizes)}.")
+    if wrong := {group: size for group, size in widths.items() if not 1 <= size <= sizes[group]}:
+        full_sizes = {group: sizes[group] for group in wrong}
+        raise ValueError(f"{name} can have from 1 to {full_sizes} channels in these groups; got {wrong}.")

@@ -4,7 +4,7 @@ Every weight is a plain matrix, as sparsity counts rows and columns. LayerNorm i
 the layers; matrix products compute in ``dtype``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments.models import layers
+from s2sam_jax import ChannelGroup, Slice
 
 
 def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -43,20 +44,29 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two layers, with four times the width between them."""
+    """Two layers, with four times the width between them; the activation maps zero to zero."""
 
     def __init__(
         self,
+        name: str,
         width: int,
         activation: Callable[[jax.Array], jax.Array],
         *,
+        widths: Mapping[str, int],
         kernel_init: nnx.Initializer,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.inner = layers.linear(width, 4 * width, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-        self.outer = layers.linear(4 * width, width, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.name = name
+        hidden = widths.get(f"{name}/inner", 4 * width)
+        self.inner = layers.linear(width, hidden, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
+        self.outer = layers.linear(hidden, width, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.outer(self.activation(self.inner(x)))
+
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The hidden features, which no norm follows."""
+        group = layers.channel_group(f"{self.name}/inner", norms=[], readers=[f"{self.name}/outer"])
+        return (group._replace(biases=(Slice(f"{self.name}/inner/bias", 0),)),)

@@ -4,6 +4,7 @@ Initialised as in the authors' code: He by fan-out (that of one group in a depth
 U(-1/sqrt(fan_out), 1/sqrt(fan_out)) in the last layer.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments.models import layers
+from s2sam_jax import ChannelGroup, Slice
 
 _WIDTH = 32
 # At that width: expansion, kernel size, channels, blocks, and the stride of the first block.
@@ -51,6 +53,7 @@ class Block(nnx.Module):
 
     def __init__(
         self,
+        name: str,
         inputs: int,
         outputs: int,
         expansion: int,
@@ -58,10 +61,12 @@ class Block(nnx.Module):
         stride: int,
         drop: float,
         *,
+        widths: Mapping[str, int],
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        inner = inputs * expansion
+        self.name = name
+        inner = widths.get(f"{name}/conv1", inputs * expansion)
         self.expands = expansion != 1
         if self.expands:
             self.conv1 = layers.conv(inputs, inner, 1, dtype=dtype, rngs=rngs)
@@ -85,11 +90,31 @@ class Block(nnx.Module):
         y = self.norm3(self.conv3(self.attention(y)), use_running_average=not train)
         return x + self.drop(y, deterministic=not train, rngs=rngs) if self.residual else y
 
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The expanded channels, if there are: without expansion, the block works on those of the layer before it."""
+        if not self.expands:
+            return ()
+        conv1, conv2, conv3, norm1, norm2, squeeze, excite = (
+            f"{self.name}/{layer}"
+            for layer in ("conv1", "conv2", "conv3", "norm1", "norm2", "attention/squeeze", "attention/excite")
+        )
+        group = layers.channel_group(conv1, conv2, excite, norms=[norm1, norm2], readers=[squeeze, conv3])
+        return (group._replace(biases=(*group.biases, Slice(f"{excite}/bias", 0))),)
+
 
 class EfficientNetB0(nnx.Module):
     """``width`` is that of the stem."""
 
-    def __init__(self, *, width: int, channels: int, classes: int, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        width: int,
+        channels: int,
+        classes: int,
+        widths: Mapping[str, int],
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.stem = layers.conv(channels, width, 3, stride=2, dtype=dtype, rngs=rngs)
         self.norm = _norm(width, rngs=rngs)
         self.blocks = nnx.List()
@@ -99,8 +124,9 @@ class EfficientNetB0(nnx.Module):
             outputs = max(1, features * width // _WIDTH)
             for index in range(count):
                 stride = first_stride if index == 0 else 1
-                drop = _DROP_CONNECT * len(self.blocks) / depth
-                self.blocks.append(Block(inputs, outputs, expansion, size, stride, drop, dtype=dtype, rngs=rngs))
+                name, drop = f"blocks/{len(self.blocks)}", _DROP_CONNECT * len(self.blocks) / depth
+                sizes = (inputs, outputs, expansion, size, stride, drop)
+                self.blocks.append(Block(name, *sizes, widths=widths, dtype=dtype, rngs=rngs))
                 inputs = outputs
         outputs = _LAST * width // _WIDTH
         self.last = layers.conv(inputs, outputs, 1, dtype=dtype, rngs=rngs)
@@ -115,3 +141,6 @@ class EfficientNetB0(nnx.Module):
             x = block(x, train=train, rngs=rngs)
         x = jax.nn.silu(self.last_norm(self.last(x), use_running_average=not train))
         return self.head(self.dropout(layers.global_average(x), deterministic=not train, rngs=rngs))
+
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        return tuple(group for block in self.blocks for group in block.groups())

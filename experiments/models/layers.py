@@ -1,12 +1,16 @@
-"""Makers of the layers that the models share: convolutions, BatchNorm, linear layers and the classifier.
+"""Makers of the layers that the models share, and the groups of channels that can be removed from them.
 
 Parameters are float32 always; ``dtype`` is what convolutions and matrix products compute in.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+from s2sam_jax import ChannelGroup, Slice
 
 HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's own for convolutions and linear layers.
@@ -86,3 +90,19 @@ def classifier(inputs: int, classes: int, *, kernel_init: nnx.Initializer, rngs:
 def global_average(x: jax.Array) -> jax.Array:
     """The mean over the pixels, in float32."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+
+
+def channel_group(*layers: str, norms: Sequence[str], readers: Sequence[str]) -> ChannelGroup:
+    """The outputs of ``layers`` that ``norms`` normalise and ``readers`` read, under the name of the first layer.
+
+    What is added to another branch (the residual stream, and what a shortcut puts out) is in no group: a channel
+    removed from one term of a sum leaves the sum as wide as it was.
+    """
+    return ChannelGroup(
+        layers[0],
+        filters=tuple(Slice(f"{layer}/kernel", -1) for layer in layers),
+        scales=tuple(Slice(f"{norm}/scale", 0) for norm in norms),
+        biases=tuple(Slice(f"{norm}/bias", 0) for norm in norms),
+        inputs=tuple(Slice(f"{reader}/kernel", -2) for reader in readers),
+        statistics=tuple(Slice(f"{norm}/{moment}", 0) for norm in norms for moment in ("mean", "var")),
+    )

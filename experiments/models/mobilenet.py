@@ -5,6 +5,7 @@ a 1x1 shortcut where the channels change at stride 1. Initialised like it, by Py
 here).
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments.models import layers
+from s2sam_jax import ChannelGroup
 
 _WIDTH = 32
 # At that width: expansion, channels, blocks, and the stride of the first block.
@@ -25,8 +27,20 @@ _conv = partial(layers.conv, kernel_init=layers.TORCH_DEFAULT)
 class Block(nnx.Module):
     """Expansion, depthwise convolution and projection; a shortcut unless there is a stride."""
 
-    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        inner = inputs * expansion
+    def __init__(
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        expansion: int,
+        stride: int,
+        *,
+        widths: Mapping[str, int],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.name = name
+        inner = widths.get(f"{name}/conv1", inputs * expansion)
         self.conv1 = _conv(inputs, inner, 1, dtype=dtype, rngs=rngs)
         self.norm1 = layers.BatchNorm(inner, rngs=rngs)
         self.conv2 = _conv(inner, inner, 3, stride=stride, groups=inner, dtype=dtype, rngs=rngs)
@@ -47,11 +61,26 @@ class Block(nnx.Module):
             x = self.shortcut_norm(self.shortcut(x), use_running_average=not train)
         return x + y if self.residual else y
 
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The expanded channels, which the depthwise convolution keeps apart."""
+        name = self.name
+        norms = [f"{name}/norm1", f"{name}/norm2"]
+        return (layers.channel_group(f"{name}/conv1", f"{name}/conv2", norms=norms, readers=[f"{name}/conv3"]),)
+
 
 class MobileNetV2(nnx.Module):
     """``width`` is that of the stem."""
 
-    def __init__(self, *, width: int, channels: int, classes: int, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        width: int,
+        channels: int,
+        classes: int,
+        widths: Mapping[str, int],
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         self.stem = _conv(channels, width, 3, dtype=dtype, rngs=rngs)
         self.norm = layers.BatchNorm(width, rngs=rngs)
         self.blocks = nnx.List()
@@ -60,7 +89,9 @@ class MobileNetV2(nnx.Module):
             outputs = max(1, size * width // _WIDTH)
             for index in range(count):
                 stride = first_stride if index == 0 else 1
-                self.blocks.append(Block(inputs, outputs, expansion, stride, dtype=dtype, rngs=rngs))
+                name = f"blocks/{len(self.blocks)}"
+                block = Block(name, inputs, outputs, expansion, stride, widths=widths, dtype=dtype, rngs=rngs)
+                self.blocks.append(block)
                 inputs = outputs
         outputs = _LAST * width // _WIDTH
         self.last = _conv(inputs, outputs, 1, dtype=dtype, rngs=rngs)
@@ -74,3 +105,6 @@ class MobileNetV2(nnx.Module):
             x = block(x, train=train)
         x = jax.nn.relu(self.last_norm(self.last(x), use_running_average=not train))
         return self.head(layers.global_average(x))
+
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        return tuple(group for block in self.blocks for group in block.groups())

@@ -4,7 +4,7 @@ Initialised as in torchvision: He by fan-out, every BatchNorm scale 1, the last 
 of zero here).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from experiments.models import layers
 from experiments.models.resnet import Block
+from s2sam_jax import ChannelGroup
 
 
 class Bottleneck(nnx.Module):
@@ -21,13 +22,24 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, outputs: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        inner = outputs // self.expansion
-        self.conv1 = layers.conv(inputs, inner, 1, dtype=dtype, rngs=rngs)
-        self.norm1 = layers.BatchNorm(inner, rngs=rngs)
-        self.conv2 = layers.conv(inner, inner, 3, stride=stride, dtype=dtype, rngs=rngs)
-        self.norm2 = layers.BatchNorm(inner, rngs=rngs)
-        self.conv3 = layers.conv(inner, outputs, 1, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        *,
+        widths: Mapping[str, int],
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.name = name
+        first, second = (widths.get(f"{name}/{conv}", outputs // self.expansion) for conv in ("conv1", "conv2"))
+        self.conv1 = layers.conv(inputs, first, 1, dtype=dtype, rngs=rngs)
+        self.norm1 = layers.BatchNorm(first, rngs=rngs)
+        self.conv2 = layers.conv(first, second, 3, stride=stride, dtype=dtype, rngs=rngs)
+        self.norm2 = layers.BatchNorm(second, rngs=rngs)
+        self.conv3 = layers.conv(second, outputs, 1, dtype=dtype, rngs=rngs)
         self.norm3 = layers.BatchNorm(outputs, rngs=rngs)
         self.projects = stride != 1 or inputs != outputs
         if self.projects:
@@ -42,6 +54,13 @@ class Bottleneck(nnx.Module):
             x = self.shortcut_norm(self.shortcut(x), use_running_average=not train)
         return jax.nn.relu(x + y)
 
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        name = self.name
+        return (
+            layers.channel_group(f"{name}/conv1", norms=[f"{name}/norm1"], readers=[f"{name}/conv2"]),
+            layers.channel_group(f"{name}/conv2", norms=[f"{name}/norm2"], readers=[f"{name}/conv3"]),
+        )
+
 
 class ResNet(nnx.Module):
     """``blocks`` per stage; the widths inside them are 1, 2, 4 and 8 times ``width``."""
@@ -55,6 +74,7 @@ class ResNet(nnx.Module):
         width: int,
         channels: int,
         classes: int,
+        widths: Mapping[str, int],
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -68,7 +88,8 @@ class ResNet(nnx.Module):
             outputs = width * 2**stage * block.expansion
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                self.blocks.append(block(inputs, outputs, stride, dtype=dtype, rngs=rngs))
+                name = f"blocks/{len(self.blocks)}"
+                self.blocks.append(block(name, inputs, outputs, stride, widths=widths, dtype=dtype, rngs=rngs))
                 inputs = outputs
         self.head = layers.classifier(inputs, classes, kernel_init=layers.TORCH_DEFAULT, rngs=rngs)
 
@@ -81,3 +102,6 @@ class ResNet(nnx.Module):
         for block in self.blocks:
             x = block(x, train=train)
         return self.head(layers.global_average(x))
+
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        return tuple(group for block in self.blocks for group in block.groups())

@@ -4,7 +4,9 @@ Post-norm, ReLU, attention without biases, and one embedding for sources, target
 uniform, and N(0, 1/width) in the embedding (so as fairseq), whose scaled rows and logits then have variance one.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax.typing import DTypeLike
 
 from experiments.models import layers
 from experiments.models.attention import Attention, FeedForward, layer_norm
+from s2sam_jax import ChannelGroup
 
 PADDING = 0
 
@@ -29,10 +32,12 @@ def sinusoids(length: int, width: int) -> jax.Array:
 
 
 class EncoderLayer(nnx.Module):
-    def __init__(self, width: int, dropout: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, name: str, width: int, dropout: float, *, widths: Mapping[str, int], dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.attention = _attention(width, dtype=dtype, rngs=rngs)
         self.norm1 = layer_norm(width, rngs=rngs)
-        self.feed_forward = _feed_forward(width, dtype=dtype, rngs=rngs)
+        self.feed_forward = _feed_forward(f"{name}/feed_forward", width, widths=widths, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
@@ -43,12 +48,14 @@ class EncoderLayer(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, width: int, dropout: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, name: str, width: int, dropout: float, *, widths: Mapping[str, int], dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.attention = _attention(width, dtype=dtype, rngs=rngs)
         self.norm1 = layer_norm(width, rngs=rngs)
         self.cross_attention = _attention(width, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, rngs=rngs)
-        self.feed_forward = _feed_forward(width, dtype=dtype, rngs=rngs)
+        self.feed_forward = _feed_forward(f"{name}/feed_forward", width, widths=widths, dtype=dtype, rngs=rngs)
         self.norm3 = layer_norm(width, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
@@ -82,6 +89,7 @@ class Transformer(nnx.Module):
         *,
         width: int,
         classes: int,
+        widths: Mapping[str, int],
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -89,8 +97,9 @@ class Transformer(nnx.Module):
             raise ValueError(f"width must be even, for sines and cosines of the positions; got width={width}.")
         embedding_init = nnx.initializers.normal(width**-0.5)
         self.embedding = nnx.Param(embedding_init(rngs.params(), (classes, width), jnp.float32))
-        self.encoder = nnx.List([EncoderLayer(width, dropout, dtype=dtype, rngs=rngs) for _ in range(depth)])
-        self.decoder = nnx.List([DecoderLayer(width, dropout, dtype=dtype, rngs=rngs) for _ in range(depth)])
+        options = {"widths": widths, "dtype": dtype, "rngs": rngs}
+        self.encoder = nnx.List([EncoderLayer(f"encoder/{i}", width, dropout, **options) for i in range(depth)])
+        self.decoder = nnx.List([DecoderLayer(f"decoder/{i}", width, dropout, **options) for i in range(depth)])
         self.dropout = nnx.Dropout(dropout)
         self.dtype = dtype
 
@@ -130,6 +139,9 @@ class Transformer(nnx.Module):
             precision=layers.precision(self.dtype),
             preferred_element_type=jnp.float32,
         )
+
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        return tuple(group for layer in chain(self.encoder, self.decoder) for group in layer.feed_forward.groups())
 
     def _embed(self, tokens: jax.Array, *, train: bool, rngs: nnx.Rngs | None) -> jax.Array:
         width = self.embedding.shape[1]

@@ -4,6 +4,7 @@ Initialised as in the code of DeiT, N(0, 0.02) with zero biases: a last layer of
 methods that score weights by their first gradient without a score.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 
 from experiments.models import layers
 from experiments.models.attention import Attention, FeedForward, layer_norm
+from s2sam_jax import ChannelGroup
 
 _INIT = nnx.initializers.normal(0.02)
 _gelu = partial(jax.nn.gelu, approximate=False)
@@ -21,11 +23,13 @@ _gelu = partial(jax.nn.gelu, approximate=False)
 class Block(nnx.Module):
     """Attention and a feed-forward network, each on the normalised input and added to it."""
 
-    def __init__(self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, name: str, width: int, *, widths: Mapping[str, int], dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm1 = layer_norm(width, rngs=rngs)
         self.attention = Attention(width, use_bias=True, kernel_init=_INIT, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, rngs=rngs)
-        self.feed_forward = FeedForward(width, _gelu, kernel_init=_INIT, dtype=dtype, rngs=rngs)
+        self.feed_forward = FeedForward(
+            f"{name}/feed_forward", width, _gelu, widths=widths, kernel_init=_INIT, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norm1(x)
@@ -45,6 +49,7 @@ class ViT(nnx.Module):
         width: int,
         channels: int,
         classes: int,
+        widths: Mapping[str, int],
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -62,7 +67,9 @@ class ViT(nnx.Module):
         )
         self.token = nnx.Param(_INIT(rngs.params(), (width,), jnp.float32))
         self.positions = nnx.Param(_INIT(rngs.params(), ((image_size // patch) ** 2 + 1, width), jnp.float32))
-        self.blocks = nnx.List([Block(width, dtype=dtype, rngs=rngs) for _ in range(depth)])
+        self.blocks = nnx.List(
+            [Block(f"blocks/{index}", width, widths=widths, dtype=dtype, rngs=rngs) for index in range(depth)]
+        )
         self.norm = layer_norm(width, rngs=rngs)
         self.head = layers.classifier(width, classes, kernel_init=_INIT, rngs=rngs)
 
@@ -78,3 +85,6 @@ class ViT(nnx.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x[:, 0]))
+
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        return tuple(group for block in self.blocks for group in block.feed_forward.groups())

@@ -1,15 +1,15 @@
 """Named configurations of the rows of the S2-SAM and Sparse SAM papers, with what their sources say and leave open.
 
 The numbers are those printed in talk slides, rebuttal and paper texts; where a table is not printed there, its rows
-expect nothing. Table 3 of S2-SAM, channel sparsity with CHEX and Chase, is left out: the library has neither method.
+expect nothing.
 """
 
 import difflib
 
-from experiments.recipes import cifar, dense, imagenet, rebuttal, ssam, translation
+from experiments.recipes import channels, cifar, dense, imagenet, rebuttal, ssam, translation
 from experiments.recipes.base import ESTIMATE, Recipe
 
-_SOURCES = (cifar, imagenet, dense, rebuttal, translation, ssam)
+_SOURCES = (cifar, imagenet, channels, dense, rebuttal, translation, ssam)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for source in _SOURCES for recipe in source.recipes()}
 TABLES: tuple[str, ...] = tuple(dict.fromkeys(recipe.table for recipe in RECIPES.values()))
 

@@ -5,8 +5,9 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from experiments import data, models
+from experiments import data, models, sharding
 from experiments.config import Config
 from experiments.models import Network
 from s2sam_jax import TrainState
@@ -31,12 +32,14 @@ class Task(Protocol):
       steps_per_epoch: full batches.
       loss_fn: with augmentation and dropout.
       plain_loss_fn: without augmentation.
+      mesh: of devices that it trains on.
     """
 
     network: Network
     steps_per_epoch: int
     loss_fn: Loss
     plain_loss_fn: Loss
+    mesh: Mesh
 
     def epoch(
         self, step: Step, state: TrainState, number: int, reporter: Reporter
@@ -84,15 +87,17 @@ def load(config: Config) -> Any:
     return data.load(config.dataset, config.data, config.subset)
 
 
-def make(config: Config, loaded: Any) -> Task:
-    """The task of a config on the data that :func:`load` gave."""
+def make(config: Config, loaded: Any, mesh: Mesh | None = None) -> Task:
+    """The task of a config on the data that :func:`load` gave; by default on one device."""
+    mesh = mesh or sharding.parse()
+    sharding.check_batch(mesh, config.batch_size)
     if config.dataset == "wmt14":
         from experiments.tasks.text import Translation as Kind
     elif config.dataset == "imagenet2012":
         from experiments.tasks.streams import ImageStream as Kind
     else:
         from experiments.tasks.arrays import ImageArrays as Kind
-    return Kind(config, build(config), loaded)
+    return Kind(config, build(config), loaded, mesh)
 
 
 def run_epoch(

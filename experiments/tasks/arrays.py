@@ -5,13 +5,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from experiments import data
+from experiments import data, sharding
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.models import Network
 from experiments.tasks import Reporter, Step, images, run_epoch
 from s2sam_jax import TrainState
+
+EVAL_BATCH = 500
 
 Epoch = Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, np.ndarray]]]
 
@@ -19,17 +22,18 @@ Epoch = Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, np.ndarra
 class ImageArrays:
     """A :class:`~experiments.tasks.Task` of images on the device."""
 
-    def __init__(self, config: Config, network: Network, dataset: Dataset):
-        self._config, self._dataset, self._runner = config, dataset, None
+    def __init__(self, config: Config, network: Network, dataset: Dataset, mesh: Mesh):
+        self._config, self._runner, self.network, self.mesh = config, None, network, mesh
+        self._dataset = dataset = sharding.put(dataset, sharding.everywhere(mesh))
         examples = len(dataset.train_labels)
         if examples < config.batch_size:
             raise ValueError(f"batch_size={config.batch_size} is more than the {examples} training rows.")
-        self.network = network
         self.steps_per_epoch = examples // config.batch_size
         self.loss_fn = images.loss_function(config, network)
         self.plain_loss_fn = images.plain_loss_function(config, network)
         self._predict = images.predictor(network, data.KINDS[config.dataset])
-        self._test = data.eval_batches(dataset.test_images, dataset.test_labels)
+        batches = data.eval_batches(dataset.test_images, dataset.test_labels, sharding.fill(mesh, EVAL_BATCH))
+        self._test = [sharding.put(batch, sharding.of_batch(mesh)) for batch in batches]
 
     def order(self, number: int) -> np.ndarray:
         return data.epoch_order(self._config.seed, number, len(self._dataset.train_labels), self._config.batch_size)
@@ -37,7 +41,7 @@ class ImageArrays:
     def epoch(
         self, step: Step, state: TrainState, number: int, reporter: Reporter
     ) -> tuple[TrainState, dict[str, np.ndarray]]:
-        self._runner = self._runner or epoch_runner(step, self._dataset, reporter)
+        self._runner = self._runner or epoch_runner(step, self._dataset, reporter, self.mesh)
         return self._runner(state, self.order(number))
 
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
@@ -45,23 +49,34 @@ class ImageArrays:
         return {"test_accuracy": images.accuracy(lambda x: self._predict(params, model_state, x), self._test)}
 
     def batches(self, number: int) -> Iterator[Any]:
-        return ((self._dataset.train_images[rows], self._dataset.train_labels[rows]) for rows in self.order(number))
+        return batches_of(self._dataset, self.order(number), self.mesh)
 
 
-def epoch_runner(step: Step, dataset: Dataset, reporter: Reporter) -> Epoch:
+def batches_of(dataset: Dataset, order: np.ndarray, mesh: Mesh) -> Iterator[Any]:
+    """The rows of an order, step by step, cut up among the devices."""
+    for rows in order:
+        yield _take(dataset.train_images, dataset.train_labels, sharding.put(rows, sharding.of_batch(mesh)))
+
+
+@jax.jit
+def _take(images: jax.Array, labels: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return images[rows], labels[rows]
+
+
+def epoch_runner(step: Step, dataset: Dataset, reporter: Reporter, mesh: Mesh | None = None) -> Epoch:
     """An epoch as one program; on CPU, where XLA is slow at convolution gradients inside loops, as one a step."""
-    take = jax.jit(lambda images, labels, rows: (images[rows], labels[rows]))
+    mesh = mesh or sharding.parse()
 
     def stepwise(state, order):
-        batches = (take(dataset.train_images, dataset.train_labels, rows) for rows in order)
-        return run_epoch(step, state, batches, reporter)
+        return run_epoch(step, state, batches_of(dataset, order, mesh), reporter)
 
     @jax.jit(donate_argnames="state")
     def scanned(state, images, labels, order):
-        return jax.lax.scan(lambda state, rows: step(state, take(images, labels, rows)), state, order)
+        return jax.lax.scan(lambda state, rows: step(state, _take(images, labels, rows)), state, order)
 
     def whole(state, order):
-        state, metrics = scanned(state, dataset.train_images, dataset.train_labels, order)
+        rows = sharding.put(order, sharding.of_batch(mesh, axis=1))
+        state, metrics = scanned(state, dataset.train_images, dataset.train_labels, rows)
         metrics = jax.device_get(metrics)
         reporter.steps(len(order))
         return state, metrics

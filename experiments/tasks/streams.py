@@ -1,11 +1,13 @@
 """Images that are read while training: ImageNet, or another classification set of TFDS in its place."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
-from experiments import data, models
+from experiments import data, models, sharding
 from experiments.config import Config
 from experiments.datasets import imagenet
 from experiments.datasets.stream import Evaluation, Stream
@@ -33,8 +35,9 @@ def load(config: Config) -> Loaded:
 class ImageStream:
     """A :class:`~experiments.tasks.Task` of streamed images, augmented on the host."""
 
-    def __init__(self, config: Config, network: Network, loaded: Loaded):
-        self._config, self._data = config, loaded
+    def __init__(self, config: Config, network: Network, loaded: Loaded, mesh: Mesh):
+        self._config, self._train, self.mesh = config, loaded.train, mesh
+        self._test = dataclasses.replace(loaded.test, batch_size=sharding.fill(mesh, loaded.test.batch_size))
         self.network, self.steps_per_epoch = network, loaded.train.steps_per_epoch
         self.loss_fn = images.loss_function(config, network, augment=False)
         self.plain_loss_fn = images.plain_loss_function(config, network)
@@ -47,12 +50,13 @@ class ImageStream:
 
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
         del final
-        return {"test_accuracy": images.accuracy(lambda x: self._predict(params, model_state, x), self._data.test)}
+        test = (sharding.assemble(self.mesh, batch) for batch in self._test)
+        return {"test_accuracy": images.accuracy(lambda x: self._predict(params, model_state, x), test)}
 
     def batches(self, number: int) -> Iterator[Any]:
-        return epoch_batches(self._data.train, self._config.seed, number)
+        return epoch_batches(self._train, self._config.seed, number, self.mesh)
 
 
-def epoch_batches(stream: Stream, seed: int, number: int) -> Iterator[Any]:
+def epoch_batches(stream: Stream, seed: int, number: int, mesh: Mesh) -> Iterator[Any]:
     batches = stream.batches(seed, number * stream.steps_per_epoch)
-    return (next(batches) for _ in range(stream.steps_per_epoch))
+    return (sharding.assemble(mesh, next(batches)) for _ in range(stream.steps_per_epoch))

@@ -1,5 +1,6 @@
 """Translation, WMT-14 English to German: next-token loss, and SacreBLEU at the end."""
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from experiments import sharding
 from experiments.config import Config
 from experiments.datasets import sources, translation, wmt
 from experiments.datasets.stream import Evaluation, Stream
@@ -56,12 +59,13 @@ def _pairs(folder: Path, split: str) -> wmt.TextPairs | wmt.TfdsPairs:
 class Translation:
     """A :class:`~experiments.tasks.Task` of sentence pairs."""
 
-    def __init__(self, config: Config, network: Network, loaded: Loaded):
-        self._config, self._data = config, loaded
+    def __init__(self, config: Config, network: Network, loaded: Loaded, mesh: Mesh):
+        self._config, self._data, self.mesh = config, loaded, mesh
+        self._test = dataclasses.replace(loaded.test, batch_size=sharding.fill(mesh, loaded.test.batch_size))
         self.network, self.steps_per_epoch = network, loaded.train.steps_per_epoch
         self.loss_fn = loss_function(config, network, train=True)
         self.plain_loss_fn = loss_function(config, network, train=False)
-        self._score = jax.jit(self.plain_loss_fn)
+        self._score = jax.jit(self._counts)
 
     def epoch(
         self, step: Step, state: TrainState, number: int, reporter: Reporter
@@ -71,21 +75,32 @@ class Translation:
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
         """Accuracy of the next token, given the right ones before it; at the end SacreBLEU."""
         right = tokens = 0.0
-        for batch in self._data.test:
-            count = float((batch["targets"] != wmt.PAD).sum())
-            _, (_, metrics) = self._score(params, model_state, batch, jax.random.key(0))
-            right, tokens = right + count * float(metrics["train_accuracy"]), tokens + count
+        for share in self._test:
+            accuracy, count = self._score(params, model_state, sharding.assemble(self.mesh, share))
+            right, tokens = right + float(count) * float(accuracy), tokens + float(count)
         figures = {"test_accuracy": right / tokens}
         return figures | {"bleu": self._bleu(params, model_state)} if final else figures
 
     def batches(self, number: int) -> Iterator[Any]:
-        return epoch_batches(self._data.train, self._config.seed, number)
+        return epoch_batches(self._data.train, self._config.seed, number, self.mesh)
+
+    def _counts(self, params: Any, model_state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """The accuracy of a batch, and of how many tokens."""
+        _, (_, metrics) = self.plain_loss_fn(params, model_state, batch, jax.random.key(0))
+        return metrics["train_accuracy"], jnp.sum(batch["targets"] != wmt.PAD)
 
     def _bleu(self, params: Any, model_state: Any) -> float:
-        search = partial(jax.jit(self._search), params, model_state)
+        everywhere = sharding.everywhere(self.mesh)
+        compiled = partial(jax.jit(self._search, out_shardings=everywhere), params, model_state)
         length = self._config.max_length
         english, german = zip(*self._data.test_pairs, strict=True)
-        found = translation.translate(search, self._data.tokenizer, english, batch_size=EVAL_BATCH, max_length=length)
+        found = translation.translate(
+            lambda batch: compiled(sharding.put(batch, everywhere)),
+            self._data.tokenizer,
+            english,
+            batch_size=EVAL_BATCH,
+            max_length=length,
+        )
         return float(translation.bleu(found, german)["bleu"])
 
     def _search(self, params: Any, model_state: Any, batch: jax.Array) -> jax.Array:

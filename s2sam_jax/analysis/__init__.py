@@ -1,5 +1,8 @@
 """What a solution looks like: loss surfaces, curvature, sharpness. Any pytree of parameters will do."""
 
+from s2sam_jax.analysis.flops import layer_flops as layer_flops
+from s2sam_jax.analysis.flops import masked_flops as masked_flops
+from s2sam_jax.analysis.flops import training_flops as training_flops
 from s2sam_jax.analysis.hessian import Spectrum as Spectrum
 from s2sam_jax.analysis.hessian import hessian_spectrum as hessian_spectrum
 from s2sam_jax.analysis.hessian import hessian_trace as hessian_trace

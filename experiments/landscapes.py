@@ -1,0 +1,96 @@
+"""Figures of solutions: loss surfaces, spectra, and how sharpness and accuracy go with sparsity."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.loop import Row
+from experiments.plots import COLOURS, MARKERS
+from s2sam_jax.analysis import Spectrum
+
+
+def draw_surfaces(rows: Mapping[str, Row], file: Path) -> None:
+    """Each as a surface above its contours, all to one scale."""
+    columns = min(len(rows), 4)
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(4.2 * columns, 6.6 * lines), layout="constrained")
+    top = max(np.max(row["surface"]) for row in rows.values())
+    for place, (label, row) in enumerate(rows.items()):
+        heights, line = np.asarray(row["surface"]), np.linspace(-row["span"], row["span"], row["n"])
+        alpha, beta = np.meshgrid(line, line, indexing="ij")
+        first = 2 * columns * (place // columns) + place % columns + 1
+        solid: Any = figure.add_subplot(2 * lines, columns, first, projection="3d")
+        solid.plot_surface(alpha, beta, heights, cmap="viridis", vmin=0, vmax=top, linewidth=0)
+        solid.set(title=f"{label}\nRa = {row['roughness']:.3g}", zlim=(0, top), xlabel="α", ylabel="β")
+        solid.set_zlabel("training loss (nats)")
+        flat = figure.add_subplot(2 * lines, columns, first + columns)
+        levels = np.geomspace(max(heights.min(), 1e-4 * heights.max()) * 1.01, heights.max(), 10)  # wells are steep
+        drawn = flat.contour(alpha, beta, heights, levels=levels, norm="log", cmap="viridis")
+        flat.clabel(drawn, fmt="%.2g", fontsize=7)
+        flat.plot(0, 0, "+", color="black")
+        flat.set(xlabel="α (filter norms)", ylabel="β (filter norms)", aspect="equal")
+    figure.savefig(file, dpi=110)
+
+
+def draw_spectra(rows: Mapping[str, Row], file: Path) -> None:
+    """Densities of the Hessian's eigenvalues, on a logarithmic scale."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (label, row), colour in zip(rows.items(), COLOURS, strict=False):
+        found = Spectrum(np.asarray(row["nodes"]), np.asarray(row["weights"]))
+        low, high = found.nodes.min(), found.nodes.max()
+        margin = 0.05 * (high - low)
+        grid = np.linspace(low - margin, high + margin, 2000)
+        axes.semilogy(grid, found.density(grid, sigma=(high - low) / 100) + 1e-12, color=colour, label=label)
+    axes.set(
+        title="Density of the Hessian's eigenvalues", xlabel="eigenvalue", ylabel="density", ylim=(1e-6, None)
+    )  # fmt: skip
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def draw_against_sparsity(
+    rows: Sequence[Row],
+    field: str,
+    label: str,
+    title: str,
+    file: Path,
+    *,
+    scale: float = 1.0,
+    logarithmic: bool = False,
+) -> None:
+    """A panel a method: the mean over seeds with its standard deviation, a line an optimizer."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
+    figure = Figure(figsize=(4 * len(methods) + 1, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    for axes, method in zip(panels, methods, strict=True):
+        for optimizer, colour, marker in zip(optimizers, COLOURS, MARKERS, strict=False):
+            mine = [row for row in rows if row["method"] == method and row["optimizer"] == optimizer]
+            sparsities = sorted({row["sparsity_asked"] for row in mine})
+            values = [[scale * row[field] for row in mine if row["sparsity_asked"] == s] for s in sparsities]
+            spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
+            axes.errorbar(
+                [100 * s for s in sparsities],
+                [np.mean(v) for v in values],
+                yerr=spread,
+                color=colour,
+                marker=marker,
+                markersize=4,
+                capsize=2,
+                label=optimizer,
+            )
+        axes.set(title=method, xlabel="zeros (%)")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if logarithmic:
+            axes.set_yscale("log")
+    panels[0].set_ylabel(label)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)

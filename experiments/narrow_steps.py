@@ -1,0 +1,79 @@
+"""Two real train steps of each combination of model, method and optimizer among the recipes, on narrow networks.
+
+    python -m experiments.narrow_steps
+
+A network keeps its class and depth; width, images, vocabulary, sentences and batch are small. Each row is stored as
+soon as it is there, and what has a row is skipped, so that the same command goes on after an interruption.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import tyro
+from rich.progress import track
+
+from experiments import models, one_step, recipes, runs
+from experiments.config import Config
+from experiments.one_step import RESULTS
+
+Key = tuple[str, str, str]  # model, method, optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Which combinations, and where their rows go."""
+
+    recipes: tuple[str, ...] = ()  # Only the combinations of these; default: of all.
+    out: Path = RESULTS / "narrow_steps.jsonl"
+    cache: Path = Path("runs/compiled")  # Compiled programs: methods with one optimizer share the gradient.
+
+
+def combinations(names: tuple[str, ...] = ()) -> dict[Key, str]:
+    """The first recipe of each combination."""
+    found: dict[Key, str] = {}
+    for name in names or recipes.names():
+        config = recipes.get(name).config
+        found.setdefault((config.model, config.method, config.optimizer), name)
+    return found
+
+
+def narrowed(config: Config) -> Config:
+    """A quarter of the width. Without the warm-up, in whose first step no weight would move."""
+    return dataclasses.replace(
+        config,
+        width=models.MODELS[config.model].width // 4,
+        image_size=32 if config.dataset == "imagenet2012" else None,
+        vocabulary=64,
+        max_length=8,
+        batch_size=4,
+        warmup_epochs=0.0,
+    )
+
+
+def run(arguments: Arguments) -> None:
+    """Takes the steps of what has no row yet."""
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    stored = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
+    done = {(row["model"], row["method"], row["optimizer"]) for row in map(json.loads, stored)}
+    missing = {key: name for key, name in combinations(arguments.recipes).items() if key not in done}
+    for (model, method, optimizer), name in track(missing.items(), description="combinations"):
+        config = narrowed(recipes.get(name).config)
+        row = {"model": model, "method": method, "optimizer": optimizer, "recipe": name}
+        row |= one_step.two_steps(config) | runs.provenance(config)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        jax.clear_caches()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    arguments = tyro.cli(Arguments, args=argv)
+    jax.config.update("jax_compilation_cache_dir", str(arguments.cache.resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    run(arguments)
+
+
+if __name__ == "__main__":
+    main()

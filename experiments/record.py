@@ -1,0 +1,140 @@
+"""What a run keeps from epoch to epoch: what its next row is made of, its rows, and its checkpoints."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import sharding
+from experiments.checkpoint import Checkpoints
+from experiments.config import Config
+from experiments.tasks import Reporter, Task
+from s2sam_jax import TrainState, eval_params, get_masks, recalibrate_batch_stats
+
+RECALIBRATION_BATCHES = 20
+
+Row = dict[str, Any]
+
+
+class Record:
+    """The books of one run.
+
+    A checkpoint is made before the row of its epoch is reported and holds what that is made of. So a run that goes on
+    from it reports this row, anew or for the first time, and no row is lost.
+
+    Attributes:
+      epoch: how many are done.
+    """
+
+    def __init__(self, config: Config, task: Task, reporter: Reporter, checkpoints: Checkpoints | None = None):
+        self._config, self._task, self._reporter, self._checkpoints = config, task, reporter, checkpoints
+        self._begin = time.perf_counter()
+        self._history: list[dict[str, float]] = []  # an entry an epoch since the last row
+        self._figures: dict[str, float] | None = None  # of the test set after this epoch, if it was evaluated
+        self.epoch = 0
+
+    def begin(self, create: Callable[[], TrainState], epoch: int | None = None) -> TrainState:
+        """The state to go on from: that of the checkpoint of an epoch, or without one a new one."""
+        if self._checkpoints is None or epoch is None:
+            return create()
+        like = jax.eval_shape(create)
+        like = jax.tree.map(
+            lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
+            like,
+            sharding.of_state(self._task.mesh, like),
+        )
+        state, progress = self._checkpoints.restore(epoch, like)
+        self.epoch, self._history, self._figures = progress["epoch"], progress["history"], progress["figures"]
+        self._begin -= progress["seconds"]
+        self._reporter.steps(self.epoch * self._task.steps_per_epoch)
+        self._report(state)
+        return state
+
+    def add(self, state: TrainState, metrics: dict[str, np.ndarray], seconds: float) -> None:
+        """After an epoch of so many seconds, of whose steps these are the metrics.
+
+        Raises:
+          FloatingPointError: naming the step at which something was not finite.
+          OSError: when a checkpoint cannot be written.
+        """
+        stop_if_bad(state)
+        self.epoch += 1
+        self._history.append(_means(metrics) | {"seconds": seconds})
+        last = self.epoch == self._config.epochs
+        self._figures = self._evaluate(state) if last or self.epoch % self._config.eval_every == 0 else None
+        if self._checkpoints is not None and (last or self.epoch % self._config.checkpoint_every == 0):
+            accuracy = None if self._figures is None else self._figures["test_accuracy"]
+            self._checkpoints.save(self.epoch, state, self._progress(), accuracy)
+        self._report(state)
+
+    def finish(self, state: TrainState) -> TrainState:
+        """Recalibrates BatchNorm statistics and reports the last row; returns the final state."""
+        row = self._row(state)
+        state = _recalibrated(self._config, self._task, state)
+        final = self._evaluate(state, final=True)
+        row |= {"test_accuracy_recalibrated": final.pop("test_accuracy"), "layers": layer_sparsity(self._config, state)}
+        self._reporter.row(row | final | {"seconds": time.perf_counter() - self._begin})
+        return state
+
+    def _report(self, state: TrainState) -> None:
+        """The row of this epoch, if there is one; the last is left to :meth:`finish`."""
+        if self._figures is not None and self.epoch < self._config.epochs:
+            self._reporter.row(self._row(state) | {"seconds": time.perf_counter() - self._begin})
+            self._history = []
+
+    def _row(self, state: TrainState) -> Row:
+        row: Row = {name: float(np.mean([epoch[name] for epoch in self._history])) for name in self._history[0]}
+        images = self._task.steps_per_epoch * self._config.batch_size
+        row |= {
+            "sparsity": self._history[-1]["sparsity"],
+            "epoch": self.epoch,
+            "step": int(state.step),
+            "images_per_second": images / row.pop("seconds"),
+            "final": self.epoch == self._config.epochs,
+        }
+        return row | (self._figures or {})
+
+    def _progress(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._begin
+        return {"epoch": self.epoch, "history": self._history, "figures": self._figures, "seconds": seconds}
+
+    def _evaluate(self, state: TrainState, final: bool = False) -> dict[str, float]:
+        return self._task.evaluate(eval_params(state.params, state.opt_state), state.model_state, final=final)
+
+
+def layer_sparsity(config: Config, state: TrainState) -> dict[str, list[int]]:
+    """Per kernel, by path: ``[zeros of the mask, size]``; empty for dense training."""
+    if config.method == "dense":
+        return {}
+    masks = get_masks(state.opt_state, state.params)
+    zeros = jax.device_get(jax.jit(lambda masks: jax.tree.map(lambda m: jnp.sum(~m), masks))(masks))
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): m for path, m in jax.tree.leaves_with_path(masks)}
+    counts = zip(named.items(), jax.tree.leaves(zeros), strict=True)
+    return {name: [int(off), mask.size] for (name, mask), off in counts if mask.ndim >= 2}
+
+
+def stop_if_bad(state: TrainState) -> None:
+    if (bad := int(state.first_bad_step)) >= 0:
+        raise FloatingPointError(
+            f"Training broke down at step {bad}: the loss, a gradient or an update was not finite. Try a lower "
+            "learning_rate or rho."
+        )
+
+
+def _means(metrics: dict[str, np.ndarray]) -> dict[str, float]:
+    """Over the steps of an epoch; the sparsity is the newest."""
+    means = {"train_loss" if name == "loss" else name: float(np.mean(values)) for name, values in metrics.items()}
+    return means | {"sparsity": float(metrics["sparsity"][-1]) if "sparsity" in metrics else 0.0}
+
+
+def _recalibrated(config: Config, task: Task, state: TrainState) -> TrainState:
+    if not jax.tree.leaves(state.model_state):
+        return state
+    batches = (batch for batch, _ in zip(task.batches(config.epochs), range(RECALIBRATION_BATCHES), strict=False))
+    params = eval_params(state.params, state.opt_state)
+    return state._replace(
+        model_state=recalibrate_batch_stats(task.loss_fn, params, state.model_state, batches, seed=config.seed)
+    )

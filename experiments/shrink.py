@@ -1,0 +1,188 @@
+"""Makes the small network of a finished run whose channels are masked, and checks that it computes the same."""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from orbax.checkpoint import v1 as ocp
+from rich.console import Console
+
+from experiments import data, models, runs, tasks
+from experiments.config import Config
+from experiments.models import Network
+from s2sam_jax import eval_params, get_masks, materialize
+
+SMALL, CHECKPOINT, WIDTHS = "small", "checkpoint", "widths.json"
+TOLERANCE = 1e-4  # Of the largest output; sums of fewer terms round otherwise.
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Slices masked channels out of a run's network; the small one is written into the run's folder."""
+
+    run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
+    data: Path | None = None  # Where its data set lies, if no longer where it was.
+
+
+class Comparison(NamedTuple):
+    """Of the masked and the small network, on the test set.
+
+    Attributes:
+      difference: the largest between two outputs.
+      largest: output of the masked network.
+      masked_accuracy: with channels masked.
+      small_accuracy: with channels removed.
+      masked_parameters: zeros included.
+      small_parameters: those that are left.
+    """
+
+    difference: float
+    largest: float
+    masked_accuracy: float
+    small_accuracy: float
+    masked_parameters: int
+    small_parameters: int
+
+
+def main(argv: list[str] | None = None) -> Comparison:
+    """The command line."""
+    arguments = tyro.cli(Arguments, args=argv)
+    try:
+        return shrink(arguments, Console())
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def shrink(arguments: Arguments, console: Console) -> Comparison:
+    """Writes the small network and prints how it compares.
+
+    Raises:
+      ValueError: when no channel can be removed, or the outputs differ by more than rounding.
+    """
+    folder = arguments.run_dir
+    config = runs.read_config(folder)
+    config = dataclasses.replace(config, data=arguments.data or config.data)
+    masked, small, widths = _networks(folder, config)
+    found = compare(config, masked, small)
+    console.print(
+        f"parameters {found.masked_parameters:,} -> {found.small_parameters:,}, test accuracy "
+        f"{found.masked_accuracy:.2%} -> {found.small_accuracy:.2%}, largest difference of outputs "
+        f"{found.difference:.3g} (largest output {found.largest:.3g})",
+        soft_wrap=True,
+    )
+    if not found.difference <= TOLERANCE * found.largest:
+        raise ValueError(
+            f"The small network of {folder} does not compute what the masked one does; nothing is written."
+        )
+    _save(folder / SMALL, small, widths)
+    console.print(f"Files: {folder / SMALL}", soft_wrap=True)
+    return found
+
+
+def load_small(folder: Path) -> Network:
+    """The small network of a run, with its weights and statistics.
+
+    Raises:
+      FileNotFoundError: when there is none.
+    """
+    file = folder / SMALL / WIDTHS
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no {file}; write it by python -m experiments.shrink {folder}")
+    network = build(runs.read_config(folder), json.loads(file.read_text()))
+    arrays = {"params": network.params, "model_state": network.model_state}
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
+    return network._replace(**ocp.load(str((file.parent / CHECKPOINT).resolve()), like))
+
+
+def build(config: Config, widths: Mapping[str, int]) -> Network:
+    """The network of a config, with fewer channels."""
+    text = models.MODELS[config.model].text
+    return models.build(
+        config.model,
+        width=config.width,
+        channels=None if text else data.KINDS[config.dataset].shape[2],
+        classes=config.vocabulary if text else data.KINDS[config.dataset].classes,
+        seed=config.seed,
+        dtype=config.compute,
+        widths=widths,
+    )
+
+
+def compare(config: Config, masked: Network, small: Network) -> Comparison:
+    """Runs both networks over the test set."""
+
+    @jax.jit
+    def figures(weights, example):
+        inputs, labels, counted = example
+        outputs = [n.apply(*w, inputs, False)[0] for n, w in zip((masked, small), weights, strict=True)]
+        difference, largest = (
+            jnp.max(jnp.where(counted[..., None], jnp.abs(x), 0)) for x in (outputs[0] - outputs[1], outputs[0])
+        )
+        right = [jnp.sum((jnp.argmax(x, axis=-1) == labels) & counted) for x in outputs]
+        return {"largest": (difference, largest), "sums": (*right, jnp.sum(counted))}
+
+    weights = (masked[:2], small[:2])
+    found = jax.device_get([figures(weights, example) for example in _examples(config)])
+    difference, largest = (max(float(x) for x in column) for column in zip(*(f["largest"] for f in found), strict=True))
+    *right, rows = (sum(int(x) for x in column) for column in zip(*(f["sums"] for f in found), strict=True))
+    sizes = [sum(x.size for x in jax.tree.leaves(network.params)) for network in (masked, small)]
+    return Comparison(difference, largest, right[0] / rows, right[1] / rows, *sizes)
+
+
+def _networks(folder: Path, config: Config) -> tuple[Network, Network, dict[str, int]]:
+    """The masked network of a run, the small one, and its widths; both compute in float32."""
+    if config.method == "dense":
+        raise ValueError(f"{folder} is a dense run: it has no masks, so no channel can be removed.")
+    config = dataclasses.replace(config, compute="float32")
+    state, network = runs.restore(folder), tasks.build(config)
+    params = eval_params(state.params, state.opt_state)
+    left = materialize(params, state.model_state, network.groups, get_masks(state.opt_state, params))
+    small = build(config, left.widths)._replace(params=left.params, model_state=left.model_state)
+    masked = network._replace(params=params, model_state=state.model_state)
+    if jax.tree.map(jnp.shape, small.params) == jax.tree.map(jnp.shape, params):
+        raise ValueError(
+            f"{folder} has no channel that can be removed. That takes masks of all scales and biases of a channel, as "
+            f"methods that prune channels make them; this run is of method={config.method}."
+        )
+    return masked, small, left.widths
+
+
+def _examples(config: Config) -> Iterator[tuple[Any, jax.Array, jax.Array]]:
+    """Test batches as inputs of the network, labels, and which labels count."""
+    loaded = tasks.load(config)
+    if config.dataset == "wmt14":
+        from experiments.datasets import wmt
+
+        for batch in loaded.test:
+            targets = jnp.asarray(batch["targets"])
+            before = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=wmt.BOS)
+            yield (batch["sources"], before), targets, targets != wmt.PAD
+        return
+    streamed = config.dataset == "imagenet2012"
+    batches = loaded.test if streamed else data.eval_batches(loaded.test_images, loaded.test_labels)
+    for images, labels in batches:
+        yield data.normalise(jnp.asarray(images), data.KINDS[config.dataset]), labels, labels >= 0
+
+
+def _save(folder: Path, network: Network, widths: Mapping[str, int]) -> None:
+    """The folder is replaced at once or not at all."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    arrays = {"params": network.params, "model_state": network.model_state}
+    ocp.save(str((partial / CHECKPOINT).resolve()), arrays)
+    (partial / WIDTHS).write_text(json.dumps(widths, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What the analyses look at: a trained network as a loss of its weights, on training data without augmentation."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import runs, tasks
+from experiments.config import Config
+from experiments.tasks import Task
+from s2sam_jax import TrainState, eval_params, get_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """Clean weights, which of them live (None if dense), and the loss in evaluation mode on fixed batches."""
+
+    params: Any
+    masks: Any
+    loss_fn: Callable[[Any, Any], jax.Array]
+    batches: list[Any]
+
+
+def of_run(folder: Path, data: Path | None, examples: int) -> tuple[Config, Solution]:
+    """The final state of a finished run."""
+    config = runs.read_config(folder)
+    config = dataclasses.replace(config, data=data or config.data)
+    task = tasks.make(config, tasks.load(config))
+    return config, of_state(config, task, runs.restore(folder), examples)
+
+
+def of_state(config: Config, task: Task, state: TrainState, examples: int) -> Solution:
+    """A state, on the first ``examples`` of the training data in the order of the first epoch, in whole batches.
+
+    Raises:
+      ValueError: for fewer examples than a batch.
+    """
+    if examples < config.batch_size:
+        raise ValueError(f"examples={examples} must be at least one batch of {config.batch_size}.")
+    batches = list(itertools.islice(task.batches(0), examples // config.batch_size))
+
+    def loss_fn(params: Any, batch: Any) -> jax.Array:
+        return task.plain_loss_fn(params, state.model_state, batch, jax.random.key(0))[0]
+
+    masks = None if config.method == "dense" else get_masks(state.opt_state, state.params)
+    return Solution(eval_params(state.params, state.opt_state), masks, loss_fn, batches)

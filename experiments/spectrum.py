@@ -1,0 +1,97 @@
+"""The Hessian of a finished run's loss: spectrum, largest eigenvalues, trace, and SAM's sharpness.
+
+python -m experiments.spectrum runs/SOME_RUN
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from experiments import landscapes, runs, solution
+from experiments.solution import Solution
+from s2sam_jax import analysis
+
+ROWS, FIGURE = "spectrum.jsonl", "spectrum.png"
+EIGENVALUES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Writes spectrum.jsonl and spectrum.png into the run's folder."""
+
+    run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
+    data: Path | None = None  # Where its data set lies, if no longer where it was.
+    examples: int = 1024  # Training images that the loss is the mean of; whole batches are used.
+    steps: int = 60  # Of Lanczos.
+    samples: int = 20  # For the trace.
+    rho: float = 0.05  # Radius of SAM's sharpness.
+    seed: int = 0
+    pruned: bool = False  # The Hessian of all weights, pruned ones too.
+
+
+def measure(
+    found: Solution, *, steps: int, samples: int, rho: float, seed: int, pruned: bool, progress: Any = None
+) -> dict[str, Any]:
+    """Figures of the curvature; of live weights alone unless ``pruned``."""
+    masks = None if pruned else found.masks
+    loss_fn, params, batches = found.loss_fn, found.params, found.batches
+    first, second, third = jax.random.split(jax.random.key(seed), 3)
+    options: Any = {"masks": masks, "progress": progress}
+    values, bounds = analysis.top_eigenvalues(loss_fn, params, first, batches, k=EIGENVALUES, steps=steps, **options)
+    spectrum = analysis.hessian_spectrum(loss_fn, params, second, batches, steps=steps, **options)
+    trace, error = analysis.hessian_trace(loss_fn, params, third, batches, samples=samples, **options)
+    return {
+        "steps": steps,
+        "pruned_count": pruned,
+        "eigenvalues": values.tolist(),
+        "eigenvalue_bounds": bounds.tolist(),
+        "nodes": spectrum.nodes.tolist(),
+        "weights": spectrum.weights.tolist(),
+        "trace": trace,
+        "trace_error": error,
+        "sharpness_rho": rho,
+        "sam_sharpness": analysis.sam_sharpness(loss_fn, params, batches, rho=rho, masks=masks),
+    }
+
+
+def run(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Measures, writes and prints; returns the row."""
+    config, found = solution.of_run(arguments.run_dir, arguments.data, arguments.examples)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("products with the Hessian", total=2 * arguments.steps + arguments.samples)
+        row = runs.provenance(config) | measure(
+            found,
+            steps=arguments.steps,
+            samples=arguments.samples,
+            rho=arguments.rho,
+            seed=arguments.seed,
+            pruned=arguments.pruned,
+            progress=lambda count: bar.advance(task, count),
+        )
+    row["examples"] = len(found.batches) * config.batch_size
+    (arguments.run_dir / ROWS).write_text(json.dumps(row) + "\n")
+    landscapes.draw_spectra({config.name: row}, arguments.run_dir / FIGURE)
+    largest = ", ".join(f"{value:.4g}" for value in row["eigenvalues"])
+    console.print(f"eigenvalues {largest}; trace {row['trace']:.4g} ± {row['trace_error']:.2g}")
+    console.print(f"SAM's sharpness at rho {arguments.rho:g}: {row['sam_sharpness']:.4g}")
+    console.print(f"Files: {arguments.run_dir / ROWS}, {arguments.run_dir / FIGURE}", soft_wrap=True)
+    return row
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = tyro.cli(Arguments, args=argv)
+    try:
+        return run(arguments, Console())
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The loss surface around a finished run's solution, and its roughness Ra.
+
+python -m experiments.surface runs/SOME_RUN
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from experiments import landscapes, runs, solution
+from experiments.solution import Solution
+from s2sam_jax import analysis
+
+ROWS, FIGURE = "surface.jsonl", "surface.png"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Writes surface.jsonl and surface.png into the run's folder."""
+
+    run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
+    data: Path | None = None  # Where its data set lies, if no longer where it was.
+    examples: int = 1024  # Training images that the loss is the mean of; whole batches are used.
+    span: float = 1.0  # The grid runs from -span to span filter norms.
+    n: int = 25  # Points along each of the two directions.
+    seed: int = 0  # Of the directions.
+    pruned: bool = False  # Let pruned weights move as well.
+
+
+def measure(found: Solution, *, span: float, n: int, seed: int, pruned: bool, progress: Any = None) -> dict[str, Any]:
+    """Heights on the grid, and their roughness; the directions are those of the seed."""
+    masks = None if pruned else found.masks
+    directions = analysis.filter_normalized_directions(found.params, jax.random.key(seed), masks=masks)
+    surface = analysis.loss_surface(
+        found.loss_fn, found.params, directions, found.batches, span=span, n=n, progress=progress
+    )
+    return {
+        "span": span,
+        "n": n,
+        "directions_seed": seed,
+        "pruned_move": pruned,
+        "roughness": analysis.roughness(surface),
+        "surface": surface.tolist(),
+    }
+
+
+def run(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Measures, writes and prints; returns the row."""
+    config, found = solution.of_run(arguments.run_dir, arguments.data, arguments.examples)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("losses", total=arguments.n**2 * len(found.batches))
+        row = runs.provenance(config) | measure(
+            found,
+            span=arguments.span,
+            n=arguments.n,
+            seed=arguments.seed,
+            pruned=arguments.pruned,
+            progress=lambda count: bar.advance(task, count),
+        )
+    row["examples"] = len(found.batches) * config.batch_size
+    (arguments.run_dir / ROWS).write_text(json.dumps(row) + "\n")
+    landscapes.draw_surfaces({config.name: row}, arguments.run_dir / FIGURE)
+    console.print(f"Ra = {row['roughness']:.4g} (span {arguments.span:g}, {row['examples']} training images)")
+    console.print(f"Files: {arguments.run_dir / ROWS}, {arguments.run_dir / FIGURE}", soft_wrap=True)
+    return row
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = tyro.cli(Arguments, args=argv)
+    try:
+        return run(arguments, Console())
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Floating-point operations: of every layer, of a masked network, and of training one."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from s2sam_jax._tree import named_leaves
+from s2sam_jax._types import Masks, Params
+
+ACTIVATIONS = "(activations)"
+
+# What a value is computed from: constants alone (None), constants and the parameter of that path, or inputs.
+Origin = str | None
+Sizes = dict[Origin, float]  # of parameters; constants lie below, activations above them all
+
+
+def layer_flops(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[str, int]:
+    r"""Forward FLOPs of every parameter that is the weight of a convolution or a matrix product.
+
+    .. math:: f_l = 2 \cdot \text{multiply-adds}
+
+    ``fn`` is traced, never run, and its products are found at any depth: under ``jit``, ``checkpoint`` and custom
+    derivatives, in ``scan`` (times its length), ``cond`` (the costliest branch) and ``shard_map`` (all devices
+    together). A product belongs to the parameter that one of its operands is computed from without any input, as by a
+    cast, a mask, a reshape or a slice; where several go into it, to the largest. A parameter used twice is counted
+    twice. Taps on padding count as the others. Everything else (norms, activation functions, biases, look-ups in an
+    embedding) is left out, as is usual.
+
+    Args:
+      fn: ``(params, *inputs) -> anything``. Masks, flags and keys come in by closure.
+      params: any pytree of arrays, or of shapes (``jax.ShapeDtypeStruct``).
+      inputs: arrays or shapes. FLOPs are of the whole batch: a batch of one gives those of a sample.
+
+    Returns:
+      FLOPs by path, such as ``"conv1/kernel"``, in the order of computation. Products without a parameter, as of
+      attention, are together under ``"(activations)"``.
+
+    Raises:
+      ValueError: for products in a loop of unknown length, or inside a primitive of unknown cost.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from s2sam_jax.analysis import layer_flops
+      >>> def net(params, x):
+      ...     hidden = jax.nn.relu(x @ params["one"] + params["bias"])
+      ...     return hidden @ params["two"]
+      >>> params = {"one": jnp.ones((3, 8)), "bias": jnp.ones(8), "two": jnp.ones((8, 2))}
+      >>> layer_flops(net, params, jax.ShapeDtypeStruct((1, 3), jnp.float32))
+      {'one': 48, 'two': 32}
+    """
+    jaxpr = jax.make_jaxpr(fn)(params, *inputs).jaxpr
+    paths = ["/".join(path) for path in named_leaves(params)]
+    parameters = {path: variable.aval.size for path, variable in zip(paths, jaxpr.invars, strict=False)}
+    sizes: Sizes = {None: -1, **parameters, ACTIVATIONS: math.inf}
+    flops, _ = _walk(jaxpr, [*paths, *[ACTIVATIONS] * (len(jaxpr.invars) - len(paths))], sizes)
+    return dict(flops)
+
+
+def masked_flops(layers: Mapping[str, float], masks: Masks) -> dict[str, float]:
+    r"""FLOPs of every layer if zeros cost nothing.
+
+    .. math:: f_l \cdot \|m_l\|_0 / N_l
+
+    Their sum is the :math:`f_S` of :func:`training_flops`.
+
+    Args:
+      layers: dense FLOPs by path, from :func:`layer_flops`.
+      masks: bool tree like the parameters, as from ``get_masks``.
+
+    Returns:
+      FLOPs by path; products without a parameter stay as they are.
+
+    Raises:
+      ValueError: for a layer without a mask.
+      TypeError: for a mask that is not bool.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax.analysis import masked_flops
+      >>> masked_flops({"one": 48, "(activations)": 10}, {"one": jnp.arange(24).reshape(3, 8) < 6})
+      {'one': 12.0, '(activations)': 10}
+    """
+    named = {"/".join(path): np.asarray(mask) for path, mask in named_leaves(masks).items()}
+    if missing := sorted(layers.keys() - named.keys() - {ACTIVATIONS}):
+        raise ValueError(f"masked_flops needs masks like the parameters; there is none for {missing}.")
+    if wrong := [path for path, mask in named.items() if mask.dtype != np.bool_]:
+        raise TypeError(f"masked_flops needs bool masks; these are not: {wrong}.")
+    return {
+        path: flops if path == ACTIVATIONS else flops * int(np.count_nonzero(named[path])) / named[path].size
+        for path, flops in layers.items()
+    }
+
+
+def training_flops(
+    dense: float,
+    sparse: float | Sequence[float] | np.ndarray,
+    *,
+    gradients: float = 1.0,
+    dense_gradient_every: int | None = None,
+) -> float:
+    r"""FLOPs of training on one sample, on average over a run, as papers on sparse training count them.
+
+    .. math:: k\, \frac{3 \bar f_S\, \Delta T + 2 \bar f_S + f_D}{\Delta T + 1}
+
+    for methods that need the dense gradient now and then, and :math:`3 k \bar f_S` for all others: a backward pass
+    costs two forward ones, one for the gradient of the weights, and the update itself nothing. Dense training has
+    :math:`f_S = f_D`. All of it is what training would cost if zeros were free; masks that are simulated save nothing.
+
+    Args:
+      dense: :math:`f_D`, forward FLOPs of the dense network on one sample.
+      sparse: :math:`f_S`, those of the sparse one; or where the density changes, those at evenly spaced times of
+        training, whose mean is taken.
+      gradients: k, gradient evaluations a step: 1 for SGD and S2-SAM, 2 for SAM.
+      dense_gradient_every: :math:`\Delta T`, steps between two that need the dense gradient (RigL: the interval of its
+        mask updates); 0 if every step does, None if none.
+
+    Returns:
+      FLOPs a sample; times samples and epochs they are those of the run.
+
+    Raises:
+      ValueError: where FLOPs are negative or sparse ones exceed the dense, or for other arguments out of range.
+
+    Reference:
+      Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, appendix on FLOPs.
+
+    Example:
+      >>> from s2sam_jax.analysis import training_flops
+      >>> training_flops(8.0, 2.0, gradients=2)
+      12.0
+      >>> print(round(training_flops(1.0, 0.23, dense_gradient_every=100) / training_flops(1.0, 1.0), 4))
+      0.2325
+    """
+    trace = np.asarray(sparse, np.float64)
+    if trace.size == 0 or not (np.all(trace >= 0) and np.all(trace <= dense * (1 + 1e-9))):
+        raise ValueError(f"training_flops needs 0 <= sparse <= dense at all times; got {sparse} and dense={dense}.")
+    if gradients <= 0:
+        raise ValueError(f"training_flops needs gradients > 0; got {gradients}.")
+    mean = float(trace.mean())
+    if dense_gradient_every is None:
+        return 3 * gradients * mean
+    if dense_gradient_every < 0:
+        raise ValueError(f"training_flops needs dense_gradient_every >= 0; got {dense_gradient_every}.")
+    between = dense_gradient_every
+    return gradients * (3 * mean * between + 2 * mean + dense) / (between + 1)
+
+
+def _walk(jaxpr: core.Jaxpr, origins: Sequence[Origin], sizes: Sizes) -> tuple[Counter[str], list[Origin]]:
+    """FLOPs by parameter, and where the results come from, given where the arguments do."""
+    known = dict(zip(jaxpr.invars, origins, strict=True))
+    flops: Counter[str] = Counter()
+    for eqn in jaxpr.eqns:
+        counted, results = _equation(eqn, _look_up(known, eqn.invars), sizes)
+        flops.update(counted)
+        known.update(zip(eqn.outvars, results, strict=True))
+    return flops, _look_up(known, jaxpr.outvars)
+
+
+def _look_up(known: dict[Any, Origin], variables: Sequence[Any]) -> list[Origin]:
+    return [None if isinstance(variable, core.Literal) else known.get(variable) for variable in variables]
+
+
+def _equation(eqn: core.JaxprEqn, operands: list[Origin], sizes: Sizes) -> tuple[Counter[str], list[Origin]]:
+    inner = [getattr(leaf, "jaxpr", leaf) for leaf in jax.tree.leaves(eqn.params)]
+    inner = [jaxpr for jaxpr in inner if isinstance(jaxpr, core.Jaxpr)]
+    name = eqn.primitive.name
+    if name == "scan":
+        return _scan(eqn, inner[0], operands, sizes)
+    if name == "cond":
+        flops, results = zip(*[_walk(branch, operands[1:], sizes) for branch in inner], strict=True)
+        return max(flops, key=Counter.total), [_join(column, sizes) for column in zip(*results, strict=True)]
+    if len(inner) == 1 and len(inner[0].invars) == len(operands):
+        flops, results = _walk(inner[0], operands, sizes)
+        return _times(flops, _devices(eqn) if name == "shard_map" else 1), results
+    if any(_walk(jaxpr, [None] * len(jaxpr.invars), sizes)[0] for jaxpr in inner):
+        advice = "Use lax.scan, or lax.fori_loop between Python integers." if name == "while" else "Leave it out of fn."
+        raise ValueError(f"layer_flops met products inside {name!r} and cannot know how often they run. {advice}")
+    sources = operands[1:] if name == "select_n" else operands  # which one is taken does not matter: a mask
+    return _product(eqn, operands, sizes), [_join(sources, sizes)] * len(eqn.outvars)
+
+
+def _product(eqn: core.JaxprEqn, operands: list[Origin], sizes: Sizes) -> Counter[str]:
+    """A convolution or a matrix product, as sums of so many terms; nothing for anything else."""
+    shapes: list[tuple[int, ...]] = [getattr(variable.aval, "shape", ()) for variable in (*eqn.invars, *eqn.outvars)]
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        terms = math.prod(shapes[0][axis] for axis in contracted)
+    elif eqn.primitive.name == "conv_general_dilated":
+        _, *rest = eqn.params["dimension_numbers"].rhs_spec  # the input channels are those of one group
+        terms = math.prod(shapes[1][axis] for axis in rest)
+    else:
+        return Counter()
+    parameters = [origin for origin in operands if origin is not None and origin != ACTIVATIONS]
+    owner = max(parameters, key=sizes.__getitem__, default=ACTIVATIONS)
+    return Counter({owner: 2 * math.prod(shapes[-1]) * terms})
+
+
+def _scan(
+    eqn: core.JaxprEqn, body: core.Jaxpr, operands: list[Origin], sizes: Sizes
+) -> tuple[Counter[str], list[Origin]]:
+    begin = eqn.params["num_consts"]
+    end = begin + eqn.params["num_carry"]
+    carry = operands[begin:end]
+    while True:  # what the carry comes from may change from one turn to the next, but only upwards
+        flops, results = _walk(body, [*operands[:begin], *carry, *operands[end:]], sizes)
+        merged = [_join(pair, sizes) for pair in zip(carry, results, strict=False)]
+        if merged == carry:
+            return _times(flops, eqn.params["length"]), results
+        carry = merged
+
+
+def _join(origins: Sequence[Origin], sizes: Sizes) -> Origin:
+    return max(origins, key=sizes.__getitem__, default=None)
+
+
+def _times(flops: Counter[str], number: int) -> Counter[str]:
+    return Counter({path: number * count for path, count in flops.items()})
+
+
+def _devices(eqn: core.JaxprEqn) -> int:
+    axes = eqn.params.get("newly_manual_axes") or eqn.params["manual_axes"]  # the older name
+    return math.prod(eqn.params["mesh"].shape[axis] for axis in axes)

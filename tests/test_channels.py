@@ -1,0 +1,83 @@
+"""Groups of channels: their sizes, and masks of whole channels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s2sam_jax import ChannelGroup, Slice, channel_masks
+from s2sam_jax._channels import group_sizes
+
+FIRST = ChannelGroup(
+    "first",
+    filters=(Slice("conv1/kernel", -1),),
+    scales=(Slice("norm/scale", 0),),
+    biases=(Slice("norm/bias", 0),),
+    inputs=(Slice("conv2/kernel", -2),),
+    statistics=(Slice("norm/mean", 0),),
+)
+SECOND = ChannelGroup("second", filters=(Slice("conv2/kernel", 3),), inputs=(Slice("head", 0),))
+
+
+def make_params():
+    """Two convolutions, of 4 and 5 channels, and a layer that reads the second."""
+    shapes = {
+        "conv1": {"kernel": (3, 3, 2, 4)},
+        "norm": {"scale": (4,), "bias": (4,)},
+        "conv2": {"kernel": (3, 3, 4, 5)},
+        "head": (5, 4),
+    }
+    return jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def test_masks_of_channels_by_hand():
+    alive = {"first": jnp.array([True, False, True, True]), "second": jnp.array([False, True, True, True, False])}
+    masks = channel_masks(make_params(), [FIRST, SECOND], alive)
+    expected = jax.tree.map(lambda x: np.ones(x.shape, bool), make_params())
+    expected["conv1"]["kernel"][..., 1] = False
+    expected["norm"]["scale"][1] = expected["norm"]["bias"][1] = False
+    expected["conv2"]["kernel"][:, :, 1, :] = False
+    expected["conv2"]["kernel"][..., [0, 4]] = False
+    expected["head"][[0, 4]] = False
+    jax.tree.map(np.testing.assert_array_equal, masks, expected)
+
+
+def test_groups_that_are_left_out_keep_all():
+    masks = channel_masks(make_params(), [FIRST, SECOND], {"second": jnp.zeros(5, bool)})
+    assert masks["conv1"]["kernel"].all()
+    assert not masks["conv2"]["kernel"].any()
+    assert not masks["head"].any()
+
+
+def test_masks_can_be_traced():
+    alive = {"first": jnp.array([True, False, False, True])}
+    params = make_params()
+    traced = jax.jit(lambda alive: channel_masks(params, [FIRST], alive))(alive)
+    jax.tree.map(np.testing.assert_array_equal, traced, channel_masks(params, [FIRST], alive))
+
+
+def test_sizes():
+    assert group_sizes(make_params(), [FIRST, SECOND]) == {"first": 4, "second": 5}
+    assert group_sizes(make_params(), [FIRST], statistics={"norm": {"mean": jnp.ones(4)}}) == {"first": 4}
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([ChannelGroup("empty", filters=())], "empty: has no filters"),
+        ([FIRST._replace(inputs=(Slice("conv3/kernel", -2),))], "first: no leaf 'conv3/kernel' with an axis -2"),
+        ([FIRST._replace(scales=(Slice("norm/scale", 1),))], "first: no leaf 'norm/scale' with an axis 1"),
+        ([FIRST._replace(inputs=(Slice("head", 0),))], "first: 'head' has 5 on axis 0, not 4"),
+        ([FIRST], "first: 'norm/mean' has 3 on axis 0, not 4"),
+        ([SECOND, SECOND], "second: named twice"),
+    ],
+)
+def test_groups_that_do_not_fit(groups, message):
+    with pytest.raises(ValueError, match=f"do not fit the parameters:\n(.*\n)*  {message}"):
+        group_sizes(make_params(), groups, statistics={"norm": {"mean": jnp.ones(3)}})
+
+
+@pytest.mark.parametrize("alive", [{"third": jnp.ones(4, bool)}, {"first": jnp.ones(5, bool)}])
+def test_channels_that_do_not_fit(alive):
+    with pytest.raises(ValueError, match=r"bool\[channels\] by group, of {'first': 4}; these do not fit: {'"):
+        channel_masks(make_params(), [FIRST], alive)

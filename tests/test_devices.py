@@ -1,0 +1,234 @@
+"""Several devices and several processes: the results of one, wherever the arrays lie."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from toy import compiled_once, toy
+
+from experiments import runs, sharding, tasks, train
+from experiments.config import Config
+from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods, s2sam, sam, sparsify
+
+__all__ = ["compiled_once", "toy"]
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["--subset", "256", "--epochs", "3"]
+
+
+def start(out, *options):
+    return next(iter(train.main([*SHORT, "--out", str(out), *options]).values()))
+
+
+def assert_close_runs(folder, reference):
+    """Weights and rows up to the order of sums, masks exactly."""
+    a, b = (runs.restore(x) for x in (folder, reference))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), a.params, b.params)
+    jax.tree.map(np.testing.assert_array_equal, get_masks(a.opt_state), get_masks(b.opt_state))
+    for row, other in zip(runs.rows(folder), runs.rows(reference), strict=True):
+        np.testing.assert_allclose(row["train_loss"], other["train_loss"], rtol=1e-4)
+        assert row["layers"] == other["layers"] if row["final"] else "layers" not in row
+
+
+# Meshes
+
+
+def test_a_mesh_is_read_from_a_text():
+    assert dict(sharding.parse("data=4,fsdp=2").shape) == {"data": 4, "fsdp": 2}
+    assert dict(sharding.parse("fsdp=8").shape) == {"data": 1, "fsdp": 8}
+    assert dict(sharding.parse().shape) == {"data": 1, "fsdp": 1}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "data", "data=0", "data=-2", "data=2,data=2", "model=2", "data=2;fsdp=2"]
+)
+def test_a_mesh_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match=r"A mesh looks like data=4,fsdp=2, .* got "):
+        sharding.parse(text)
+
+
+def test_a_mesh_must_fit_the_devices_and_the_batch(toy, tmp_path):
+    with pytest.raises(ValueError, match="The mesh data=3,fsdp=3 needs 9 devices; there are 8"):
+        sharding.parse("data=3,fsdp=3")
+    with pytest.raises(ValueError, match="batch_size=64 does not divide among the 3 devices of the mesh"):
+        start(tmp_path, "--mesh", "data=3")
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_leaves_are_cut_along_their_largest_dimension_that_divides():
+    mesh = sharding.parse("data=2,fsdp=4")
+    shapes = {
+        "conv": (3, 3, 32, 64), "head": (4096, 10), "odd": (63, 4095), "small": (64, 10), "scalar": (),
+        "first": (64, 64),
+    }  # fmt: skip
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    specs = {name: lies.spec for name, lies in sharding.of_state(mesh, tree).items()}
+    assert specs == {
+        "conv": P(None, None, None, "fsdp"), "head": P("fsdp"), "odd": P(), "small": P(), "scalar": P(),
+        "first": P("fsdp"),
+    }  # fmt: skip
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    return tmp_path_factory.mktemp("one")
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--method", "mest-ems", "--optimizer", "sam")], ids=["rigl-s2sam", "mest-sam"]
+)
+def test_many_devices_give_the_result_of_one(options, toy, one_device, tmp_path):
+    reference = start(one_device, *options)
+    for mesh in ("data=8", "data=4,fsdp=2"):
+        folder = start(tmp_path / mesh, "--mesh", mesh, *options)
+        assert folder.name == reference.name
+        assert_close_runs(folder, reference)
+        assert runs.rows(folder)[-1]["mesh"] == mesh
+
+
+def test_the_state_lies_where_it_should_throughout(toy, monkeypatch, tmp_path):
+    """Masks, momentum and the last gradient as their parameter, and every leaf as at the start."""
+    from experiments import record
+
+    seen = []
+    monkeypatch.setattr(record, "stop_if_bad", lambda state: seen.append(jax.tree.map(lambda x: x.sharding, state)))
+    config = Config(subset=256, epochs=3, out=tmp_path)
+    task = tasks.make(config, tasks.load(config), sharding.parse("data=2,fsdp=4"))
+    state = train.loop.train(config, task, Silent())
+    assert len(seen) == 3
+    for (path, leaf), *found in zip(jax.tree.leaves_with_path(state), *map(jax.tree.leaves, seen), strict=True):
+        wanted = sharding.of_state(task.mesh, leaf)
+        assert all(lies.is_equivalent_to(wanted, leaf.ndim) for lies in found), (path, wanted, found)
+    kernels = [x for x in jax.tree.leaves(state) if x.shape == (64, 96)]
+    assert len(kernels) == 4  # the parameter, its mask, momentum, last gradient
+    assert {kernel.sharding.spec for kernel in kernels} == {P(None, "fsdp")}
+    assert {shard.data.shape for kernel in kernels for shard in kernel.addressable_shards} == {(64, 24)}
+
+
+class Silent:
+    def steps(self, count):
+        pass
+
+    def row(self, row):
+        pass
+
+
+def test_a_run_goes_on_on_another_mesh(toy, one_device, tmp_path, monkeypatch):
+    from test_resume import stop_in
+
+    from experiments.tasks import arrays
+
+    reference = start(one_device)
+    monkeypatch.setattr("test_resume.SHORT", SHORT)
+    stop_in(monkeypatch, arrays.ImageArrays, "epoch", 2, tmp_path, "--mesh", "data=2,fsdp=4")
+    stop_in(monkeypatch, arrays.ImageArrays, "epoch", 2, tmp_path, "--mesh", "data=8")
+    assert_close_runs(start(tmp_path), reference)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=4,fsdp=2"])
+def test_an_epoch_in_one_program(mesh, toy, monkeypatch):
+    """The form for accelerators, on several devices."""
+    from experiments.tasks import arrays
+
+    config = Config(subset=256, epochs=2)
+    results = []
+    for text, backend in ((None, "cpu"), (mesh, "gpu")):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            task = tasks.make(config, tasks.load(config), sharding.parse(text))
+            assert isinstance(task, arrays.ImageArrays)
+            results.append(train.loop.train(config, task, Silent()))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), results[0].params, results[1].params
+    )
+    jax.tree.map(np.testing.assert_array_equal, *(get_masks(state.opt_state) for state in results))
+
+
+# The library under explicit axes
+
+
+SHAPES = {"a": (8, 16), "b": (16, 4)}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("climb", [s2sam, sam], ids=["s2sam", "sam"])
+def test_the_train_step_on_a_mesh(climb, kind):
+    def loss_fn(params, model_state, batch, key):
+        hidden = jnp.tanh(batch @ params["a"])
+        return jnp.mean((hidden @ params["b"]) ** 2), (model_state, {})
+
+    def run(place, place_batch):
+        rng = np.random.default_rng(0)
+        params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+        sharpness = optax.chain(climb(0.1), optax.sgd(0.1, momentum=0.9))
+        tx = sparsify(sharpness, methods.rigl(0.5), sparsity=0.5, when=Every(0, 2, 8))
+        state, step = place(TrainState.create(params, tx)), make_train_step(loss_fn, tx)
+        for _ in range(6):
+            state, _ = step(state, place_batch(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)))
+        return state
+
+    def lies(leaf):
+        return NamedSharding(mesh, P("fsdp", None) if leaf.ndim else P())
+
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(kind,) * 2)
+    reference = run(lambda state: state, lambda batch: batch)
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, P("data", None))
+        state = run(
+            lambda state: jax.tree.map(lambda x: jax.device_put(x, lies(x)), state),
+            lambda batch: jax.device_put(batch, rows),
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.params, reference.params)
+    jax.tree.map(np.testing.assert_array_equal, get_masks(state.opt_state), get_masks(reference.opt_state))
+    for leaf in jax.tree.leaves((state.params, get_masks(state.opt_state))):
+        assert leaf.sharding.is_equivalent_to(lies(leaf), 2)
+
+
+# Several processes
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, "tests")
+import toy
+from experiments import plots, tasks, train
+tasks.build, plots.draw = toy.build, lambda runs, title, file: file.touch()
+train.main(sys.argv[1:])
+"""
+
+
+def test_two_processes_give_the_result_of_one(toy, one_device, tmp_path):
+    """Four devices each, over gloo; the first writes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "4"}
+    env |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_PLATFORMS": "cpu"}
+    common = [*SHORT, "--out", str(tmp_path), "--mesh", "data=4,fsdp=2", "--distributed", "--coordinator", address]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, *common, "--num-processes", "2", "--process-id", str(index)],
+            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "test accuracy" in outputs[0][0]
+    assert all(line.startswith("[Gloo]") for line in outputs[1][0].splitlines())
+    (folder,) = tmp_path.iterdir()
+    assert_close_runs(folder, start(one_device))
+    assert [json.loads(line)["epoch"] for line in (folder / runs.METRICS).read_text().splitlines()] == [1, 2, 3]

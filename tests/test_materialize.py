@@ -1,0 +1,341 @@
+"""Slicing dead channels out: what goes, what stays, and that the function stays the same."""
+
+import dataclasses
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from prepared import encoded, image_features, write_tfds
+
+from experiments import checkpoint, models, optimizers, shrink, tasks
+from experiments.benchmarks import inference
+from experiments.config import Config
+from experiments.models import resnet, resnet_imagenet, transformer
+from s2sam_jax import ChannelGroup, Slice, TrainState, channel_masks, materialize
+from s2sam_jax._channels import group_sizes
+
+NORMED = ChannelGroup(
+    "normed",
+    filters=(Slice("first", -1),),
+    scales=(Slice("scale", 0),),
+    biases=(Slice("bias", 0),),
+    inputs=(Slice("second", -2),),
+    statistics=(Slice("mean", 0), Slice("var", 0)),
+)
+PLAIN = ChannelGroup(
+    "plain", filters=(Slice("second", -1),), biases=(Slice("offset", 0),), inputs=(Slice("third", -2),)
+)
+GROUPS = [NORMED, PLAIN]
+
+
+def make_network():
+    """Three matrices, with a norm behind the first and biases behind the second, and its running statistics."""
+    rng = np.random.default_rng(0)
+    shapes = {"first": (3, 6), "scale": (6,), "bias": (6,), "second": (6, 5), "offset": (5,), "third": (5, 2)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    state = {name: jnp.asarray(rng.uniform(0.5, 2, 6), jnp.float32) for name in ("mean", "var")}
+    return params, state | {"steps": jnp.zeros((), jnp.int32)}
+
+
+def forward(params, state, x):
+    """In float64, with an activation that is zero at zero only."""
+    p, s = ({name: np.float64(leaf) for name, leaf in tree.items()} for tree in (params, state))
+    y = np.tanh((x @ p["first"] - s["mean"]) / np.sqrt(s["var"]) * p["scale"] + p["bias"])
+    return np.tanh(y @ p["second"] + p["offset"]) @ p["third"]
+
+
+INPUTS = np.random.default_rng(1).normal(size=(7, 3))
+
+
+def sparse_masks(params):
+    """Half of the weights at random, and channel 1 and 4 of the norm, 0 and 3 behind the second matrix."""
+    rng = np.random.default_rng(2)
+    masks = {name: rng.random(leaf.shape) < (0.5 if leaf.ndim == 2 else 2) for name, leaf in params.items()}
+    masks["scale"][[1, 4]] = masks["bias"][[1, 4]] = False
+    masks["second"][:, [0, 3]] = masks["offset"][[0, 3]] = False
+    # Alive all the same: a filter without weights has a bias of its norm, one weight is enough.
+    masks["first"][:, 2] = masks["scale"][2] = False
+    masks["second"][:, 1] = False
+    masks["second"][5, 1] = True
+    masks["offset"][1] = False
+    return jax.tree.map(jnp.asarray, masks)
+
+
+def masked(params, masks):
+    return jax.tree.map(lambda p, m: jnp.where(m, p, 0), params, masks)
+
+
+def test_removes_exactly_the_dead_channels():
+    params, state = make_network()
+    masks = sparse_masks(params)
+    params = masked(params, masks)
+    small = materialize(params, state, GROUPS, masks)
+    normed, plain = [0, 2, 3, 5], [1, 2, 4]
+    assert small.widths == {"normed": 4, "plain": 3}
+    for got, full in ((small.params, params), (small.masks, masks)):
+        expected = {
+            "first": full["first"][:, normed],
+            "scale": full["scale"][jnp.array(normed)],
+            "bias": full["bias"][jnp.array(normed)],
+            "second": full["second"][np.ix_(normed, plain)],
+            "offset": full["offset"][jnp.array(plain)],
+            "third": full["third"][jnp.array(plain)],
+        }
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert jax.tree.map(jnp.shape, small.model_state) == {"mean": (4,), "var": (4,), "steps": ()}
+    np.testing.assert_array_equal(small.model_state["mean"], np.asarray(state["mean"])[normed])
+    assert 0 < small.masks["first"].mean() < 1, "sparse inside"
+    np.testing.assert_allclose(forward(small.params, small.model_state, INPUTS), forward(params, state, INPUTS))
+    assert np.abs(forward(params, state, INPUTS)).max() > 0.1
+
+
+@pytest.mark.parametrize("kept", range(6))
+def test_what_a_channel_computes_is_used_while_it_lives(kept):
+    """All other channels are dead; the criterion is the scale or the bias, and never the filter or its readers."""
+    params, state = make_network()
+    alive = jnp.arange(6) == kept
+    masks = channel_masks(params, [NORMED], {"normed": alive})
+    either = masks | {"scale" if kept % 2 else "bias": jnp.zeros(6, bool), "first": jnp.ones((3, 6), bool)}
+    small = materialize(masked(params, either), state, [NORMED], either)
+    assert small.widths == {"normed": 1}
+    np.testing.assert_array_equal(small.params["second"], params["second"][kept : kept + 1])
+    full = forward(masked(params, either), state, INPUTS)
+    np.testing.assert_allclose(forward(small.params, small.model_state, INPUTS), full)
+
+
+def test_a_group_keeps_a_channel():
+    params, state = make_network()
+    masks = channel_masks(params, GROUPS, {"normed": jnp.zeros(6, bool), "plain": jnp.zeros(5, bool)})
+    small = materialize(masked(params, masks), state, GROUPS, masks)
+    assert small.widths == {"normed": 1, "plain": 1}
+    assert not any(leaf.any() for leaf in jax.tree.leaves((small.masks, small.params)))
+    assert not forward(small.params, small.model_state, INPUTS).any()
+
+
+def test_nothing_to_remove_is_the_identity():
+    params, state = make_network()
+    masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+    small = materialize(params, state, GROUPS, masks)
+    for new, old in zip(small, (params, state, {"normed": 6, "plain": 5}, masks), strict=True):
+        assert jax.tree.all(jax.tree.map(lambda a, b: a is b or a == b, new, old))
+
+
+def test_one_leaf_on_both_axes():
+    """The weights of a recurrence compute the channels and read them."""
+    params = {"inputs": jnp.ones((2, 3)), "again": jnp.arange(9.0).reshape(3, 3)}
+    group = ChannelGroup("hidden", (Slice("inputs", -1), Slice("again", -1)), inputs=(Slice("again", 0),))
+    masks = channel_masks(params, [group], {"hidden": jnp.array([True, False, True])})
+    small = materialize(masked(params, masks), None, [group], masks)
+    np.testing.assert_array_equal(small.params["again"], [[0, 2], [6, 8]])
+    assert small.params["inputs"].shape == (2, 2)
+
+
+def test_types_and_wrappers_are_kept():
+    module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    params = {"a": nnx.state(module), "b": np.ones((3, 2), ml_dtypes.bfloat16)}
+    group = ChannelGroup("a", (Slice("a/kernel", -1),), biases=(Slice("a/bias", 0),), inputs=(Slice("b", 0),))
+    masks = channel_masks(params, [group], {"a": jnp.array([False, True, True])})
+    params = masked(params, masks) | {"b": np.where(np.asarray(masks["b"]), params["b"], 0)}
+    small = materialize(params, (), [group], masks).params
+    assert jax.tree.structure(small) == jax.tree.structure(params)
+    assert isinstance(small["b"], np.ndarray)
+    assert small["b"].shape == (2, 2)
+    assert small["b"].dtype == ml_dtypes.bfloat16
+    assert isinstance(small["a"]["kernel"].get_value(), jax.Array)
+
+
+def changed(**leaves):
+    params, _ = make_network()
+    return jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params) | leaves
+
+
+@pytest.mark.parametrize(
+    ("groups", "masks", "message"),
+    [
+        ([NORMED._replace(inputs=(Slice("third", 0),))], changed(), "normed: 'third' has 5 on axis 0, not 6"),
+        ([NORMED._replace(statistics=(Slice("std", 0),))], changed(), "normed: no leaf 'std' with an axis 0"),
+        ([PLAIN, PLAIN._replace(name="again")], changed(), "third: axis 0 is in two groups, plain and again"),
+        (
+            [NORMED._replace(scales=(), biases=())],
+            changed(),
+            "normed: has statistics but no scales; without one, a norm of zeros puts out its running mean",
+        ),
+        (GROUPS, {"first": jnp.ones((3, 6), bool)}, "masks must have the leaves of params, but:\n.*missing in masks"),
+        (GROUPS, changed(third=jnp.ones((2, 5), bool)), r"third: shape \(2, 5\) in masks, \(5, 2\) in params"),
+        (GROUPS, changed(offset=jnp.ones(5)), "offset: its mask must be bool; got float32"),
+        (GROUPS, changed(scale=jnp.arange(6) > 1), "scale: 2 weights are masked but not zero; call apply_masks"),
+    ],
+)
+def test_says_what_does_not_fit(groups, masks, message):
+    with pytest.raises(ValueError, match=message):
+        materialize(*make_network(), groups, masks)
+
+
+def test_masks_must_not_be_traced():
+    params, state = make_network()
+    with pytest.raises(ValueError, match=r"outside jit, as shapes depend on the values.*traced: \['bias', "):
+        jax.jit(lambda masks: materialize(params, state, GROUPS, masks).params)(changed())
+
+
+# Runs
+
+
+def spelled(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaf(tree, name):
+    return {spelled(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}[name]
+
+
+def finish(folder, config, masks_of):
+    """A run's folder, with random weights and statistics, and the masks that ``masks_of(params, groups)`` gives."""
+    rng, networks = np.random.default_rng(0), []
+
+    def create():
+        networks.append(tasks.build(config))
+        params, model_state = networks[0][:2]
+        return TrainState.create(
+            params, optimizers.make(config, 100), model_state=model_state, seed=config.key("train")
+        )
+
+    def draw(x):
+        return rng.uniform(0.5, 1.5, x.shape) if x.ndim == 1 else rng.normal(size=x.shape) / np.sqrt(x[..., 0].size)
+
+    def blank(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return config.key("train") if is_key else np.zeros(x.shape, x.dtype)
+
+    state = jax.eval_shape(create)
+    state = jax.tree.map(blank, state)
+    masks = jax.tree.map(np.asarray, masks_of(state.params, networks[0].groups))
+    state = state._replace(
+        params=jax.tree.map(lambda p, m: np.float32(draw(p) * m), state.params, masks),
+        model_state=jax.tree.map(lambda x: np.float32(draw(x)), state.model_state),
+        opt_state=state.opt_state._replace(masks=masks),
+    )
+    folder.mkdir()
+    checkpoint.save(folder / "checkpoint", state)
+    (folder / "config.json").write_text(json.dumps(config.to_json()))
+    return state
+
+
+def halves(params, groups):
+    """The second half of the channels of each group is off, and one weight of the first filter."""
+    sizes = group_sizes(params, groups)
+    masks = channel_masks(params, groups, {name: np.arange(size) < size // 2 for name, size in sizes.items()})
+    first = groups[0].filters[0].path
+    return jax.tree_util.tree_map_with_path(
+        lambda path, m: m.at[(0,) * m.ndim].set(False) if spelled(path) == first else m, masks
+    )
+
+
+DIGITS = Config(model="resnet8", width=4, method="static", compute="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, finish(folder, DIGITS, halves)
+
+
+def test_a_run_shrinks(run_dir, capsys):
+    folder, state = run_dir
+    found = shrink.main([str(folder)])
+    assert found.difference <= 1e-5 * found.largest
+    assert found.largest > 0.1
+    assert found.masked_accuracy == found.small_accuracy
+    # By hand: conv1, norm1 and conv2 of three blocks lose a half.
+    blocks = ((4, 4), (4, 8), (8, 16))
+    removed = sum((9 * inputs + 2 + 9 * hidden) * hidden // 2 for inputs, hidden in blocks)
+    assert found.masked_parameters - found.small_parameters == removed
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"parameters {found.masked_parameters:,} -> {found.small_parameters:,}" in printed
+    assert f"accuracy {found.masked_accuracy:.2%} -> {found.small_accuracy:.2%}" in printed
+
+    assert sorted(path.name for path in (folder / "small").iterdir()) == ["checkpoint", "widths.json"]
+    network = shrink.load_small(folder)
+    kernels = [named_leaf(params, "blocks/1/conv1/kernel") for params in (network.params, state.params)]
+    np.testing.assert_array_equal(kernels[0], kernels[1][..., :4])
+    assert named_leaf(network.params, "blocks/0/conv1/kernel")[0, 0, 0, 0] == 0, "sparse inside"
+    variances = [named_leaf(s, "blocks/2/norm1/var") for s in (network.model_state, state.model_state)]
+    np.testing.assert_array_equal(variances[0], variances[1][:8])
+    images = jnp.zeros((2, 8, 8, 1))
+    logits, after = jax.eval_shape(lambda *weights: network.apply(*weights, images, True), *network[:2])
+    assert logits.shape == (2, 10)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, network.model_state)
+
+
+def test_a_small_network_that_computes_something_else_is_not_written(run_dir, monkeypatch):
+    folder, _ = run_dir
+    files = sorted((folder / "small").rglob("*"))
+
+    def broken(*arguments):
+        left = materialize(*arguments)
+        return left._replace(params=jax.tree.map(np.negative, left.params))
+
+    monkeypatch.setattr(shrink, "materialize", broken)
+    with pytest.raises(SystemExit, match=r"error: The small network of .* does not compute what the masked one does"):
+        shrink.main([str(folder)])
+    assert sorted((folder / "small").rglob("*")) == files
+
+
+def test_a_run_without_dead_channels_says_so(tmp_path):
+    finish(
+        tmp_path / "run", DIGITS, lambda params, groups: jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+    )
+    with pytest.raises(SystemExit, match=r"error: .*run has no channel that can be removed.*of method=static"):
+        shrink.main([str(tmp_path / "run")])
+    dense = dataclasses.replace(DIGITS, method="dense")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(dense.to_json()))
+    with pytest.raises(SystemExit, match="run is a dense run: it has no masks"):
+        shrink.main([str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=r"error: .*is not the folder of a finished run"):
+        shrink.main([str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"small/widths\.json; write it by python -m experiments\.shrink"):
+        shrink.load_small(tmp_path / "run")
+
+
+def test_a_run_on_text_shrinks(tmp_path, monkeypatch):
+    make = partial(transformer.Transformer, 1, 0.1)
+    monkeypatch.setitem(models.MODELS, "transformer-base", models.MODELS["transformer-base"]._replace(make=make))
+    for split, count in (("train", 24), ("validation", 6)):
+        for language, words in (("en", "one two three four"), ("de", "eins zwei drei vier")):
+            lines = [" ".join(words.split()[: 1 + index % 4]) + "\n" for index in range(count)]
+            (tmp_path / f"{split}.{language}").write_text("".join(lines))
+    options = {"vocabulary": 280, "max_length": 12, "batch_size": 8, "method": "static", "width": 16}
+    config = Config(dataset="wmt14", data=tmp_path, model="transformer-base", **options)
+    finish(tmp_path / "run", config, halves)
+    found = shrink.main([str(tmp_path / "run")])
+    assert found.difference <= 1e-5 * found.largest
+    assert found.masked_parameters - found.small_parameters == 2 * (32 * 16 + 32 + 32 * 16)
+
+
+def test_a_run_on_a_stream_of_images_shrinks(tmp_path, monkeypatch):
+    make = partial(resnet_imagenet.ResNet, resnet.Block, (1, 1), small_images=False)
+    monkeypatch.setitem(models.MODELS, "resnet34", models.MODELS["resnet34"]._replace(make=make))
+    rng = np.random.default_rng(0)
+    rows = [{"image": encoded(rng.integers(0, 256, (40, 50, 3), np.uint8)), "label": i % 10} for i in range(20)]
+    write_tfds(tmp_path / "imagenet2012/5.1.0", image_features(), {"train": rows, "validation": rows[:10]})
+    options = {"image_size": 32, "batch_size": 8, "method": "static", "width": 4}
+    finish(tmp_path / "run", Config(dataset="imagenet2012", data=tmp_path, model="resnet34", **options), halves)
+    found = shrink.main([str(tmp_path / "run")])
+    assert found.difference <= 1e-5 * found.largest
+    assert found.masked_accuracy == found.small_accuracy
+
+
+def test_inference_is_measured_on_equal_outputs():
+    rows = list(inference.forward_passes("resnet8", width=4, size=8, batch=2, rounds=1))
+    names = [row.what for row in rows]
+    assert names == [
+        "inference, dense / masked, resnet8",
+        "inference, dense / materialized, resnet8",
+        "outputs, masked - materialized, resnet8",
+    ]
+    assert rows[2].value < 1e-5
+    assert "images/s" in rows[1].detail

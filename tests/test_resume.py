@@ -1,0 +1,312 @@
+"""Interrupted runs: what is left, what goes on from it, and what is refused."""
+
+import gc
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy import compiled_once, toy
+
+from experiments import checkpoint, evaluate, record, runs, train
+from experiments.checkpoint import Checkpoints
+from experiments.tasks import arrays
+from s2sam_jax import TrainState
+
+__all__ = ["compiled_once", "toy"]
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["--subset", "256", "--epochs", "5"]
+CASES = {
+    "rigl-s2sam": ["--eval-every", "2"],
+    "mest-ems-sam": ["--method", "mest-ems", "--optimizer", "sam", "--checkpoint-every", "2"],
+    "lottery-s2sam": ["--method", "lottery", "--rounds", "1", "--prune-fraction", "0.9", "--eval-every", "3"],
+}
+TIMES = ("seconds", "images_per_second")
+
+
+# Orbax leaves coroutines behind where reading fails.
+UNAWAITED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+
+
+class StoppedError(Exception):
+    pass
+
+
+def start(out, *options):
+    return next(iter(train.main([*SHORT, "--out", str(out), *options]).values()))
+
+
+def rows(folder):
+    return [{k: v for k, v in row.items() if k not in (*TIMES, "config")} for row in runs.rows(folder)]
+
+
+def assert_same_run(folder, reference):
+    """Every leaf bit by bit, every row but for its times, and nothing left over."""
+    for which in ("last", "best"):
+        a, b = (runs.restore(x, which) for x in (folder, reference))
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), a, b)
+    assert rows(folder) == rows(reference)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in reference.iterdir())
+    assert not list(folder.parent.glob("*.partial"))
+
+
+def raw(x):
+    """Bits, so that -0.0 is not 0.0."""
+    x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return np.asarray(x).view(f"u{x.dtype.itemsize}") if x.dtype != bool else np.asarray(x)
+
+
+def stop_in(monkeypatch, owner, name, calls, out, *options):
+    """A run that is stopped in that call of a function."""
+    real, count = getattr(owner, name), iter(range(1, 1000))
+
+    def stopping(*arguments, **options):
+        if next(count) == calls:
+            raise StoppedError
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stopping)
+        with pytest.raises(StoppedError):
+            start(out, *options)
+
+
+# Going on
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(case, toy, tmp_path, monkeypatch):
+    """In an epoch, before a row, in a checkpoint, in the last evaluation, and before the folder gets its name."""
+    stops = [(arrays.ImageArrays, "epoch", 4), (runs, "append", 1)]
+    if case == "rigl-s2sam":
+        stops += [(Checkpoints, "save", 1), (record, "recalibrate_batch_stats", 1), (shutil, "copytree", 1)]
+    for owner, name, calls in stops:
+        stop_in(monkeypatch, owner, name, calls, tmp_path / "stopped", *CASES[case])
+        (partial,) = (tmp_path / "stopped").iterdir()
+        assert partial.name.endswith(".partial")
+    assert_same_run(start(tmp_path / "stopped", *CASES[case]), start(tmp_path / "reference", *CASES[case]))
+
+
+CHILD = """
+import os, sys
+sys.path.insert(0, "tests")
+import toy
+from experiments import plots, tasks, train
+from experiments.checkpoint import Checkpoints
+tasks.build, plots.draw = toy.build, lambda runs, title, file: file.touch()
+save = Checkpoints.save
+def saving(self, epoch, *rest):
+    save(self, epoch, *rest)
+    print("saving", epoch, flush=True)
+    if epoch == int(os.environ["EXIT_AT"]):
+        os._exit(1)
+Checkpoints.save = saving
+train.main(sys.argv[1:])
+"""
+
+
+def child(out, compiled, *options, exit_at=0):
+    """A process of the same run, which may leave while a checkpoint is being written."""
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env |= {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8", "EXIT_AT": str(exit_at)}
+    command = [sys.executable, "-c", CHILD, *SHORT, "--out", str(out), *options]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_process(toy, tmp_path):
+    """Once by the operating system at any moment, once in a write that goes on in the background."""
+    reference, out = start(tmp_path / "reference"), tmp_path / "killed"
+    with child(out, toy) as first:
+        while "saving 2" not in first.stdout.readline():
+            assert first.poll() is None
+        os.kill(first.pid, signal.SIGKILL)
+    assert first.returncode == -signal.SIGKILL
+    with child(out, toy, exit_at=4) as second:
+        assert "saving 4" in second.stdout.read()
+    assert second.returncode == 1
+    (partial,) = out.iterdir()
+    (partial / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()
+    with (partial / runs.METRICS).open("a") as file:
+        file.write('{"epoch": 4, "half')
+    assert_same_run(start(out), reference)
+
+
+def test_a_row_replaces_what_an_interrupted_run_has_left(tmp_path):
+    lines = [json.dumps({"epoch": epoch}) for epoch in (1, 2, 3, 4)]
+    file = tmp_path / runs.METRICS
+    file.write_text("\n".join(lines) + '\n{"epoch": 5, "st')
+    runs.append(tmp_path, {"epoch": 3, "new": True})
+    assert file.read_text().splitlines() == [*lines[:2], '{"epoch": 3, "new": true}']
+
+
+# What is kept
+
+
+def small_state(value):
+    params = {"kernel": jnp.full((64, 64), float(value)), "bias": jnp.arange(7.0) + value}
+    momentum = jax.tree.map(jnp.array, params)
+    return TrainState(jnp.int32(value), params, (), {"momentum": momentum}, jax.random.key(value), jnp.int32(-1))
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as kept:
+        for epoch, accuracy in enumerate((0.3, 0.9, 0.9, None, 0.5, None), start=1):
+            kept.save(epoch, small_state(epoch), {"epoch": epoch, "history": [0.1 + epoch]}, accuracy)
+    with Checkpoints(tmp_path / "checkpoints") as kept:
+        assert kept.epochs == [3, 5, 6]
+        assert kept.best == tmp_path / "checkpoints" / "3"
+        state, progress = kept.restore(5, jax.eval_shape(lambda: small_state(0)))
+        assert progress == {"epoch": 5, "history": [5.1]}
+        assert float(state.params["kernel"].sum()) == 5 * 64 * 64
+        assert kept.epochs == [3, 5]
+
+
+def test_the_state_is_copied_before_it_can_be_donated(tmp_path):
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, s), donate_argnums=0)
+    with Checkpoints(tmp_path / "checkpoints") as kept:
+        state = small_state(1)
+        for epoch in (1, 2, 3):
+            kept.save(epoch, state, {"epoch": epoch}, None)
+            state = advance(state)
+        kept.wait()
+        for epoch in (3, 2):
+            assert float(kept.restore(epoch, state)[0].params["kernel"][0, 0]) == epoch
+
+
+def test_the_best_can_be_evaluated(toy, tmp_path):
+    folder = start(tmp_path, "--learning-rate", "0.5")
+    best = max(runs.rows(folder), key=lambda row: (row["test_accuracy"], row["epoch"]))
+    accuracy, sparsity = evaluate.main([str(folder), "--which", "best"])
+    assert accuracy == best["test_accuracy"]
+    assert int(runs.restore(folder, "best").step) == best["step"]
+    assert sparsity == pytest.approx(0.9, abs=0.01)
+
+
+# What is refused
+
+
+@pytest.fixture
+def interrupted(toy, tmp_path, monkeypatch):
+    """The folder of a run that was stopped in its third epoch."""
+    stop_in(monkeypatch, arrays.ImageArrays, "epoch", 3, tmp_path)
+    (partial,) = tmp_path.iterdir()
+    return partial
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_another_config_is_refused_and_named(interrupted):
+    file = interrupted / runs.CONFIG
+    original = file.read_text()
+    for change, message in [
+        ({"rho": 0.5, "seed": 3}, "rho: 0.5 there, 0.05 asked for\n  seed: 3 there, 0 asked for"),
+        ({"colour": "red"}, 'colour: "red" there, null asked for'),
+    ]:
+        file.write_text(json.dumps(json.loads(original) | change))
+        before = snapshot(interrupted)
+        with pytest.raises(ValueError, match=message):
+            start(interrupted.parent)
+        assert snapshot(interrupted) == before
+    file.write_text(original[: len(original) // 2])
+    with pytest.raises(ValueError, match=r"config\.json is not the config of a run"):
+        start(interrupted.parent)
+    start(interrupted.parent, "--overwrite")
+    assert not interrupted.exists()
+
+
+def test_what_a_result_does_not_depend_on_may_change(interrupted, tmp_path):
+    folder = start(interrupted.parent, "--checkpoint-every", "3")
+    assert runs.read_config(folder).checkpoint_every == 3
+    assert [row["epoch"] for row in runs.rows(folder)] == [1, 2, 3, 4, 5]
+
+
+@UNAWAITED
+def test_a_damaged_checkpoint_is_refused_and_named(interrupted):
+    newest = interrupted / "checkpoints" / "2"
+    (newest / "state" / "manifest.ocdbt").unlink()
+    before = snapshot(interrupted)
+    with pytest.raises(ValueError, match=r"checkpoints/2 is damaged .*Remove that folder to go on from the one before"):
+        start(interrupted.parent)
+    gc.collect()
+    assert snapshot(interrupted) == before
+    shutil.rmtree(newest)
+    assert [row["epoch"] for row in runs.rows(start(interrupted.parent))] == [1, 2, 3, 4, 5]
+
+
+@UNAWAITED
+def test_every_file_of_a_checkpoint_counts_or_is_not_needed(tmp_path):
+    """Without a file, or with half of it: the state is whole, or an error names the folder."""
+    wanted, like = small_state(2), jax.eval_shape(lambda: small_state(0))
+    with Checkpoints(tmp_path / "whole") as kept:
+        for epoch in (1, 2):
+            kept.save(epoch, small_state(epoch), {"epoch": epoch}, 0.5)
+    files = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole" / "2").rglob("*") if p.is_file()]
+    refused = set()
+    for index, (file, half) in enumerate(itertools.product(files, (False, True))):
+        folder = tmp_path / f"damaged-{index}"
+        shutil.copytree(tmp_path / "whole", folder)
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data[: len(data) // 2]) if half else (folder / file).unlink()
+        state, message = restored(folder, like)
+        if state is None:
+            assert f"The checkpoint {folder}/2 is damaged" in message
+            refused.add((file.parts[1], half))
+        else:
+            jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), state, wanted)
+    assert refused >= {("state", False), ("state", True), ("_CHECKPOINT_METADATA", True), ("metrics", True)}
+
+
+def restored(folder, like):
+    try:
+        with Checkpoints(folder) as kept:
+            return kept.restore(2, like)[0], ""
+    except ValueError as error:
+        return None, str(error)
+    finally:
+        gc.collect()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    """A limit on the size of files stands for it."""
+    script = """
+import resource, signal, sys
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_resume import Checkpoints, small_state
+kept = Checkpoints(Path(sys.argv[1]))
+kept.save(1, small_state(1), {"epoch": 1}, 0.5)
+kept.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    kept.save(2, small_state(2), {"epoch": 2}, 0.6)
+    kept.wait()
+except OSError as error:
+    print(error)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, str(tmp_path / "checkpoints")]
+    output = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout
+    assert f"A checkpoint could not be written to {tmp_path}/checkpoints" in output
+    with Checkpoints(tmp_path / "checkpoints") as kept:
+        assert kept.epochs == [1]
+        assert float(kept.restore(1, jax.eval_shape(lambda: small_state(0)))[0].params["kernel"][0, 0]) == 1
+        kept.save(2, small_state(2), {"epoch": 2}, 0.6)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_a_place_that_cannot_be_written_to_is_an_error_in_a_line(toy, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: .*file"):
+        start(tmp_path / "file" / "runs")

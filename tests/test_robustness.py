@@ -1,0 +1,145 @@
+"""``experiments.robustness`` from end to end: a run, its corrupted images, rows, and the summary that tables read."""
+
+import json
+import shutil
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from prepared import encoded, image_features, write_tfds
+
+from experiments import recipes, robustness, runs, table, tasks, train
+from experiments.config import Config
+from experiments.datasets import cifar_c, corruptions
+
+SMALL = ["--model", "resnet8", "--width", "4", "--batch-size", "16", "--optimizer", "sgd", "--method", "dense"]
+NAMES = ["gaussian_noise", "contrast", "brightness"]
+ROWS = 60
+
+
+def pictures(count):
+    """Grey in ten shades, one a class, with noise: what a change of brightness or contrast confuses."""
+    rng, labels = np.random.default_rng(count), np.arange(count) % 10
+    noise = rng.integers(-8, 9, (count, 32, 32, 3))
+    return np.uint8(25 * labels[:, None, None, None] + 12 + noise), labels
+
+
+def predictions(folder, images):
+    """Of the network on normalised pixels; to be compared with what the command reports."""
+    config, state = runs.read_config(folder), runs.restore(folder)
+    mean, std = {
+        "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    }[config.dataset]
+    pixels = ((images / 255 - mean) / std).astype(np.float32)
+    apply = jax.jit(partial(tasks.build(config).apply, train=False))
+    return np.argmax(np.asarray(apply(state.params, state.model_state, pixels)[0]), axis=-1)
+
+
+def write(folder, images, labels, splits):
+    rows = [{"image": image, "label": int(label)} for image, label in zip(images, labels, strict=True)]
+    write_tfds(folder, image_features(), dict.fromkeys(splits, rows))
+
+
+def stored(folder):
+    *rows, last = map(json.loads, (folder / "robustness.jsonl").read_text().splitlines())
+    return rows, last["summary"]
+
+
+@pytest.fixture(scope="module")
+def cifar_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cifar")
+    arrays = {f"{split}_{what}": x for split in ("train", "test") for what, x in zip(
+        ("images", "labels"), pictures(320 if split == "train" else 80), strict=True)}  # fmt: skip
+    np.savez(folder / "cifar.npz", **arrays)
+    options = ["--dataset", "cifar10", "--data", str(folder / "cifar.npz"), "--epochs", "3", "--out", str(folder)]
+    return train.main([*SMALL, *options])["sgd"]
+
+
+def test_computed_corruptions_of_a_cifar10_run(cifar_run, capsys):
+    summary = robustness.main([str(cifar_run), "--rows", str(ROWS), "--corruptions", *NAMES])
+    rows, kept = stored(cifar_run)
+    assert kept == summary
+    images, labels = (x[:ROWS] for x in pictures(80))
+    cells = [(name, severity) for name in NAMES for severity in range(1, 6)]
+    everything = np.concatenate([images, *(cifar_c.corrupt(*cell, images) for cell in cells)])
+    right = predictions(cifar_run, everything).reshape(-1, ROWS) == labels
+    clean, *expected = right.mean(axis=1)
+    assert {(row["corruption"], row["severity"]): row["accuracy"] for row in rows} == pytest.approx(
+        dict(zip(cells, expected, strict=True))
+    )
+    assert len(set(expected)) > 3
+    assert {row["examples"] for row in rows} == {ROWS}
+    assert {row["run"] for row in rows} == {cifar_run.name}
+    assert summary["mean_corruption_accuracy"] == pytest.approx(np.mean(expected))
+    assert summary["clean_accuracy"] == pytest.approx(clean)
+    assert summary["relative_accuracy"] == pytest.approx(np.mean(expected) / clean)
+    assert summary["missing"] == [name for name in corruptions.CORRUPTIONS if name not in NAMES]
+    assert "frost" in summary["missing"]
+    assert "mean_corruption_accuracy" in capsys.readouterr().out
+
+
+def test_released_files_with_the_same_images_give_the_same_rows(cifar_run, tmp_path):
+    images, labels = pictures(80)
+    np.save(tmp_path / "labels.npy", np.tile(labels, 5))
+    cells = [cifar_c.corrupt("contrast", severity, images) for severity in range(1, 6)]
+    np.save(tmp_path / "contrast.npy", np.concatenate(cells))
+    computed = robustness.main([str(cifar_run), "--corruptions", "contrast"])
+    of_computed = stored(cifar_run)
+    released = robustness.main([str(cifar_run), "--corruptions", "contrast", "--corrupted", str(tmp_path)])
+    assert released == computed
+    assert stored(cifar_run) == of_computed
+
+
+def test_imagenet_c_from_a_run_to_the_figure_of_a_table(tmp_path):
+    """Corrupted sets whose labels are what the run predicts, but for 3 of 20 more at each severity."""
+    pixels, labels = pictures(20)
+    data, folder = tmp_path / "tfds", tmp_path / "tfds" / "imagenet2012_corrupted"
+    images = [encoded(x) for x in pixels]
+    write(data / "imagenet2012/5.1.0", images, labels, ("train", "validation"))
+    options = ["--dataset", "imagenet2012", "--data", str(data), "--image-size", "32", "--epochs", "1"]
+    run = train.main([*SMALL, *options, "--out", str(tmp_path / "runs")])["sgd"]
+    predicted = predictions(run, pixels)
+    for severity in range(1, 6):
+        write(tmp_path / f"{severity}", images, predicted ^ (np.arange(20) < 3 * severity), ("validation",))
+        for name in corruptions.CORRUPTIONS:
+            shutil.copytree(tmp_path / f"{severity}", folder / f"{name}_{severity}/1.0.0")
+
+    summary = robustness.main([str(run), "--corrupted", str(data)])
+    rows, kept = stored(run)
+    assert kept == summary
+    assert len(rows) == 75
+    assert summary["missing"] == []
+    assert summary["clean_accuracy"] == pytest.approx(np.mean(predicted == labels))
+    assert summary["by_severity"] == pytest.approx({"1": 0.85, "2": 0.7, "3": 0.55, "4": 0.4, "5": 0.25})
+    assert summary["by_corruption"] == pytest.approx(dict.fromkeys(corruptions.CORRUPTIONS, 0.55))
+    assert summary["mean_corruption_accuracy"] == pytest.approx(0.55)
+    row = table._row(recipes.get("table5.rigl-0.8.s2sam"), runs.read_config(run), "full")
+    assert row["recipe"]["metric"] == "ImageNet-C accuracy (%)"
+    assert row["value"] == pytest.approx(55)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        ("digits", [], "corrupted forms of cifar10 and imagenet2012; the run is of digits"),
+        ("imagenet2012", [], "ImageNet-C cannot be computed here: pass --corrupted"),
+        ("cifar10", ["--corrupted", "x", "--rows", "5"], "rows=5 is for corruptions that are computed; leave it out"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(dataset, options, message, tmp_path):
+    (tmp_path / runs.CONFIG).write_text(json.dumps(Config(dataset=dataset).to_json()))
+    with pytest.raises(ValueError, match=message):
+        robustness.main([str(tmp_path), *options])
+
+
+def test_missing_corruptions_are_named(cifar_run, tmp_path):
+    with pytest.raises(ValueError, match=r"no corruptions \['frost'\] here; there are gaussian_noise, .*, snow, fog,"):
+        robustness.main([str(cifar_run), "--corruptions", "frost"])
+    with pytest.raises(ValueError, match=r"no corruptions \['rain'\] here; there are gaussian_noise, .*, frost, fog,"):
+        corruptions.from_npy(tmp_path, 5, names=["rain"])
+    with pytest.raises(SystemExit, match=r"Of the 5 corruptions in cifar10_corrupted, 5 are not prepared"):
+        robustness.main([str(cifar_run), "--corruptions", "frost", "--corrupted", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is not the folder of a finished run"):
+        robustness.main([str(tmp_path)])
