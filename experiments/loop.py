@@ -63,7 +63,7 @@ def train(
       FloatingPointError: naming the step at which something was not finite.
     """
     record = Record(config, task, reporter, checkpoints)
-    tx = optimizers.make(config, task.steps_per_epoch)
+    tx = optimizers.make(config, task.steps_per_epoch, task.network.groups)
     state = record.begin(
         lambda: initial_state(config, task.network, tx, start, task.mesh),
         max(checkpoints.epochs, default=None) if checkpoints else None,

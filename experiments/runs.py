@@ -108,7 +108,8 @@ def restore(folder: Path, which: Which = "last") -> TrainState:
     """The final state of a finished run, or that after the epoch of the best test accuracy."""
     config = read_config(folder)
     # Only the structure is needed here, which does not depend on the number of steps, if only they are enough.
-    network, tx = tasks.build(config), optimizers.make(config, steps_per_epoch=10_000)
+    network = tasks.build(config)
+    tx = optimizers.make(config, 10_000, network.groups)
     like = jax.eval_shape(lambda: loop.initial_state(config, network, tx))
     return checkpoint.restore(folder / {"last": CHECKPOINT, "best": BEST}[which], like)
 

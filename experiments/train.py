@@ -1,7 +1,9 @@
 """The main job: trains one network, or the same one with several optimizers, and shows the result."""
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments import loop, plots, recipes, report, runs, sharding, tasks
+from experiments import loop, plots, recipes, report, runs, seeds, sharding, tasks
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
@@ -25,6 +27,8 @@ class Arguments:
 
     config: tyro.conf.OmitArgPrefixes[Config] = dataclasses.field(default_factory=Config)
     compare: tuple[OptimizerName, ...] = ()  # Train with each of these optimizers, from the same seed.
+    seeds: tuple[int, ...] = ()  # Train with each of these seeds, one after another, or
+    vmap: bool = False  # side by side as one program on one device; for accelerators.
     overwrite: bool = False  # Train anew, even if the result is there or an interrupted run could go on.
     mesh: str | None = None  # Devices to train on, as data=8 or data=4,fsdp=2; default: one.
     distributed: bool = False  # This is one of several processes; the cluster tells which, or the next three options.
@@ -35,19 +39,21 @@ class Arguments:
 
 
 class _Recorder:
-    """Writes every row to the run's folder, and passes it on to the progress bar."""
+    """Writes every row to the run's folder, and passes it on to the progress bar if that is the run's."""
 
-    def __init__(self, config: Config, folder: Path, bar: report.ProgressBar, arguments: Arguments):
+    def __init__(self, config: Config, folder: Path, bar: report.ProgressBar | None, arguments: Arguments):
         self._provenance = runs.provenance(config) | ({"mesh": arguments.mesh} if arguments.mesh else {})
         self._folder, self._bar = folder, bar
         self._events = _event_writer(folder) if arguments.tensorboard and sharding.writes() else None
 
     def steps(self, count: int) -> None:
-        self._bar.steps(count)
+        if self._bar is not None:
+            self._bar.steps(count)
 
     def row(self, row: Row) -> None:
         runs.append(self._folder, self._provenance | row)
-        self._bar.row(row)
+        if self._bar is not None:
+            self._bar.row(row)
         if self._events is not None:
             for name, value in row.items():
                 if isinstance(value, int | float):
@@ -64,40 +70,69 @@ def _event_writer(folder: Path) -> Any:
 
 
 def train(arguments: Arguments, console: Console) -> dict[str, Path]:
-    """Runs what was asked for and prints the result; returns the folders of the runs, by optimizer."""
-    optimizers = arguments.compare or (arguments.config.optimizer,)
-    configs = {name: dataclasses.replace(arguments.config, optimizer=name) for name in optimizers}
+    """Runs what was asked for and prints the result; returns the folders of the runs, by optimizer or seed or both."""
+    configs = _configs(arguments)
     fresh = [config for config in configs.values() if arguments.overwrite or not config.run_dir.is_dir()]
+    for config in configs.values():
+        runs.tidy(config.run_dir)
     if fresh:
         loaded = tasks.load(arguments.config)
         start = _start(arguments.config)
-        for config in fresh:
-            _run(config, loaded, start, console, arguments)
+        for group in _groups(fresh, arguments.vmap):
+            _run(group, loaded, start, console, arguments)
     folders = {name: config.run_dir for name, config in configs.items()}
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
-    console.print(_title(arguments.config), soft_wrap=True)
+    console.print(_title(arguments), soft_wrap=True)
     console.print(report.result_table({name: rows[name][-1] for name in rows}))
     if len(fresh) < len(configs):
         console.print("Shown from stored runs where they exist; add --overwrite to train anew.")
     for folder in folders.values():
         console.print(f"Files: {folder}", soft_wrap=True)
     if arguments.compare and sharding.writes():
-        file = arguments.config.out / f"compare-{'-'.join(optimizers)}-{configs[optimizers[0]].name}.png"
-        plots.draw(rows, _title(arguments.config), file)
+        first = next(iter(configs.values()))
+        file = arguments.config.out / f"compare-{'-'.join(arguments.compare)}-{first.name}.png"
+        plots.draw(rows, _title(arguments), file)
         console.print(f"Curves: {file}", soft_wrap=True)
     return folders
 
 
-def _run(config: Config, loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> None:
-    task = tasks.make(config, loaded, sharding.parse(arguments.mesh))
-    folder = runs.begin(config, arguments.overwrite)
+def _configs(arguments: Arguments) -> dict[str, Config]:
+    """Of every run asked for, by what tells it from the others."""
+    if arguments.vmap and len(set(arguments.seeds)) < 2:
+        raise ValueError(f"--vmap trains several seeds side by side: give them as --seeds; got {arguments.seeds}.")
+    configs = {}
+    for optimizer in arguments.compare or (arguments.config.optimizer,):
+        for seed in arguments.seeds or (arguments.config.seed,):
+            label = [optimizer] if arguments.compare or not arguments.seeds else []
+            label += [f"seed {seed}"] if arguments.seeds else []
+            configs[" ".join(label)] = dataclasses.replace(arguments.config, optimizer=optimizer, seed=seed)
+    return configs
+
+
+def _groups(configs: list[Config], vmap: bool) -> list[list[Config]]:
+    """What is trained together: the seeds of an optimizer, or each run alone."""
+    if not vmap:
+        return [[config] for config in configs]
+    return [list(group) for _, group in itertools.groupby(configs, lambda config: config.optimizer)]
+
+
+def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> None:
+    made = [tasks.make(config, loaded, sharding.parse(arguments.mesh)) for config in configs]
+    folders = [runs.begin(config, arguments.overwrite) for config in configs]
+    steps = made[0].steps_per_epoch
     with (
-        Checkpoints(folder / runs.CHECKPOINTS) as checkpoints,
-        report.ProgressBar(console, config.optimizer, config.epochs, task.steps_per_epoch) as bar,
+        contextlib.ExitStack() as stack,
+        report.ProgressBar(console, configs[0].optimizer, configs[0].epochs, steps) as bar,
     ):
-        recorder = _Recorder(config, folder, bar, arguments)
-        state = loop.train(config, task, recorder, start, checkpoints)
-    runs.finish(config, folder, state, checkpoints.best)
+        checkpoints = [stack.enter_context(Checkpoints(folder / runs.CHECKPOINTS)) for folder in folders]
+        bars = itertools.chain([bar], itertools.repeat(None))
+        recorders = [_Recorder(*of_one, arguments) for of_one in zip(configs, folders, bars, strict=False)]
+        if arguments.vmap:
+            states = seeds.train(configs, made, recorders, start, checkpoints)
+        else:
+            states = [loop.train(configs[0], made[0], recorders[0], start, checkpoints[0])]
+    for config, folder, state, kept in zip(configs, folders, states, checkpoints, strict=True):
+        runs.finish(config, folder, state, kept.best)
 
 
 def _start(config: Config) -> TrainState | None:
@@ -114,10 +149,11 @@ def _start(config: Config) -> TrainState | None:
     return runs.restore(config.init_from)
 
 
-def _title(config: Config) -> str:
+def _title(arguments: Arguments) -> str:
+    config, trained = arguments.config, arguments.seeds or (arguments.config.seed,)
     kind = "dense" if config.method == "dense" else f"{config.method}, {config.sparsity:.0%} sparse"
     width = "" if config.width is None else f" x{config.width}"
-    return f"{config.dataset}, {config.model}{width}, {kind}, seed {config.seed}"
+    return f"{config.dataset}, {config.model}{width}, {kind}, seed {', '.join(map(str, trained))}"
 
 
 def _recipe(argv: list[str] | None) -> tuple["recipes.Recipe | None", list[str]]:

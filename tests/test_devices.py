@@ -49,9 +49,7 @@ def test_a_mesh_is_read_from_a_text():
     assert dict(sharding.parse().shape) == {"data": 1, "fsdp": 1}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "data", "data=0", "data=-2", "data=2,data=2", "model=2", "data=2;fsdp=2"]
-)
+@pytest.mark.parametrize("text", ["", "data", "data=0", "data=-2", "data=2,data=2", "model=2", "data=2;fsdp=2"])
 def test_a_mesh_that_cannot_be_read(text):
     with pytest.raises(ValueError, match=r"A mesh looks like data=4,fsdp=2, .* got "):
         sharding.parse(text)
@@ -171,25 +169,26 @@ def test_the_train_step_on_a_mesh(climb, kind):
         return jnp.mean((hidden @ params["b"]) ** 2), (model_state, {})
 
     def run(place, place_batch):
-        rng = np.random.default_rng(0)
-        params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
-        sharpness = optax.chain(climb(0.1), optax.sgd(0.1, momentum=0.9))
-        tx = sparsify(sharpness, methods.rigl(0.5), sparsity=0.5, when=Every(0, 2, 8))
-        state, step = place(TrainState.create(params, tx)), make_train_step(loss_fn, tx)
-        for _ in range(6):
-            state, _ = step(state, place_batch(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)))
+        state, step = place(jax.tree.map(jnp.array, first)), make_train_step(loss_fn, tx)
+        for batch in batches:
+            state, _ = step(state, place_batch(batch))
         return state
 
     def lies(leaf):
         return NamedSharding(mesh, P("fsdp", None) if leaf.ndim else P())
 
-    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(kind,) * 2)
+    rng = np.random.default_rng(0)
+    batches = [jnp.asarray(rng.normal(size=(16, 8)), jnp.float32) for _ in range(6)]
+    sharpness = optax.chain(climb(0.1), optax.sgd(0.1, momentum=0.9))
+    tx = sparsify(sharpness, methods.rigl(0.5), sparsity=0.5, when=Every(0, 2, 8))
+    # Before there are explicit axes, under which each leaf of random masks has a key of its own.
+    first = TrainState.create({name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in SHAPES.items()}, tx)
     reference = run(lambda state: state, lambda batch: batch)
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
-        rows = NamedSharding(mesh, P("data", None))
         state = run(
             lambda state: jax.tree.map(lambda x: jax.device_put(x, lies(x)), state),
-            lambda batch: jax.device_put(batch, rows),
+            lambda batch: jax.device_put(batch, NamedSharding(mesh, P("data", None))),
         )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.params, reference.params)
     jax.tree.map(np.testing.assert_array_equal, get_masks(state.opt_state), get_masks(reference.opt_state))

@@ -1,0 +1,147 @@
+"""Many seeds in one program: each the run that it is alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_resume import CASES, StoppedError, rows
+from toy import compiled_once, toy
+
+from experiments import runs, train
+from experiments.tasks import arrays
+from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods, s2sam, sparsify, ssam
+
+__all__ = ["compiled_once", "toy"]
+
+SHORT = ["--subset", "256", "--epochs", "3"]
+
+
+def start(out, *options):
+    return train.main([*SHORT, "--out", str(out), *options])
+
+
+def assert_close_runs(folder, reference):
+    a, b = (runs.restore(x) for x in (folder, reference))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5), a.params, b.params)
+    jax.tree.map(np.testing.assert_array_equal, get_masks(a.opt_state), get_masks(b.opt_state))
+    for row, other in zip(rows(folder), rows(reference), strict=True):
+        assert row.keys() == other.keys()
+        np.testing.assert_allclose(row["train_loss"], other["train_loss"], rtol=1e-4)
+        assert (row["seed"], row["step"]) == (other["seed"], other["step"])
+
+
+@pytest.mark.parametrize("case", ["rigl-s2sam", "mest-ems-sam"])
+def test_seeds_side_by_side_are_the_runs_one_by_one(case, toy, tmp_path):
+    seeds = ["--seeds", "0", "1", "2", "3"]
+    together = start(tmp_path / "vmap", *CASES[case], *seeds, "--vmap")
+    alone = start(tmp_path / "alone", *CASES[case], *seeds)
+    assert list(together) == list(alone) == [f"seed {seed}" for seed in range(4)]
+    kernels = []
+    for name in together:
+        assert_close_runs(together[name], alone[name])
+        assert sorted(p.name for p in together[name].iterdir()) == sorted(p.name for p in alone[name].iterdir())
+        kernels.append(np.asarray(get_masks(runs.restore(together[name]).opt_state)["hidden"]["kernel"]))
+    for a in range(4):
+        for b in range(a):
+            assert (kernels[a] != kernels[b]).any()
+
+
+def test_seeds_go_on_together_from_an_epoch_that_all_have(toy, tmp_path, monkeypatch):
+    options = ["--seeds", "0", "1", "--vmap"]
+    reference = start(tmp_path / "whole", *options)
+    calls = iter(range(1, 100))
+    append = runs.append
+
+    def stopping(folder, row):
+        if next(calls) == 4:  # the second seed's row of the second epoch: its checkpoint is there
+            raise StoppedError
+        append(folder, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "append", stopping)
+        with pytest.raises(StoppedError):
+            start(tmp_path / "stopped", *options)
+    going = start(tmp_path / "stopped", *options)
+    for name in reference:
+        a, b = (runs.restore(x[name]) for x in (going, reference))
+        jax.tree.map(np.testing.assert_array_equal, a.params, b.params)
+        assert [row["epoch"] for row in runs.rows(going[name])] == [1, 2, 3]
+
+
+def test_seeds_at_different_epochs_are_refused_and_go_on_alone(toy, tmp_path, monkeypatch):
+    real = arrays.ImageArrays.epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays.ImageArrays, "epoch", lambda self, *rest: None if rest[2] == 2 else real(self, *rest))
+        with pytest.raises(TypeError):
+            start(tmp_path, "--seed", "1")
+    with pytest.raises(
+        ValueError, match=r"no common epoch to go on from together: \{0: \[\], 1: \[1, 2\]\}. Train them"
+    ):
+        start(tmp_path, "--seeds", "0", "1", "--vmap")
+    assert list(start(tmp_path, "--seeds", "0", "1")) == ["seed 0", "seed 1"]
+
+
+def test_side_by_side_needs_seeds_and_one_device(toy, tmp_path):
+    with pytest.raises(ValueError, match="give them as --seeds; got \\(\\)"):
+        start(tmp_path, "--vmap")
+    with pytest.raises(ValueError, match="--vmap trains seeds on one device, and the mesh has 2"):
+        start(tmp_path, "--seeds", "0", "1", "--vmap", "--mesh", "data=2")
+
+
+def test_optimizers_and_seeds_have_labels(toy, tmp_path):
+    folders = start(tmp_path, "--epochs", "1", "--compare", "sgd", "s2sam", "--seeds", "0", "1", "--vmap")
+    assert list(folders) == ["sgd seed 0", "sgd seed 1", "s2sam seed 0", "s2sam seed 1"]
+
+
+# The library
+
+
+def loss_fn(params, model_state, batch, key):
+    noise = jax.random.normal(key, batch.shape)
+    return jnp.mean((jnp.tanh((batch + 0.1 * noise) @ params["kernel"])) ** 2), (model_state, {})
+
+
+def optimizer(climb):
+    return sparsify(
+        optax.chain(climb, optax.sgd(0.1, momentum=0.9)), methods.rigl(0.5), sparsity=0.5, when=Every(1, 3, 20)
+    )
+
+
+@pytest.mark.parametrize("climb", [s2sam(0.1), ssam(0.1, total_steps=9, update_every=2)], ids=["s2sam", "ssam"])
+def test_several_networks_in_one_step(climb):
+    """Equal to each alone, called from Python and inside jit; and no step pays for updates that are not due."""
+    tx, rng = optimizer(climb), np.random.default_rng(0)
+    batches = jnp.asarray(rng.normal(size=(7, 3, 8, 6)), jnp.float32)
+
+    def create(seed):
+        return TrainState.create({"kernel": jax.random.normal(jax.random.key(seed), (6, 5))}, tx, seed=seed)
+
+    one, many = make_train_step(loss_fn, tx), make_train_step(loss_fn, tx, vmap=True)
+    traced = jax.jit(lambda state, batch: many(state, batch))
+    alone = [create(seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *alone)
+    inside = jax.tree.map(jnp.array, stacked)
+    for batch in batches:
+        stacked, metrics = many(stacked, batch)
+        inside, _ = traced(inside, batch)
+        assert metrics["loss"].shape == (3,)
+        alone = [one(state, part)[0] for state, part in zip(alone, batch, strict=True)]
+    for index, state in enumerate(alone):
+        for whole in (stacked, inside):
+            np.testing.assert_allclose(whole.params["kernel"][index], state.params["kernel"], rtol=1e-4, atol=1e-5)
+            np.testing.assert_array_equal(
+                get_masks(whole.opt_state)["kernel"][index], get_masks(state.opt_state)["kernel"]
+            )
+
+
+def test_one_that_breaks_down_is_frozen_and_the_others_go_on():
+    tx = optimizer(s2sam(0.1))
+    step = make_train_step(loss_fn, tx, vmap=True)
+    params = {"kernel": jnp.ones((2, 6, 5))}
+    state = jax.vmap(lambda p: TrainState.create(p, tx))(params)
+    bad = jnp.ones((2, 8, 6)).at[0].set(jnp.nan)
+    for batch in (jnp.ones((2, 8, 6)), bad, *[jnp.ones((2, 8, 6))] * 4):
+        state, _ = step(state, batch)
+    np.testing.assert_array_equal(state.first_bad_step, [1, -1])
+    np.testing.assert_array_equal(state.opt_state.next_update, [1, 7])
