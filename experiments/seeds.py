@@ -1,5 +1,6 @@
 """Runs that differ in their seed alone, trained side by side as one program."""
 
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -60,8 +61,8 @@ def common_epoch(configs: Sequence[Config], checkpoints: Sequence[Checkpoints]) 
     common = set.intersection(*(set(found) for found in epochs.values()))
     if not common and any(epochs.values()):
         raise ValueError(
-            f"The seeds have checkpoints of no common epoch to go on from together: {epochs}. Train them without --vmap, "
-            "each from where it is, or anew with --overwrite."
+            f"The seeds have checkpoints of no common epoch to go on from together: {epochs}. Train them without "
+            "--vmap, each from where it is, or anew with --overwrite."
         )
     return max(common, default=None)
 
@@ -78,7 +79,7 @@ def _stack(*trees: Any) -> Any:
 @jax.jit
 def _unstack(tree: Any) -> list[Any]:
     count = jax.tree.leaves(tree)[0].shape[0]
-    return [jax.tree.map(lambda leaf: leaf[index], tree) for index in range(count)]
+    return [jax.tree.map(operator.itemgetter(index), tree) for index in range(count)]
 
 
 def _check_mesh(mesh: Mesh) -> None:

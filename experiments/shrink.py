@@ -15,7 +15,7 @@ import tyro
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
-from experiments import data, models, runs, tasks
+from experiments import data, runs, tasks
 from experiments.config import Config
 from experiments.models import Network
 from s2sam_jax import eval_params, get_masks, materialize
@@ -96,24 +96,10 @@ def load_small(folder: Path) -> Network:
     file = folder / SMALL / WIDTHS
     if not file.is_file():
         raise FileNotFoundError(f"There is no {file}; write it by python -m experiments.shrink {folder}")
-    network = build(runs.read_config(folder), json.loads(file.read_text()))
+    network = tasks.build(runs.read_config(folder), json.loads(file.read_text()))
     arrays = {"params": network.params, "model_state": network.model_state}
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays)
     return network._replace(**ocp.load(str((file.parent / CHECKPOINT).resolve()), like))
-
-
-def build(config: Config, widths: Mapping[str, int]) -> Network:
-    """The network of a config, with fewer channels."""
-    text = models.MODELS[config.model].text
-    return models.build(
-        config.model,
-        width=config.width,
-        channels=None if text else data.KINDS[config.dataset].shape[2],
-        classes=config.vocabulary if text else data.KINDS[config.dataset].classes,
-        seed=config.seed,
-        dtype=config.compute,
-        widths=widths,
-    )
 
 
 def compare(config: Config, masked: Network, small: Network) -> Comparison:
@@ -145,7 +131,7 @@ def _networks(folder: Path, config: Config) -> tuple[Network, Network, dict[str,
     state, network = runs.restore(folder), tasks.build(config)
     params = eval_params(state.params, state.opt_state)
     left = materialize(params, state.model_state, network.groups, get_masks(state.opt_state, params))
-    small = build(config, left.widths)._replace(params=left.params, model_state=left.model_state)
+    small = tasks.build(config, left.widths)._replace(params=left.params, model_state=left.model_state)
     masked = network._replace(params=params, model_state=state.model_state)
     if jax.tree.map(jnp.shape, small.params) == jax.tree.map(jnp.shape, params):
         raise ValueError(

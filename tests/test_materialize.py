@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from prepared import encoded, image_features, write_tfds
 
-from experiments import checkpoint, models, optimizers, shrink, tasks
+from experiments import checkpoint, models, optimizers, shrink, tasks, train
 from experiments.benchmarks import inference
 from experiments.config import Config
 from experiments.models import resnet, resnet_imagenet, transformer
@@ -269,6 +269,17 @@ def test_a_run_shrinks(run_dir, capsys):
     logits, after = jax.eval_shape(lambda *weights: network.apply(*weights, images, True), *network[:2])
     assert logits.shape == (2, 10)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, network.model_state)
+
+
+def test_a_run_of_chex_shrinks(tmp_path):
+    """Trained by the command line: half of the 4 + 8 + 16 hidden channels are left."""
+    words = f"--method chex --sparsity 0.5 --subset 64 --epochs 2 --width 4 --out {tmp_path}"
+    folder = train.main(words.split())["s2sam"]
+    found = shrink.main([str(folder)])
+    assert found.difference <= 1e-5 * found.largest
+    widths = json.loads((folder / "small" / "widths.json").read_text())
+    assert sum(widths.values()) == 14
+    assert min(widths.values()) >= 1
 
 
 def test_a_small_network_that_computes_something_else_is_not_written(run_dir, monkeypatch):

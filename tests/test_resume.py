@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from toy import compiled_once, toy
 
-from experiments import checkpoint, evaluate, record, runs, train
+from experiments import evaluate, record, runs, train
 from experiments.checkpoint import Checkpoints
 from experiments.tasks import arrays
 from s2sam_jax import TrainState

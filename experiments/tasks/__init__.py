@@ -1,6 +1,6 @@
 """What a run trains on, as the loop sees it: a network, its loss, epochs and an evaluation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -56,8 +56,8 @@ class Task(Protocol):
         ...
 
 
-def build(config: Config) -> Network:
-    """The network of a config."""
+def build(config: Config, widths: Mapping[str, int] | None = None) -> Network:
+    """The network of a config, or with fewer channels in the groups that ``widths`` names."""
     text = models.MODELS[config.model].text
     if text != (config.dataset == "wmt14"):
         raise ValueError(
@@ -66,7 +66,13 @@ def build(config: Config) -> Network:
     classes = config.vocabulary if text else data.KINDS[config.dataset].classes
     channels = None if text else data.KINDS[config.dataset].shape[2]
     return models.build(
-        config.model, width=config.width, channels=channels, classes=classes, seed=config.seed, dtype=config.compute
+        config.model,
+        width=config.width,
+        channels=channels,
+        classes=classes,
+        seed=config.seed,
+        dtype=config.compute,
+        widths=widths,
     )
 
 
