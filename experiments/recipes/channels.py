@@ -1,10 +1,10 @@
-"""S2-SAM on ImageNet with networks that lose whole channels: Table 3, CHEX and Chase."""
+"""S2-SAM with networks that lose whole channels: Table 3, CHEX and Chase; and the same on CIFAR-10."""
 
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.recipes import imagenet
+from experiments.recipes import cifar, imagenet
 from experiments.recipes.base import Printed, Recipe, recipe
 from experiments.recipes.cifar import OPTIMIZERS
 
@@ -46,7 +46,19 @@ UNKNOWN = {
 }
 
 
+def on_cifar() -> Iterator[Recipe]:
+    """Small enough to be tried."""
+    known = "Nothing: the paper has these methods on ImageNet alone."
+    for (key, sparsity), optimizer in itertools.product((("chex", 0.5), ("chase", 0.9)), OPTIMIZERS):
+        yield cifar.row("table3-cifar10", key, sparsity, optimizer, Printed(), known=known)
+
+
 def recipes() -> Iterator[Recipe]:
+    yield from on_imagenet()
+    yield from on_cifar()
+
+
+def on_imagenet() -> Iterator[Recipe]:
     for (key, label, model, sparsity, options), optimizer in itertools.product(ROWS, OPTIMIZERS):
         config = imagenet.dense(model=model, sparsity=sparsity, optimizer=optimizer, **options)
         unknown = UNKNOWN[key.partition("-")[0]]

@@ -86,6 +86,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"method": "mest-ems", "distribution": "uniform"},
         "How much denser it is between updates, beyond the released profiles (here the library's mest-ems).",
     ),
+    "chex": ("CHEX", {"method": "chex"}, "Clock (here every 2 epochs up to 0.72 of training, as on ImageNet)."),
+    "chase": ("Chase", {"method": "chase"}, "Clock (here every 2 epochs, half of the channels gone by 130 of 160)."),
 }
 
 SCHEDULE = (
