@@ -10,12 +10,14 @@ from typing import Any
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
-from experiments import loop, plots, recipes, report, runs, seeds, sharding, tasks
+from experiments import flops, loop, plots, recipes, report, runs, seeds, sharding, tasks
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
-from s2sam_jax import TrainState
+from experiments.tasks import Task
+from s2sam_jax import TrainState, get_masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Arguments:
     coordinator: str | None = None  # HOST:PORT of the first process.
     num_processes: int | None = None
     process_id: int | None = None
+    layers: bool = False  # FLOPs of every layer, not only in all.
     tensorboard: bool = False  # Event files in the run's folder as well; needs tensorboardX.
 
 
@@ -58,7 +61,11 @@ class _Recorder:
             for name, value in row.items():
                 if isinstance(value, int | float):
                     self._events.add_scalar(name, value, row["step"])
-            self._events.flush()
+
+    def close(self) -> None:
+        """Waits for the events, which a thread of their writer's own puts on disk."""
+        if self._events is not None:
+            self._events.close()
 
 
 def _event_writer(folder: Path) -> Any:
@@ -127,12 +134,23 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
         checkpoints = [stack.enter_context(Checkpoints(folder / runs.CHECKPOINTS)) for folder in folders]
         bars = itertools.chain([bar], itertools.repeat(None))
         recorders = [_Recorder(*of_one, arguments) for of_one in zip(configs, folders, bars, strict=False)]
+        for recorder in recorders:
+            stack.callback(recorder.close)
         if arguments.vmap:
             states = seeds.train(configs, made, recorders, start, checkpoints)
         else:
             states = [loop.train(configs[0], made[0], recorders[0], start, checkpoints[0])]
     for config, folder, state, kept in zip(configs, folders, states, checkpoints, strict=True):
         runs.finish(config, folder, state, kept.best)
+    console.print(_flops(configs[0], made[0], states[0], arguments.layers))
+
+
+def _flops(config: Config, task: Task, state: TrainState, layers: bool) -> Table:
+    """What the run would cost if zeros cost nothing; its seeds cost the same."""
+    masks = None if config.method == "dense" else sharding.gather(get_masks(state.opt_state, state.params))
+    recorded = [row["sparsity"] for row in runs.rows(config.run_dir)]
+    entries = flops.ledger(config, task.network, task.steps_per_epoch, masks=masks, sparsities=recorded)
+    return flops.table(entries, layers=layers)
 
 
 def _start(config: Config) -> TrainState | None:

@@ -1,7 +1,7 @@
 """One jitted training step for every optimizer and every sparse method."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,71 +10,16 @@ from jax.core import Tracer
 
 from s2sam_jax._gradient import Batch, Gradient, LossFn, Metrics, ModelState, averaged_gradient, gradient_by_part
 from s2sam_jax._host_clock import HostClock
-from s2sam_jax._masks import SparseState, apply_masks
+from s2sam_jax._masks import SparseState
 from s2sam_jax._s2sam import S2SAMState, perturb
 from s2sam_jax._sam import SAMState
 from s2sam_jax._ssam import SSAMState, empirical_fisher
-from s2sam_jax._tree import copy_key, find_states, norm
+from s2sam_jax._train_state import TrainState
+from s2sam_jax._tree import find_states, norm
 from s2sam_jax._types import Params
 
 Flags = tuple[tuple[str, bool], ...]
-TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
-
-
-class TrainState(NamedTuple):
-    """All that changes during training, as one pytree of arrays.
-
-    Attributes:
-      step: int32[], calls of the train step.
-      params: parameters; exactly zero where pruned.
-      model_state: what the model keeps besides parameters, such as BatchNorm statistics.
-      opt_state: state of the optimizer, with masks, last gradient and keys inside.
-      key: typed PRNG key; a step uses ``fold_in(key, step)``.
-      first_bad_step: int32[], the first step whose loss or update was not finite, else -1. From it on the
-        parameters are frozen.
-    """
-
-    step: jax.Array
-    params: Params
-    model_state: ModelState
-    opt_state: Any
-    key: jax.Array
-    first_bad_step: jax.Array
-
-    @classmethod
-    def create(
-        cls,
-        params: Params,
-        tx: optax.GradientTransformation,
-        *,
-        model_state: ModelState = (),
-        seed: int | jax.Array = 0,
-    ) -> "TrainState":
-        """Initialises the optimizer and, where there are masks, applies them to the parameters.
-
-        Args:
-          params: initial parameters; copied, so that the state can be donated.
-          tx: the optimizer.
-          model_state: initial model state; copied.
-          seed: integer or PRNG key for dropout and the like.
-
-        Returns:
-          The state to start from.
-
-        Example:
-          >>> import jax.numpy as jnp, optax
-          >>> from s2sam_jax import TrainState, methods, sparsify
-          >>> tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.75)
-          >>> print(TrainState.create({"kernel": jnp.ones((2, 2))}, tx).params["kernel"].sum())
-          1.0
-        """
-        params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
-        # Some optimizers keep the parameters themselves; a buffer cannot be donated twice.
-        opt_state = jax.tree.map(jnp.array, tx.init(params))
-        if find_states(opt_state, SparseState):
-            params = apply_masks(params, opt_state)
-        zero = jnp.zeros((), jnp.int32)
-        return cls(zero, params, model_state, opt_state, copy_key(seed), jnp.full((), -1, jnp.int32))
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(

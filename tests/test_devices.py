@@ -1,5 +1,6 @@
 """Several devices and several processes: the results of one, wherever the arrays lie."""
 
+import itertools
 import json
 import os
 import socket
@@ -14,10 +15,13 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_resume import stop_in
 from toy import compiled_once, toy
 
-from experiments import runs, sharding, tasks, train
+from experiments import record, runs, sharding, tasks, train
 from experiments.config import Config
+from experiments.datasets.stream import Evaluation, Stream
+from experiments.tasks import arrays
 from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods, s2sam, sam, sparsify
 
 __all__ = ["compiled_once", "toy"]
@@ -99,8 +103,6 @@ def test_many_devices_give_the_result_of_one(options, toy, one_device, tmp_path)
 
 def test_the_state_lies_where_it_should_throughout(toy, monkeypatch, tmp_path):
     """Masks, momentum and the last gradient as their parameter, and every leaf as at the start."""
-    from experiments import record
-
     seen = []
     monkeypatch.setattr(record, "stop_if_bad", lambda state: seen.append(jax.tree.map(lambda x: x.sharding, state)))
     config = Config(subset=256, epochs=3, out=tmp_path)
@@ -125,10 +127,6 @@ class Silent:
 
 
 def test_a_run_goes_on_on_another_mesh(toy, one_device, tmp_path, monkeypatch):
-    from test_resume import stop_in
-
-    from experiments.tasks import arrays
-
     reference = start(one_device)
     monkeypatch.setattr("test_resume.SHORT", SHORT)
     stop_in(monkeypatch, arrays.ImageArrays, "epoch", 2, tmp_path, "--mesh", "data=2,fsdp=4")
@@ -139,8 +137,6 @@ def test_a_run_goes_on_on_another_mesh(toy, one_device, tmp_path, monkeypatch):
 @pytest.mark.parametrize("mesh", ["data=8", "data=4,fsdp=2"])
 def test_an_epoch_in_one_program(mesh, toy, monkeypatch):
     """The form for accelerators, on several devices."""
-    from experiments.tasks import arrays
-
     config = Config(subset=256, epochs=2)
     results = []
     for text, backend in ((None, "cpu"), (mesh, "gpu")):
@@ -209,8 +205,10 @@ train.main(sys.argv[1:])
 """
 
 
-def test_two_processes_give_the_result_of_one(toy, one_device, tmp_path):
-    """Four devices each, over gloo; the first writes."""
+def test_two_processes_give_the_result_of_one(toy, one_device, tmp_path, monkeypatch):
+    """Four devices each, over gloo; they go on from what one process has left, and the first writes."""
+    monkeypatch.setattr("test_resume.SHORT", SHORT)
+    stop_in(monkeypatch, arrays.ImageArrays, "epoch", 2, tmp_path, "--mesh", "data=8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -231,3 +229,25 @@ def test_two_processes_give_the_result_of_one(toy, one_device, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert_close_runs(folder, start(one_device))
     assert [json.loads(line)["epoch"] for line in (folder / runs.METRICS).read_text().splitlines()] == [1, 2, 3]
+
+
+def test_processes_that_cannot_find_each_other_are_told_how(monkeypatch):
+    def initialize(*arguments):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"should be defined.\) Outside of .* give each --coordinator HOST:PORT"):
+        train.main(["--distributed"])
+
+
+def test_shares_of_processes_put_together_are_the_batches_of_one():
+    """In order, so that what depends on the place in a batch, such as dropout, is the same."""
+    kinds = (
+        lambda index, count: Stream(range(24), lambda row, rng: (row, rng.random()), 8, index, count).batches(0),
+        lambda index, count: Evaluation(range(21), lambda row: (row, row), (-1, -1), 8, index, count),
+    )
+    for make in kinds:
+        whole, *shares = (list(itertools.islice(make(i, n), 3)) for i, n in ((0, 1), (0, 2), (1, 2)))
+        for batch, *parts in zip(whole, *shares, strict=True):
+            for together, *cut in zip(batch, *parts, strict=True):
+                np.testing.assert_array_equal(together, np.concatenate(cut))

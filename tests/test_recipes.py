@@ -13,6 +13,7 @@ from rich.console import Console
 from experiments import plots, recipes, report, runs, sparse_methods, table
 from experiments.recipes import base
 from experiments.recipes.ssam import DOUBTFUL
+from s2sam_jax import ChannelGroup, Every, Slice
 
 ALL = list(recipes.RECIPES.values())
 
@@ -130,9 +131,19 @@ def test_distributions_and_rounds():
 def test_methods_and_clocks_can_be_made():
     for recipe in ALL:
         if recipe.config.method != "dense":
-            method = sparse_methods.make(recipe.config)
+            method = sparse_methods.make(recipe.config, [ChannelGroup("hidden", (Slice("a", -1),), (Slice("b", 0),))])
             clock = sparse_methods.clock(recipe.config, steps_per_epoch=100)
             assert method.update is None or (clock or method.when) is not None, recipe.name
+
+
+def test_channel_methods_follow_their_papers_clocks():
+    chex = recipes.get("table3.chex-resnet50-0.7.s2sam").config
+    assert sparse_methods.clock(chex, steps_per_epoch=1251) == Every(0, 2 * 1251, 180 * 1251)
+    assert (chex.explore, chex.batch_size, chex.learning_rate) == (0.3, 1024, 1.024)
+    chase = recipes.get("table3.chase-resnet50-0.9.sgd").config
+    assert sparse_methods.clock(chase, steps_per_epoch=2502).every == pytest.approx(1000, abs=1)
+    assert (chase.channel_sparsity, chase.batch_size, chase.weight_decay) == (0.4, 512, 1e-4)
+    assert recipes.get("table3-cifar10.chase-0.9.s2sam").expected is None
 
 
 def test_unknown_names_are_met_with_near_ones():

@@ -77,7 +77,7 @@ def test_no_assert_and_no_print(path):
 
 PUBLIC = {
     f"{module.__name__}.{name}": value
-    for module in (s2sam_jax, s2sam_jax.methods)
+    for module in (s2sam_jax, s2sam_jax.methods, s2sam_jax.analysis)
     for name, value in vars(module).items()
     if not name.startswith("_") and not inspect.ismodule(value)
 }

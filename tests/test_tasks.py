@@ -30,6 +30,7 @@ def prepared_images(tmp_path_factory):
 def test_imagenet_from_end_to_end(prepared_images, tmp_path):
     arguments = ["--dataset", "imagenet2012", "--data", str(prepared_images), "--model", "resnet34", "--width", "2"]
     arguments += ["--image-size", "32", "--batch-size", "8", "--epochs", "2", "--out", str(tmp_path)]
+    arguments += ["--mesh", "data=2"]
     folder = train.main(arguments)["s2sam"]
     row = last_row(folder)
     assert row["step"] == 4
@@ -51,6 +52,7 @@ def test_translation_from_end_to_end(tmp_path):
             (tmp_path / f"{split}.{language}").write_text("".join(lines))
     arguments = ["--dataset", "wmt14", "--data", str(tmp_path), "--model", "transformer-base", "--width", "16"]
     arguments += ["--vocabulary", "280", "--max-length", "12", "--batch-size", "8", "--epochs", "2", "--base", "adamw"]
+    arguments += ["--mesh", "data=2,fsdp=2"]
     folder = train.main([*arguments, "--learning-rate", "0.001", "--out", str(tmp_path / "runs")])["s2sam"]
     row = last_row(folder)
     assert row["step"] == 6

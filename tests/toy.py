@@ -23,7 +23,7 @@ def build(config):
         hidden = images.reshape(len(images), -1) @ params["hidden"]["kernel"]
         mean = hidden.mean(0) if train else model_state["mean"]
         new = {"mean": 0.9 * model_state["mean"] + 0.1 * mean} if train else model_state
-        return jax.nn.relu(hidden - mean + params["hidden"]["bias"]) @ params["head"]["kernel"], new
+        return jnp.tanh(hidden - mean + params["hidden"]["bias"]) @ params["head"]["kernel"], new
 
     return Network(params, {"mean": jnp.zeros(WIDTH)}, apply)
 
