@@ -182,15 +182,6 @@ def test_the_state_is_copied_before_it_can_be_donated(tmp_path):
             assert float(kept.restore(epoch, state)[0].params["kernel"][0, 0]) == epoch
 
 
-def test_the_best_can_be_evaluated(toy, tmp_path):
-    folder = start(tmp_path, "--learning-rate", "0.5")
-    best = max(runs.rows(folder), key=lambda row: (row["test_accuracy"], row["epoch"]))
-    accuracy, sparsity = evaluate.main([str(folder), "--which", "best"])
-    assert accuracy == best["test_accuracy"]
-    assert int(runs.restore(folder, "best").step) == best["step"]
-    assert sparsity == pytest.approx(0.9, abs=0.01)
-
-
 # What is refused
 
 
@@ -225,12 +216,6 @@ def test_another_config_is_refused_and_named(interrupted):
     assert not interrupted.exists()
 
 
-def test_what_a_result_does_not_depend_on_may_change(interrupted, tmp_path):
-    folder = start(interrupted.parent, "--checkpoint-every", "3")
-    assert runs.read_config(folder).checkpoint_every == 3
-    assert [row["epoch"] for row in runs.rows(folder)] == [1, 2, 3, 4, 5]
-
-
 @UNAWAITED
 def test_a_damaged_checkpoint_is_refused_and_named(interrupted):
     newest = interrupted / "checkpoints" / "2"
@@ -241,7 +226,11 @@ def test_a_damaged_checkpoint_is_refused_and_named(interrupted):
     gc.collect()
     assert snapshot(interrupted) == before
     shutil.rmtree(newest)
-    assert [row["epoch"] for row in runs.rows(start(interrupted.parent))] == [1, 2, 3, 4, 5]
+    folder = start(interrupted.parent, "--checkpoint-every", "3")  # what a result does not depend on may change
+    assert [row["epoch"] for row in runs.rows(folder)] == [1, 2, 3, 4, 5]
+    best = max((runs.rows(folder)[epoch - 1] for epoch in (1, 3, 5)), key=lambda row: row["test_accuracy"])
+    assert evaluate.main([str(folder), "--which", "best"])[0] == best["test_accuracy"]
+    assert int(runs.restore(folder, "best").step) == best["step"]
 
 
 @UNAWAITED

@@ -1,5 +1,8 @@
 """Many seeds in one program: each the run that it is alone."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,20 +34,17 @@ def assert_close_runs(folder, reference):
         assert (row["seed"], row["step"]) == (other["seed"], other["step"])
 
 
-@pytest.mark.parametrize("case", ["rigl-s2sam", "mest-ems-sam"])
-def test_seeds_side_by_side_are_the_runs_one_by_one(case, toy, tmp_path):
-    seeds = ["--seeds", "0", "1", "2", "3"]
-    together = start(tmp_path / "vmap", *CASES[case], *seeds, "--vmap")
-    alone = start(tmp_path / "alone", *CASES[case], *seeds)
-    assert list(together) == list(alone) == [f"seed {seed}" for seed in range(4)]
-    kernels = []
+@pytest.mark.parametrize(("case", "count"), [("rigl-s2sam", 4), ("mest-ems-sam", 2)])
+def test_seeds_side_by_side_are_the_runs_one_by_one(case, count, toy, tmp_path):
+    options = [*CASES[case], "--epochs", "2", "--seeds", *map(str, range(count))]
+    together = start(tmp_path / "vmap", *options, "--vmap")
+    alone = start(tmp_path / "alone", *options)
+    assert list(together) == list(alone) == [f"seed {seed}" for seed in range(count)]
     for name in together:
         assert_close_runs(together[name], alone[name])
         assert sorted(p.name for p in together[name].iterdir()) == sorted(p.name for p in alone[name].iterdir())
-        kernels.append(np.asarray(get_masks(runs.restore(together[name]).opt_state)["hidden"]["kernel"]))
-    for a in range(4):
-        for b in range(a):
-            assert (kernels[a] != kernels[b]).any()
+    masks = [get_masks(runs.restore(folder).opt_state)["hidden"]["kernel"] for folder in together.values()]
+    assert all((a != b).any() for a, b in itertools.combinations(masks, 2))
 
 
 def test_seeds_go_on_together_from_an_epoch_that_all_have(toy, tmp_path, monkeypatch):
@@ -89,9 +89,14 @@ def test_side_by_side_needs_seeds_and_one_device(toy, tmp_path):
         start(tmp_path, "--seeds", "0", "1", "--vmap", "--mesh", "data=2")
 
 
-def test_optimizers_and_seeds_have_labels(toy, tmp_path):
-    folders = start(tmp_path, "--epochs", "1", "--compare", "sgd", "s2sam", "--seeds", "0", "1", "--vmap")
-    assert list(folders) == ["sgd seed 0", "sgd seed 1", "s2sam seed 0", "s2sam seed 1"]
+def test_optimizers_and_seeds_have_labels():
+    base = train.Arguments(seeds=(0, 1))
+    configs = train._configs(dataclasses.replace(base, compare=("sgd", "s2sam")))
+    assert list(configs) == ["sgd seed 0", "sgd seed 1", "s2sam seed 0", "s2sam seed 1"]
+    assert [(c.optimizer, c.seed) for c in configs.values()] == [("sgd", 0), ("sgd", 1), ("s2sam", 0), ("s2sam", 1)]
+    assert [[c.seed for c in group] for group in train._groups(list(configs.values()), vmap=True)] == [[0, 1], [0, 1]]
+    assert list(train._configs(base)) == ["seed 0", "seed 1"]
+    assert list(train._configs(train.Arguments())) == ["s2sam"]
 
 
 # The library
