@@ -13,6 +13,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
+from experiments import sharding
 from s2sam_jax import TrainState
 
 _POLICIES = ocp.training.preservation_policies
@@ -102,7 +103,7 @@ def save(folder: Path, state: TrainState) -> None:
 def restore(folder: Path, like: TrainState) -> TrainState:
     """Reads a checkpoint into the structure of ``like``, whose leaves may be shapes, as from ``jax.eval_shape``.
 
-    Each leaf comes to lie as in ``like``, or on the first device where that does not say.
+    Each leaf comes to lie as in ``like``, or on the first device, or in every process, where that does not say.
 
     Raises:
       FileNotFoundError: when there is none.
@@ -116,7 +117,8 @@ def restore(folder: Path, like: TrainState) -> TrainState:
         if stored is None:
             raise ValueError("it does not say what is in it")
     _check_fields(folder, stored, like)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    alone = jax.process_count() == 1
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if alone else sharding.everywhere(sharding.parse())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like)
     with _reading(folder):
         return ocp.load(str(folder.resolve()), target)
@@ -139,9 +141,11 @@ def _reading(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        unfinished = folder.name.isdecimal()
+        advice = "Remove that folder to go on from the one before it, or train" if unfinished else "If it is, train"
         raise ValueError(
-            f"The checkpoint {folder} is damaged ({_short(error)}). Remove that folder to go on from "
-            "the one before it, or train anew with --overwrite."
+            f"The checkpoint {folder} is damaged, or cannot be read here ({_short(error)}). {advice} anew with "
+            "--overwrite."
         ) from error
 
 

@@ -105,7 +105,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         groups.setdefault((row["method"], row["sparsity_asked"], row["optimizer"]), []).append(row)
     for (method, sparsity, optimizer), mine in groups.items():
-        cells = [_spread([scale * row[field] for row in mine if row[field]]) for field, scale in columns.values()]
+        cells = [
+            _spread([scale * row[field] for row in mine if row[field] is not None]) for field, scale in columns.values()
+        ]
         lines.append(f"| {method} | {100 * sparsity:g} | {optimizer} | {' | '.join(cells)} | {len(mine)} |")
     return "\n".join(lines)
 

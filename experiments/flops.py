@@ -20,7 +20,7 @@ from s2sam_jax.analysis import layer_flops, masked_flops, training_flops
 # Of SSAM's second gradient, the share that its mask does not thin out. The paper prints only the relative FLOPs, 1.65
 # to 1.30 at sparsities of 0.5 to 0.99; this share is inferred from them and reproduces all six.
 SSAM_DENSE_SHARE = 0.294
-GROWN_BY_GRADIENT = ("rigl", "rigl-itop")
+GROWN_BY_GRADIENT = ("rigl", "rigl-itop", "chase", "chase-imagenet")
 
 FORWARD, TRAINING, RUN, STATE = "forward", "training, a sample", "training, the run", "optimizer state"
 
@@ -173,7 +173,7 @@ def _planned_flops(config: Config, network: Network, layers: dict[str, int]) -> 
     if config.method == "dense":
         return dict(layers)
     ranks = sparse_methods.make(config, network.groups).ranks
-    name = config.distribution or ("uniform" if ranks == "global" else "erk")
+    name = config.distribution or ("uniform" if ranks == "global" or config.structure.startswith("nm") else "erk")
     distribute = {"uniform": uniform, "er": erdos_renyi, "erk": erdos_renyi_kernel}[name]
     plan = jax.tree_util.tree_leaves_with_path(distribute(network.params, config.sparsity))
     planned = {jax.tree_util.keystr(path, simple=True, separator="/"): sparsity for path, sparsity in plan}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ def draw_surfaces(rows: Mapping[str, Row], file: Path) -> None:
     columns = min(len(rows), 4)
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(4.2 * columns, 6.6 * lines), layout="constrained")
-    top = max(np.max(row["surface"]) for row in rows.values())
+    everything = np.concatenate([np.ravel(row["surface"]) for row in rows.values()])
+    top = np.max(everything[np.isfinite(everything)], initial=0.0) or 1.0
     for place, (label, row) in enumerate(rows.items()):
-        heights, line = np.asarray(row["surface"]), np.linspace(-row["span"], row["span"], row["n"])
+        heights, line = (
+            np.nan_to_num(row["surface"], nan=top, posinf=top),
+            np.linspace(-row["span"], row["span"], row["n"]),
+        )
         alpha, beta = np.meshgrid(line, line, indexing="ij")
         first = 2 * columns * (place // columns) + place % columns + 1
         solid: Any = figure.add_subplot(2 * lines, columns, first, projection="3d")
@@ -28,9 +33,11 @@ def draw_surfaces(rows: Mapping[str, Row], file: Path) -> None:
         solid.set(title=f"{label}\nRa = {row['roughness']:.3g}", zlim=(0, top), xlabel="α", ylabel="β")
         solid.set_zlabel("training loss (nats)")
         flat = figure.add_subplot(2 * lines, columns, first + columns)
-        levels = np.geomspace(max(heights.min(), 1e-4 * heights.max()) * 1.01, heights.max(), 10)  # wells are steep
-        drawn = flat.contour(alpha, beta, heights, levels=levels, norm="log", cmap="viridis")
-        flat.clabel(drawn, fmt="%.2g", fontsize=7)
+        low = 1.01 * max(heights.min(), 1e-4 * heights.max())
+        if 0 < low < heights.max():
+            levels = np.geomspace(low, heights.max(), 10)  # wells are steep
+            drawn = flat.contour(alpha, beta, heights, levels=levels, norm="log", cmap="viridis")
+            flat.clabel(drawn, fmt="%.2g", fontsize=7)
         flat.plot(0, 0, "+", color="black")
         flat.set(xlabel="α (filter norms)", ylabel="β (filter norms)", aspect="equal")
     figure.savefig(file, dpi=110)
@@ -40,9 +47,10 @@ def draw_spectra(rows: Mapping[str, Row], file: Path) -> None:
     """Densities of the Hessian's eigenvalues, on a logarithmic scale."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    for (label, row), colour in zip(rows.items(), COLOURS, strict=False):
+    for (label, row), colour in zip(rows.items(), cycle(COLOURS)):
         found = Spectrum(np.asarray(row["nodes"]), np.asarray(row["weights"]))
         low, high = found.nodes.min(), found.nodes.max()
+        high = max(high, low + 1e-6)  # a single eigenvalue
         margin = 0.05 * (high - low)
         grid = np.linspace(low - margin, high + margin, 2000)
         axes.semilogy(grid, found.density(grid, sigma=(high - low) / 100) + 1e-12, color=colour, label=label)
@@ -70,7 +78,7 @@ def draw_against_sparsity(
     figure = Figure(figsize=(4 * len(methods) + 1, 3.8), layout="constrained")
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     for axes, method in zip(panels, methods, strict=True):
-        for optimizer, colour, marker in zip(optimizers, COLOURS, MARKERS, strict=False):
+        for optimizer, colour, marker in zip(optimizers, cycle(COLOURS), cycle(MARKERS)):
             mine = [row for row in rows if row["method"] == method and row["optimizer"] == optimizer]
             sparsities = sorted({row["sparsity_asked"] for row in mine})
             values = [[scale * row[field] for row in mine if row["sparsity_asked"] == s] for s in sparsities]

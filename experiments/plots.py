@@ -1,6 +1,7 @@
 """One figure per run or comparison: training loss, test accuracy, and what is left of each layer."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def draw(runs: Mapping[str, list[Row]], title: str, file: Path) -> None:
 
 
 def _curves(axes: Axes, runs: Mapping[str, list[Row]], field: str, scale: float, title: str, unit: str) -> None:
-    for (label, rows), colour, marker in zip(runs.items(), COLOURS, MARKERS, strict=False):
+    for (label, rows), colour, marker in zip(runs.items(), cycle(COLOURS), cycle(MARKERS)):
         epochs, values = [row["epoch"] for row in rows], [scale * row[field] for row in rows]
         axes.plot(epochs, values, label=label, color=colour, marker=marker, markersize=3, linewidth=1.5)
     axes.set(title=title, xlabel="epoch", ylabel=unit)
@@ -49,7 +50,7 @@ def _bars(axes: Axes, layers: Mapping[str, Mapping[str, list[int]]]) -> None:
         layers = {"all": first}
     height = 0.8 / len(layers)
     colours = COLOURS if len(layers) > 1 else (GREY,)
-    for index, ((label, counts), colour) in enumerate(zip(layers.items(), colours, strict=False)):
+    for index, ((label, counts), colour) in enumerate(zip(layers.items(), cycle(colours))):
         left = [100 * (1 - counts[name][0] / counts[name][1]) if name in counts else 0.0 for name in names]
         positions = [row + (index - (len(layers) - 1) / 2) * height for row in range(len(names))]
         bars = axes.barh(positions, left, height=height, color=colour, label=label)
@@ -69,7 +70,7 @@ def draw_growth(points: Sequence[Mapping[str, Any]], device: str, file: Path) ->
         (panels[0], "seconds", "time (s)"),
         (panels[1], "temporary_bytes", "temporary memory (bytes)"),
     ):
-        for way, colour in zip(dict.fromkeys(point["way"] for point in points), COLOURS, strict=False):
+        for way, colour in zip(dict.fromkeys(point["way"] for point in points), cycle(COLOURS)):
             mine = [point for point in points if point["way"] == way]
             axes.loglog([p["parameters"] for p in mine], [p[field] for p in mine], "o-", color=colour, label=way)
         axes.set(xlabel="scores", ylabel=label)
@@ -84,7 +85,7 @@ def draw_comparison(lines: Sequence[Any], title: str, file: Path) -> None:
     figure = Figure(figsize=(11, max(3.0, 0.24 * len(lines) + 1.4)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     optimizers = list(dict.fromkeys(line.optimizer for line in lines))
-    colours = dict(zip(optimizers, COLOURS, strict=False))
+    colours = dict(zip(optimizers, cycle(COLOURS)))
     for place, line in enumerate(lines):
         colour = colours[line.optimizer]
         for axes, ours, spread, paper in (

@@ -3,10 +3,13 @@
 While the run is in progress the name ends in ``.partial``; several processes share the folder, and one writes.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -32,13 +35,43 @@ CONFIG, METRICS, ROBUSTNESS, CHECKPOINTS, CHECKPOINT, BEST, WEIGHTS, CURVES = (
 Which = Literal["last", "best"]
 
 
+def finished(config: Config) -> bool:
+    """Whether its result is there, and no later training of it has been interrupted."""
+    return config.run_dir.is_dir() and not _partial(config).is_dir()
+
+
+@contextlib.contextmanager
+def claim(config: Config) -> Iterator[None]:
+    """Keeps other processes from training the same run at the same time.
+
+    Raises:
+      ValueError: when another one does.
+    """
+    if not sharding.writes():
+        yield
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    file = config.run_dir.with_name(config.name + ".lock")
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up by a process that is killed, too
+        except BlockingIOError as error:
+            raise ValueError(
+                f"Another process is training {config.name}; wait for it, or give another --out."
+            ) from error
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
 def begin(config: Config, overwrite: bool = False) -> Path:
     """The folder of an unfinished run: that which an interrupted one has left, or a new one.
 
     Raises:
       ValueError: for a folder that a run of another config has left.
     """
-    folder = config.run_dir.with_name(config.name + ".partial")
+    folder = _partial(config)
     if not overwrite:
         _check_config(folder, config)
     sharding.wait_for_all("check")
@@ -49,6 +82,10 @@ def begin(config: Config, overwrite: bool = False) -> Path:
         _write(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
     sharding.wait_for_all("begin")
     return folder
+
+
+def _partial(config: Config) -> Path:
+    return config.run_dir.with_name(config.name + ".partial")
 
 
 def append(folder: Path, row: Row) -> None:

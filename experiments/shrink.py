@@ -159,15 +159,21 @@ def _examples(config: Config) -> Iterator[tuple[Any, jax.Array, jax.Array]]:
 
 
 def _save(folder: Path, network: Network, widths: Mapping[str, int]) -> None:
-    """The folder is replaced at once or not at all."""
+    """Between two renamings there is only the old folder, as ``small.old``."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     arrays = {"params": network.params, "model_state": network.model_state}
     ocp.save(str((partial / CHECKPOINT).resolve()), arrays)
     (partial / WIDTHS).write_text(json.dumps(widths, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    if folder.exists():
+        old = folder.with_suffix(".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, folder)
 
 
 if __name__ == "__main__":

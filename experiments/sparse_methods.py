@@ -60,7 +60,9 @@ def clock(config: Config, steps_per_epoch: int) -> Every | None:
     every = steps(config.update_every or every, steps_per_epoch)
     end = end if config.update_end is None else config.update_end
     total = config.epochs * steps_per_epoch
-    return Every(0, every, min(int(end * total), total - 1) // every * every)
+    # CHEX compares the scales of norms, which are all alike before training.
+    start = every if config.method == "chex" else 0
+    return Every(start, every, max(start, min(int(end * total), total - 1) // every * every))
 
 
 def round_steps(config: Config, steps_per_epoch: int) -> int:

@@ -79,7 +79,7 @@ def _event_writer(folder: Path) -> Any:
 def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     """Runs what was asked for and prints the result; returns the folders of the runs, by optimizer or seed or both."""
     configs = _configs(arguments)
-    fresh = [config for config in configs.values() if arguments.overwrite or not config.run_dir.is_dir()]
+    fresh = [config for config in configs.values() if arguments.overwrite or not runs.finished(config)]
     for config in configs.values():
         runs.tidy(config.run_dir)
     if fresh:
@@ -125,12 +125,15 @@ def _groups(configs: list[Config], vmap: bool) -> list[list[Config]]:
 
 def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> None:
     made = [tasks.make(config, loaded, sharding.parse(arguments.mesh)) for config in configs]
-    folders = [runs.begin(config, arguments.overwrite) for config in configs]
     steps = made[0].steps_per_epoch
     with (
+        contextlib.ExitStack() as claims,
         contextlib.ExitStack() as stack,
         report.ProgressBar(console, configs[0].optimizer, configs[0].epochs, steps) as bar,
     ):
+        for config in configs:
+            claims.enter_context(runs.claim(config))
+        folders = [runs.begin(config, arguments.overwrite) for config in configs]
         checkpoints = [stack.enter_context(Checkpoints(folder / runs.CHECKPOINTS)) for folder in folders]
         bars = itertools.chain([bar], itertools.repeat(None))
         recorders = [_Recorder(*of_one, arguments) for of_one in zip(configs, folders, bars, strict=False)]

@@ -138,7 +138,7 @@ def test_methods_and_clocks_can_be_made():
 
 def test_channel_methods_follow_their_papers_clocks():
     chex = recipes.get("table3.chex-resnet50-0.7.s2sam").config
-    assert sparse_methods.clock(chex, steps_per_epoch=1251) == Every(0, 2 * 1251, 180 * 1251)
+    assert sparse_methods.clock(chex, steps_per_epoch=1251) == Every(2 * 1251, 2 * 1251, 180 * 1251)
     assert (chex.explore, chex.batch_size, chex.learning_rate) == (0.3, 1024, 1.024)
     chase = recipes.get("table3.chase-resnet50-0.9.sgd").config
     assert sparse_methods.clock(chase, steps_per_epoch=2502).every == pytest.approx(1000, abs=1)

@@ -18,6 +18,7 @@ from toy import compiled_once, toy
 
 from experiments import evaluate, record, runs, train
 from experiments.checkpoint import Checkpoints
+from experiments.config import Config
 from experiments.tasks import arrays
 from s2sam_jax import TrainState
 
@@ -216,12 +217,29 @@ def test_another_config_is_refused_and_named(interrupted):
     assert not interrupted.exists()
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
+    config = Config(out=tmp_path)
+    with runs.claim(config), pytest.raises(ValueError, match="Another process is training digits-"), runs.claim(config):
+        pass
+    with runs.claim(config):
+        assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_is_not_finished_even_over_an_older_result(tmp_path):
+    config = Config(out=tmp_path)
+    config.run_dir.mkdir()
+    assert runs.finished(config)
+    runs.begin(config, overwrite=True)
+    assert not runs.finished(config)
+
+
 @UNAWAITED
 def test_a_damaged_checkpoint_is_refused_and_named(interrupted):
     newest = interrupted / "checkpoints" / "2"
     (newest / "state" / "manifest.ocdbt").unlink()
     before = snapshot(interrupted)
-    with pytest.raises(ValueError, match=r"checkpoints/2 is damaged .*Remove that folder to go on from the one before"):
+    with pytest.raises(ValueError, match=r"checkpoints/2 is damaged.*Remove that folder to go on from the one before"):
         start(interrupted.parent)
     gc.collect()
     assert snapshot(interrupted) == before

@@ -278,8 +278,13 @@ def _lanczos(product: Product, start: jax.Array, steps: int) -> tuple[list[float
         if betas[-1] <= tiny * max(map(abs, alphas + betas)):
             break
         if index + 1 < steps:
-            basis = basis.at[index + 1].set(rest / beta)
+            basis = _with_row(basis, rest / beta, index + 1)
     return alphas, betas
+
+
+@functools.partial(jax.jit, donate_argnames="basis")
+def _with_row(basis: jax.Array, row: jax.Array, index: int) -> jax.Array:
+    return basis.at[index].set(row)
 
 
 @jax.jit

@@ -56,7 +56,8 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
         only shrink; norms are not squared, which changes the sampling alone.
 
     Returns:
-      A method that needs ``when`` with an ``end``. The paper: every 2 of 250 epochs up to 180, S = 0.5, explore 0.2
+      A method that needs ``when`` with an ``end``, and a start after some training: fresh scales are all alike, so that
+      the groups given last would lose most. The paper: every 2 of 250 epochs up to 180, S = 0.5, explore 0.2
       for half of ResNet-50. It keeps a copy of the parameters.
 
     Raises:
@@ -70,7 +71,7 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
       >>> import jax.numpy as jnp, optax
       >>> from s2sam_jax import ChannelGroup, Every, Slice, methods, sparsify
       >>> group = ChannelGroup("conv", filters=(Slice("kernel", -1),), scales=(Slice("scale", 0),))
-      >>> tx = sparsify(optax.sgd(0.1), methods.chex([group]), sparsity=0.5, when=Every(0, 2, 180))
+      >>> tx = sparsify(optax.sgd(0.1), methods.chex([group]), sparsity=0.5, when=Every(2, 2, 180))
       >>> state = tx.init({"kernel": jnp.ones((3, 3, 4, 10)), "scale": jnp.ones(10)})
       >>> int(state.nnz["scale"])  # 5 for good, and 2 to explore
       7
