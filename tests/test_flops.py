@@ -15,7 +15,7 @@ from rich.console import Console
 
 from experiments import flops, sparse_methods, tasks
 from experiments.config import Config
-from s2sam_jax import SparseMethod, apply_masks, sparsify
+from s2sam_jax import ChannelGroup, Slice, apply_masks, sparsify
 from s2sam_jax.analysis import layer_flops, masked_flops, training_flops
 
 
@@ -407,10 +407,10 @@ def test_planned_zeros_are_those_of_the_masks(method):
     assert share[-1] == 1.0
 
 
-def test_a_density_that_nobody_planned_must_be_recorded(monkeypatch):
-    monkeypatch.setattr(sparse_methods, "make", lambda config: SparseMethod(lambda x: None, None, "bounded"))
-    with pytest.raises(ValueError, match="give the sparsities"):
-        flops.pruned_share(dataclasses.replace(DIGITS, method="set"), 10)
+def test_a_density_that_nobody_planned_must_be_recorded():
+    group = ChannelGroup("hidden", filters=(Slice("kernel", -1),))
+    with pytest.raises(ValueError, match="The density of chase is not known beforehand; give the sparsities"):
+        flops.pruned_share(dataclasses.replace(DIGITS, method="chase"), 10, [group])
 
 
 def test_recorded_sparsities_and_masks():
