@@ -1,15 +1,21 @@
 """Figures of solutions are drawn from rows, also where there is little or nothing to see."""
 
+import json
+
+import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from toy import compiled_once, toy
 
-from experiments import landscapes
+from experiments import flatness, landscapes, runs, solution, spectrum, surface, train
+
+__all__ = ["compiled_once", "toy"]
 
 RNG = np.random.default_rng(0)
 
 
-def surface(heights):
+def row_of(heights):
     return {"surface": heights.tolist(), "span": 1.0, "n": len(heights), "roughness": 1.0}
 
 
@@ -19,7 +25,7 @@ def surface(heights):
     ids=["rough", "flat", "zero", "broken"],
 )
 def test_surfaces(heights, tmp_path):
-    landscapes.draw_surfaces({"one": surface(heights), "two": surface(heights)}, tmp_path / "surface.png")
+    landscapes.draw_surfaces({"one": row_of(heights), "two": row_of(heights)}, tmp_path / "surface.png")
     picture = imread(tmp_path / "surface.png")
     assert picture.shape[1] > 500
     assert picture.std() > 0.05
@@ -48,3 +54,76 @@ def test_against_sparsity_has_a_line_for_each_optimizer(tmp_path, monkeypatch):
     lines = [container.lines[0] for container in axes.containers]
     assert len(lines) == 8
     np.testing.assert_allclose(lines[3].get_xydata(), [[80, 2 * (3 + 0.8 + 0.5)], [90, 2 * (3 + 0.9 + 0.5)]])
+
+
+@pytest.fixture
+def folder(toy, tmp_path):
+    words = f"--method static --sparsity 0.5 --subset 64 --epochs 1 --batch-size 32 --out {tmp_path}"
+    return next(iter(train.main(words.split()).values()))
+
+
+def test_surface_of_a_run(folder):
+    """Its middle is the loss of the run's weights, its roughness that of the stored heights."""
+    row = surface.main([str(folder), "--n", "3", "--examples", "64", "--span", "0.5"])
+    heights = np.array(row["surface"])
+    assert heights.shape == (3, 3)
+    _, found = solution.of_run(folder, None, 64)
+    logits = []
+    hidden, head = found.params["hidden"], found.params["head"]["kernel"]
+    mean = runs.restore(folder).model_state["mean"]
+    for pixels, _ in found.batches:
+        inputs = (np.asarray(pixels, np.float64).reshape(len(pixels), -1) / 255 - 0.3054) / 0.3760
+        logits.append(np.tanh(inputs @ hidden["kernel"] - mean + hidden["bias"]) @ np.asarray(head, np.float64))
+    logits, labels = np.concatenate(logits), np.concatenate([labels for _, labels in found.batches])
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(64), labels]
+    assert heights[1, 1] == pytest.approx(losses.mean(), rel=1e-5)
+    assert row["roughness"] == pytest.approx(np.abs(heights - heights.mean()).mean())
+    assert row["examples"] == 64
+    assert json.loads((folder / surface.ROWS).read_text()) == row
+    assert imread(folder / surface.FIGURE).std() > 0.05
+    with pytest.raises(ValueError, match="at least one batch of 32"):
+        surface.main([str(folder), "--examples", "8"])
+    with pytest.raises(SystemExit, match="not the folder of a finished run"):
+        surface.main([str(folder.parent)])
+
+
+def test_spectrum_of_a_run(folder):
+    """Against the curvature along the vectors themselves: a Rayleigh quotient is never above the largest eigenvalue."""
+    row = spectrum.main([str(folder), "--examples", "64", "--steps", "20", "--samples", "4"])
+    values = np.array(row["eigenvalues"])
+    assert (np.diff(values) <= 0).all()
+    assert row["eigenvalue_bounds"][0] < 0.05 * values[0]
+    _, found = solution.of_run(folder, None, 64)
+
+    def loss(params):
+        return sum(found.loss_fn(params, batch) for batch in found.batches) / len(found.batches)
+
+    gradient = jax.tree.map(lambda m, g: np.where(m, g, 0), found.masks, jax.grad(loss)(found.params))
+    product = jax.jvp(jax.grad(loss), (found.params,), (gradient,))[1]
+    squares, quotient = (
+        sum(np.vdot(g, x) for g, x in zip(*map(jax.tree.leaves, (gradient, other)), strict=True))
+        for other in (gradient, product)
+    )
+    assert 0 < quotient / squares <= values[0] * 1.001
+    assert np.sum(row["weights"]) == pytest.approx(1.0, abs=1e-6)
+    assert row["sam_sharpness"] > 0
+    assert imread(folder / spectrum.FIGURE).std() > 0.02
+
+
+def test_page_of_flatness_comes_from_its_rows(tmp_path):
+    common = {"examples": 512, "n": 15, "span": 1.0, "steps": 30, "device": "cpu", "eigenvalue_ratio": None}
+    fields = ("test_accuracy_recalibrated", "roughness", "roughness_pruned_move", "largest_eigenvalue", "trace")
+    rows = [
+        common
+        | {"method": "rigl", "optimizer": optimizer, "sparsity_asked": 0.9, "seed": seed, "sam_sharpness": 0.0}
+        | dict.fromkeys(fields, 0.5 + seed)
+        for optimizer in ("sgd", "s2sam")
+        for seed in (0, 1)
+    ]
+    file = tmp_path / "flatness.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flatness.write(file)
+    lines = file.with_suffix(".md").read_text().splitlines()
+    cells = "100 ± 71 | 1 ± 0.71 | 1 ± 0.71 | 1 ± 0.71 | – | 1 ± 0.71 | 0 ± 0"
+    assert f"| rigl | 90 | sgd | {cells} | 2 |" in lines
+    assert len(list(tmp_path.glob("*.png"))) == 3
