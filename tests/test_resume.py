@@ -134,7 +134,7 @@ def test_a_killed_process(toy, tmp_path):
     with child(out, toy, exit_at=4) as second:
         assert "saving 4" in second.stdout.read()
     assert second.returncode == 1
-    (partial,) = out.iterdir()
+    (partial,) = out.glob("*.partial")
     (partial / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()
     with (partial / runs.METRICS).open("a") as file:
         file.write('{"epoch": 4, "half')
