@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.loop import Row
 from experiments.plots import COLOURS, MARKERS
+from experiments.record import Row
 from s2sam_jax.analysis import Spectrum
 
 

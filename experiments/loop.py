@@ -11,11 +11,9 @@ from experiments import optimizers, sharding
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config
 from experiments.models import Network
-from experiments.record import Record, Row
+from experiments.record import Record
 from experiments.tasks import Reporter, Task
 from s2sam_jax import TrainState, eval_params, make_train_step
-
-__all__ = ["Row", "initial_state", "train", "train_step"]
 
 
 def initial_state(

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
+from rich.progress import Progress
 
 from experiments import runs, tasks
 from experiments.config import Config
@@ -30,6 +32,23 @@ def of_run(folder: Path, data: Path | None, examples: int) -> tuple[Config, Solu
     config = dataclasses.replace(config, data=data or config.data)
     task = tasks.make(config, tasks.load(config))
     return config, of_state(config, task, runs.restore(folder), examples)
+
+
+def look(
+    folder: Path,
+    data: Path | None,
+    examples: int,
+    console: Console,
+    work: str,
+    total: Callable[[Solution], int],
+    measure: Callable[..., dict[str, Any]],
+) -> dict[str, Any]:
+    """A row of what ``measure(solution, progress=...)`` finds at a finished run, under a bar of ``total`` steps."""
+    config, found = of_run(folder, data, examples)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(work, total=total(found))
+        figures = measure(found, progress=lambda count: bar.advance(task, count))
+    return runs.provenance(config) | figures | {"examples": len(found.batches) * config.batch_size}
 
 
 def of_state(config: Config, task: Task, state: TrainState, examples: int) -> Solution:

@@ -6,15 +6,15 @@ python -m experiments.spectrum runs/SOME_RUN
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 
-from experiments import landscapes, runs, solution
+from experiments import landscapes, solution
 from experiments.solution import Solution
 from s2sam_jax import analysis
 
@@ -63,25 +63,23 @@ def measure(
 
 def run(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Measures, writes and prints; returns the row."""
-    config, found = solution.of_run(arguments.run_dir, arguments.data, arguments.examples)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("products with the Hessian", total=2 * arguments.steps + arguments.samples)
-        row = runs.provenance(config) | measure(
-            found,
-            steps=arguments.steps,
-            samples=arguments.samples,
-            rho=arguments.rho,
-            seed=arguments.seed,
-            pruned=arguments.pruned,
-            progress=lambda count: bar.advance(task, count),
-        )
-    row["examples"] = len(found.batches) * config.batch_size
-    (arguments.run_dir / ROWS).write_text(json.dumps(row) + "\n")
-    landscapes.draw_spectra({config.name: row}, arguments.run_dir / FIGURE)
+    folder = arguments.run_dir
+    options = {name: getattr(arguments, name) for name in ("steps", "samples", "rho", "seed", "pruned")}
+    row = solution.look(
+        folder,
+        arguments.data,
+        arguments.examples,
+        console,
+        "products with the Hessian",
+        lambda _: 2 * arguments.steps + arguments.samples,
+        partial(measure, **options),
+    )
+    (folder / ROWS).write_text(json.dumps(row) + "\n")
+    landscapes.draw_spectra({folder.resolve().name: row}, folder / FIGURE)
     largest = ", ".join(f"{value:.4g}" for value in row["eigenvalues"])
     console.print(f"eigenvalues {largest}; trace {row['trace']:.4g} ± {row['trace_error']:.2g}")
     console.print(f"SAM's sharpness at rho {arguments.rho:g}: {row['sam_sharpness']:.4g}")
-    console.print(f"Files: {arguments.run_dir / ROWS}, {arguments.run_dir / FIGURE}", soft_wrap=True)
+    console.print(f"Files: {folder / ROWS}, {folder / FIGURE}", soft_wrap=True)
     return row
 
 

@@ -6,15 +6,15 @@ python -m experiments.surface runs/SOME_RUN
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 
-from experiments import landscapes, runs, solution
+from experiments import landscapes, solution
 from experiments.solution import Solution
 from s2sam_jax import analysis
 
@@ -53,22 +53,21 @@ def measure(found: Solution, *, span: float, n: int, seed: int, pruned: bool, pr
 
 def run(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Measures, writes and prints; returns the row."""
-    config, found = solution.of_run(arguments.run_dir, arguments.data, arguments.examples)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("losses", total=arguments.n**2 * len(found.batches))
-        row = runs.provenance(config) | measure(
-            found,
-            span=arguments.span,
-            n=arguments.n,
-            seed=arguments.seed,
-            pruned=arguments.pruned,
-            progress=lambda count: bar.advance(task, count),
-        )
-    row["examples"] = len(found.batches) * config.batch_size
-    (arguments.run_dir / ROWS).write_text(json.dumps(row) + "\n")
-    landscapes.draw_surfaces({config.name: row}, arguments.run_dir / FIGURE)
+    folder = arguments.run_dir
+    options = {name: getattr(arguments, name) for name in ("span", "n", "seed", "pruned")}
+    row = solution.look(
+        folder,
+        arguments.data,
+        arguments.examples,
+        console,
+        "losses",
+        lambda found: arguments.n**2 * len(found.batches),
+        partial(measure, **options),
+    )
+    (folder / ROWS).write_text(json.dumps(row) + "\n")
+    landscapes.draw_surfaces({folder.resolve().name: row}, folder / FIGURE)
     console.print(f"Ra = {row['roughness']:.4g} (span {arguments.span:g}, {row['examples']} training images)")
-    console.print(f"Files: {arguments.run_dir / ROWS}, {arguments.run_dir / FIGURE}", soft_wrap=True)
+    console.print(f"Files: {folder / ROWS}, {folder / FIGURE}", soft_wrap=True)
     return row
 
 

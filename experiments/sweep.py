@@ -19,7 +19,7 @@ from rich.progress import track
 
 from experiments import loop, runs, tasks
 from experiments.config import Config, OptimizerName
-from experiments.loop import Row
+from experiments.record import Row
 
 RESULTS = Path(__file__).parent / "results"
 Cell = tuple[str, OptimizerName, float, int]  # method, optimizer, sparsity, seed

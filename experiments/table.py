@@ -19,9 +19,9 @@ from rich.progress import track
 
 from experiments import models, plots, recipes, report, runs, sparse_methods, train
 from experiments.config import Config, OptimizerName
-from experiments.loop import Row
 from experiments.recipes import Recipe
 from experiments.recipes.base import CORRUPTED, rounds
+from experiments.record import Row
 
 RESULTS = Path(__file__).parent / "results"
 Scale = Literal["smoke", "cpu", "full"]

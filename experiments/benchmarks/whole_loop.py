@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, loop, optimizers, tasks
+from experiments import data, loop, optimizers, record, tasks
 from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import Config
 from experiments.tasks import arrays, images
@@ -17,7 +17,7 @@ class _Silent:
     def steps(self, count: int) -> None:
         pass
 
-    def row(self, row: loop.Row) -> None:
+    def row(self, row: record.Row) -> None:
         pass
 
 
