@@ -527,6 +527,30 @@ def test_batch_norm_computes_in_float32():
             norm.scale[...] = jnp.full(3, 1.003)
 
 
+def test_batch_norm_is_that_of_flax():
+    """Outputs, statistics and gradients, which none takes through the running statistics."""
+    x = jnp.asarray(np.random.default_rng(0).normal(2, 3, (32, 4, 4, 3)), jnp.float32)
+
+    def run(kind):
+        norm = kind(3, momentum=0.9, epsilon=1e-3, rngs=nnx.Rngs(0))
+        graphdef, params, stats = nnx.split(norm, nnx.Param, ...)
+        params = jax.tree.map(lambda p: p + jnp.linspace(-0.5, 0.5, 3), nnx.as_pure(params))
+
+        def loss(params, x):
+            norm = nnx.merge(graphdef, params, nnx.as_pure(stats))
+            y = norm(norm(x, use_running_average=False), use_running_average=True)
+            return jnp.sum(jnp.sin(y)), (y, nnx.as_pure(nnx.split(norm, nnx.Param, ...)[2]))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+        *map(run, (nnx.BatchNorm, layers.BatchNorm)),
+    )
+    with pytest.raises(ValueError, match="whole batches; got a mask"):
+        layers.BatchNorm(3, rngs=nnx.Rngs(0))(x, mask=x > 0)
+
+
 @pytest.mark.parametrize(("size", "groups", "variance"), [(3, 1, 2 / (9 * 64)), (1, 1, 2 / 64)])
 def test_convolutions_start_with_the_variance_of_he(size, groups, variance):
     kernel = layers.conv(64, 64, size, groups=groups, dtype=jnp.float32, rngs=nnx.Rngs(0)).kernel[...]
