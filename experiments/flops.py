@@ -109,10 +109,14 @@ def table(entries: Sequence[Entry], *, layers: bool = False) -> Table:
 def gradient_evaluations(config: Config) -> float:
     """A step's, in those of SGD."""
     match config.optimizer:
-        case "sgd" | "s2sam":
+        case "sgd" | "s2sam" | "msam":
             return 1.0
-        case "sam" | "asam":
+        case "sam" | "asam" | "gsam":
             return 2.0
+        case "looksam":
+            return 1 + 1 / config.looksam_every
+        case "esam":  # a forward pass is a third of a gradient; two of them choose the examples
+            return 2.0 if config.sharpest_fraction == 1 else 1 + config.sharpest_fraction + 2 / 3
         case "ssam-f" | "ssam-d":
             return 1 + SSAM_DENSE_SHARE + (1 - SSAM_DENSE_SHARE) * (1 - config.ssam_sparsity)
 

@@ -12,7 +12,7 @@ from experiments.checkpoint import Checkpoints
 from experiments.config import Config
 from experiments.models import Network
 from experiments.record import Record
-from experiments.tasks import Reporter, Task
+from experiments.tasks import Reporter, Task, images
 from s2sam_jax import TrainState, eval_params, make_train_step
 
 
@@ -38,14 +38,18 @@ def initial_state(
 
 def train_step(config: Config, task: Task, tx: optax.GradientTransformation, **options: Any) -> Any:
     """The library's step, as the config has it."""
-    return make_train_step(
+    fraction = config.sharpest_fraction if config.optimizer == "esam" else 1.0
+    step = make_train_step(
         task.loss_fn,
         tx,
         accumulate=config.accumulate,
         sharpness_parts=config.sharpness_parts,
+        sharpest_fraction=fraction,
+        example_loss_fn=task.example_loss_fn,
         fisher_loss_fn=task.plain_loss_fn,
         **options,
     )
+    return step if fraction == 1 else lambda state, batch: step(state, images.numbered(batch))
 
 
 def train(

@@ -6,7 +6,7 @@ import optax
 
 from experiments import sparse_methods, structures
 from experiments.config import Config
-from s2sam_jax import ChannelGroup, s2sam, sam, sparsify, ssam
+from s2sam_jax import ChannelGroup, esam, gsam, looksam, msam, s2sam, sam, sparsify, ssam
 
 
 def make(
@@ -58,6 +58,7 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
 
 def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.GradientTransformation:
     """What the optimizer's name stands for; SGD is shared by all."""
+    alpha = {} if config.alpha is None else {"alpha": config.alpha}
     match config.optimizer:
         case "sgd":
             return optax.identity()
@@ -67,6 +68,14 @@ def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.
             return sam(config.rho, adaptive=True, eta=config.eta)
         case "s2sam":
             return s2sam(config.rho)
+        case "msam":
+            return msam(config.rho)
+        case "looksam":
+            return looksam(config.rho, every=config.looksam_every, **alpha)
+        case "gsam":
+            return gsam(config.rho, **alpha)
+        case "esam":
+            return esam(config.rho, beta=config.esam_beta, seed=config.key("esam"))
         case "ssam-f" | "ssam-d":
             return ssam(
                 config.rho,

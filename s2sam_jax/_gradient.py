@@ -1,4 +1,4 @@
-"""The gradient of a loss with everything that comes along, averaged over micro-batches."""
+"""The gradient of a loss with everything that comes along: of a batch, of its parts, of its sharpest examples."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from s2sam_jax._esam import sharpest
 from s2sam_jax._types import Params
 
 Batch = Any  # a pytree whose leaves have the examples along their leading axis
 ModelState = Any
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Params, ModelState, Batch, jax.Array], tuple[jax.Array, tuple[ModelState, Metrics]]]
+ExampleLossFn = Callable[[Params, ModelState, Batch, jax.Array], jax.Array]
 
 
 class Gradient(NamedTuple):
@@ -82,6 +84,30 @@ def gradient_by_part(
         return Gradient(_mean(by_part), jnp.mean(loss), _mean(new), _mean(metrics), by_part)
 
     return averaged
+
+
+def gradient_of_sharpest(
+    loss_fn: LossFn,
+    example_loss_fn: ExampleLossFn,
+    model_state: ModelState,
+    batch: Batch,
+    key: jax.Array,
+    fraction: float,
+    clean: Params,
+) -> Callable[[Params], Params]:
+    """The gradient at a point, of the examples alone whose loss is above that at the clean parameters by most.
+
+    One key throughout, so that an example has the same noise before and after; in the smaller batch too, if the noise
+    follows from the example, and not from its place.
+    """
+
+    def gradient(params):
+        before, after = (example_loss_fn(at, model_state, batch, key) for at in (clean, params))
+        rows = sharpest(before, after, fraction)
+        part = jax.tree.map(lambda x: x[rows], batch)
+        return averaged_gradient(loss_fn, model_state, part, key, 1)(params).grads
+
+    return gradient
 
 
 def _gradient_of(loss_fn: LossFn) -> Callable[..., Any]:

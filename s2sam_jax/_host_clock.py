@@ -1,4 +1,4 @@
-"""When masks are due, known on the host without waiting for the device."""
+"""When masks and extra gradients are due, known on the host without waiting for the device."""
 
 import weakref
 from collections.abc import Callable
@@ -7,20 +7,25 @@ from typing import Any
 import numpy as np
 import optax
 
+from s2sam_jax._looksam import LookSAMState
 from s2sam_jax._masks import SparseState
 from s2sam_jax._ssam import SSAMState
 from s2sam_jax._tree import find_states, scalar
 
 
 class HostClock:
-    """Foretells on the host which calls refresh a mask, without waiting for the device.
+    """Foretells on the host which calls refresh a mask or LookSAM's direction, without waiting for the device.
 
     The clocks live in the optimizer state. They are read once, then counted along, and read again after each refresh
     or when a state comes in that this clock has not just handed out. Where a wrapper makes calls and updates differ, no
     flags are given and the state's own clock decides, in a ``lax.cond``.
     """
 
-    _FLAGS = ((SparseState, "refresh_masks"), (SSAMState, "refresh_perturbation"))
+    _FLAGS = (
+        (SparseState, "refresh_masks"),
+        (SSAMState, "refresh_perturbation"),
+        (LookSAMState, "refresh_sam"),
+    )
 
     _SKIPPING = (
         optax.MultiStepsState,

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._masks import SparseState
-from s2sam_jax._perturb import add, ascent, check_compat, check_non_negative, schedule
-from s2sam_jax._tree import align, at_least_f32, find_states, increment, masked, named_leaves, norm, path_names, scalar
+from s2sam_jax._perturb import ascent, check_compat, check_non_negative, schedule
+from s2sam_jax._tree import align, at_least_f32, increment, masked, norm, scalar
 from s2sam_jax._types import Compat, Masks, Params, ScalarOrSchedule, Unmasked
 
 
@@ -109,7 +108,7 @@ def s2sam(
         del extra_args
         grads = _remembered(updates, masks, dense_grads, perturb_pruned)
         step = increment(state.step)
-        stored = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, _gradient(state))
+        stored = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, last_gradient(state))
         state = S2SAMState(
             step=step,
             rho=rho_at(step),
@@ -123,74 +122,7 @@ def s2sam(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def perturb(params: Params, opt_state: Any) -> Params:
-    r"""The point at which S2-SAM takes its gradient: ``params + epsilon``.
-
-    .. math:: w + \rho\, \hat g_{t-1} / (\|\hat g_{t-1}\|_2 + \mathrm{eps})
-
-    Finds the state of :func:`s2sam` anywhere inside ``opt_state`` (chains, wrappers, train states). Several
-    states on disjoint leaves, as under ``optax.multi_transform``, each use their own norm.
-
-    Args:
-      params: the clean parameters, any pytree.
-      opt_state: the optimizer state that holds an :class:`S2SAMState`, or a train state around it.
-
-    Returns:
-      The perturbed parameters, in the parameters' structure and dtypes.
-
-    Raises:
-      ValueError: when there is no such state (silence would mean plain SGD), two states claim one leaf, a state belongs
-        to another model, or ``s2sam`` stands outside ``sparsify``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from s2sam_jax import perturb, s2sam
-      >>> tx, params = s2sam(rho=0.5), jnp.array([3.0, 4.0])
-      >>> _, state = tx.update(jnp.array([0.0, 2.0]), tx.init(params), params)
-      >>> print(perturb(params, state))
-      [3.  4.5]
-    """
-    states = find_states(opt_state, S2SAMState)
-    if not states:
-        raise ValueError(
-            f"perturb found no S2SAMState in opt_state (a {type(opt_state).__name__}). Put s2sam() into the optimizer "
-            "chain; if the state comes from a checkpoint, restore it into the structure of tx.init(params)."
-        )
-    _check_inside_sparsify(opt_state)
-    clean, moved = named_leaves(params), {}
-    for state in states:
-        grads = named_leaves(_gradient(state))
-        for path, grad in grads.items():
-            where = "/".join(path)
-            if path not in clean or jnp.shape(clean[path]) != jnp.shape(grad):
-                raise ValueError(f"perturb: the S2SAMState has a gradient {where}{jnp.shape(grad)} that params lack.")
-            if path in moved:
-                raise ValueError(f"perturb: two S2SAMStates claim the leaf {where}; use one s2sam() per leaf.")
-        moved |= dict(zip(grads, _epsilon(state, [clean[path] for path in grads]), strict=True))
-
-    def shift(key_path, param):
-        path = path_names(key_path)
-        return add(param, moved[path]) if path in moved else param
-
-    return jax.tree_util.tree_map_with_path(shift, params)
-
-
-def _check_inside_sparsify(opt_state: Any) -> None:
-    """An s2sam around sparsify would remember dense gradients and perturb pruned weights."""
-
-    def is_state(x):
-        return isinstance(x, S2SAMState | SparseState)
-
-    outer = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
-    pruned = {path for state in outer if isinstance(state, SparseState) for path in named_leaves(state.masks)}
-    for state in outer:
-        if isinstance(state, S2SAMState) and pruned & named_leaves(_gradient(state)).keys():
-            raise ValueError(
-                "perturb: s2sam() stands outside sparsify(); put it inside, sparsify(chain(s2sam(), ...), ...)."
-            )
-
-
-def _gradient(state: S2SAMState) -> Any:
+def last_gradient(state: S2SAMState) -> Any:
     return state.last_grad.tree if isinstance(state.last_grad, Unmasked) else state.last_grad
 
 
@@ -201,8 +133,9 @@ def _remembered(updates: Params, masks: Masks | None, dense_grads: Params | None
     return updates if masks is None else masked(align(masks, updates), updates)
 
 
-def _epsilon(state: S2SAMState, params: list[jax.Array]) -> list[jax.Array]:
-    grads = jax.tree.leaves(_gradient(state))
+def epsilon(state: S2SAMState, params: list[jax.Array]) -> list[jax.Array]:
+    """The perturbation of the next gradient, for the leaves of the state in their order."""
+    grads = jax.tree.leaves(last_gradient(state))
     rho, eps = scalar(state.rho), scalar(state.eps)
     if state.norm is not None:
         scale = rho / (scalar(state.norm) + eps)
@@ -215,5 +148,5 @@ def _cubic_norm(grads: Params, params: Params | None, state: S2SAMState) -> jax.
     if params is None:
         raise ValueError("s2sam(adaptive=True, compat='authors') needs params: call tx.update(grads, state, params).")
     leaves = jax.tree.leaves(params)
-    points = [at_least_f32(p) + e for p, e in zip(leaves, _epsilon(state, leaves), strict=True)]
+    points = [at_least_f32(p) + e for p, e in zip(leaves, epsilon(state, leaves), strict=True)]
     return norm([u * g for u, g in zip(points, jax.tree.leaves(grads), strict=True)]).astype(jnp.result_type(float))

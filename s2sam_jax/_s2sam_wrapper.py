@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._masks import SparseState
+from s2sam_jax._msam import MSAMState
 from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
 from s2sam_jax._s2sam import S2SAMState
 from s2sam_jax._tree import align, find_states, increment, masked
@@ -79,8 +80,8 @@ def s2sam_wrapper(
     def init_fn(params):
         clean = jax.tree.map(lambda p: jnp.array(p, dtype=clean_dtype, copy=True), params)
         inner_state = inner.init(clean)
-        if find_states(inner_state, S2SAMState):
-            raise ValueError("s2sam_wrapper around s2sam() would perturb twice; use one of them.")
+        if find_states(inner_state, S2SAMState) or find_states(inner_state, MSAMState):
+            raise ValueError("s2sam_wrapper around s2sam() or msam() would perturb twice; use one of them.")
         return S2SAMWrapperState(jnp.zeros((), jnp.int32), clean, inner_state)
 
     def update_fn(updates, state, params=None, **extra_args):

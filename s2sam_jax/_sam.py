@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
+from s2sam_jax._perturb import ascent_point, check_non_negative, schedule
 from s2sam_jax._tree import increment
 from s2sam_jax._types import GradFn, Params, ScalarOrSchedule
 
@@ -81,14 +81,10 @@ def sam(
     def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
         del extra_args
         params, gradient_at = climber("sam", params, updates, grad_fn, grad_fn_by_part)
-        leaves, treedef = jax.tree.flatten(params)
         radius = rho_at(state.step)
-
-        def point(grads):
-            epsilon = ascent(treedef.flatten_up_to(grads), leaves, rho=radius, eps=eps, eta=eta if adaptive else None)
-            return treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
-
-        return gradient_at(point), SAMState(increment(state.step), radius)
+        used_eta = eta if adaptive else None
+        grads = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps, eta=used_eta))
+        return grads, SAMState(increment(state.step), radius)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

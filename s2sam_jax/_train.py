@@ -8,12 +8,22 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from s2sam_jax._gradient import Batch, Gradient, LossFn, Metrics, ModelState, averaged_gradient, gradient_by_part
+from s2sam_jax._gradient import (
+    Batch,
+    ExampleLossFn,
+    Gradient,
+    LossFn,
+    Metrics,
+    ModelState,
+    averaged_gradient,
+    gradient_by_part,
+    gradient_of_sharpest,
+)
+from s2sam_jax._gradient_point import perturb, perturbing
 from s2sam_jax._host_clock import HostClock
 from s2sam_jax._masks import SparseState
-from s2sam_jax._s2sam import S2SAMState, perturb
-from s2sam_jax._sam import SAMState
-from s2sam_jax._ssam import SSAMState, empirical_fisher
+from s2sam_jax._ssam import empirical_fisher
+from s2sam_jax._train_checks import check_climbs, check_options, check_state, climbing
 from s2sam_jax._train_state import TrainState
 from s2sam_jax._tree import find_states, norm
 from s2sam_jax._types import Params
@@ -28,17 +38,19 @@ def make_train_step(
     *,
     accumulate: int = 1,
     sharpness_parts: int = 1,
+    sharpest_fraction: float = 1.0,
+    example_loss_fn: ExampleLossFn | None = None,
     fisher_examples: int = 16,
     fisher_loss_fn: LossFn | None = None,
     vmap: bool = False,
     state_sharding: Any = None,
 ) -> TrainStep:
-    r"""Builds the train step: the same one for SGD, SAM, SSAM and S2-SAM, dense or sparse.
+    r"""Builds the train step: the same one for SGD, S2-SAM, SAM and its kin, dense or sparse.
 
     .. math:: \hat g = \nabla L(\mathrm{perturb}(w)), \qquad w \leftarrow w + \mathrm{tx}(\hat g, w)
 
     Where the gradient is taken, and how many there are, follows from the state of ``tx``. The model state kept is that
-    of the first gradient's forward pass (the only one, except for SAM and SSAM). Called inside ``jit`` or
+    of the first gradient's forward pass (the only one, but for SAM and its kin). Called inside ``jit`` or
     ``lax.scan`` the step is a pure function; called from Python it is jitted, donates its state, and keeps the clocks
     of mask and perturbation updates on the host, so that they are separate programs on CPU.
 
@@ -49,9 +61,15 @@ def make_train_step(
       accumulate: micro-batches per step. The batch is cut into as many equal parts; their gradients (and SAM's second
         ones) are averaged at one fixed perturbation.
       sharpness_parts: the ``m`` of m-sharpness. The batch is cut into as many equal parts, side by side; ``sam`` and
-        ``ssam`` climb for each along its own gradient, and the mean of the gradients up there is taken. With a batch
-        cut up among devices and a part for each, that is the perturbation per device of SAM's authors. It takes as many
+        its kin climb for each along its own gradient, and the mean of the gradients up there is taken. With a batch cut
+        up among devices and a part for each, that is the perturbation per device of SAM's authors. It takes as many
         copies of the gradient.
+      sharpest_fraction: share of the batch that the second gradient of ``sam`` and its kin is taken on, as in ESAM: the
+        examples whose loss the perturbation raises most (:func:`sharpest`).
+      example_loss_fn: ``(params, model_state, batch, key) -> losses[B]``, for that choice: it is called twice, forward
+        only, with the ``key`` of the step's gradient, so that an example has the same noise before and after. The
+        smaller batch has that key as well, but what is drawn for a batch as a whole falls on other examples there:
+        noise that is to stay with an example has to be drawn by something in the batch, such as its index.
       fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from.
       fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
       vmap: several networks at once, such as seeds: every leaf of state and batch has one more leading axis. All must
@@ -66,9 +84,10 @@ def make_train_step(
       step) and ``sparsity`` (zeros over all parameters).
 
     Raises:
-      ValueError: for ``accumulate`` or ``sharpness_parts`` below 1 or both above, and from the step: a batch that does
-        not divide, an ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` without ``sam`` or ``ssam``, or
-        either inside ``optax.MultiSteps`` (use ``accumulate``).
+      ValueError: for ``accumulate`` or ``sharpness_parts`` below 1, a ``sharpest_fraction`` out of range or without
+        ``example_loss_fn``, or more than one of the three in use, and from the step: a batch that does not divide, an
+        ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` or ``sharpest_fraction`` without ``sam`` or its
+        kin, or those inside ``optax.MultiSteps`` (use ``accumulate``).
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -81,7 +100,7 @@ def make_train_step(
       >>> print(state.params, metrics["loss"], metrics["grad_norm"])
       [0.5] 1.0 2.0
     """
-    _check_parts(accumulate, sharpness_parts)
+    check_options(accumulate, sharpness_parts, sharpest_fraction, example_loss_fn)
     optimizer = optax.with_extra_args_support(tx)
     fisher = _fisher_of(fisher_loss_fn or loss_fn)
 
@@ -94,12 +113,11 @@ def make_train_step(
         return gradient_by_part(loss_fn, state.model_state, batch, key, sharpness_parts)
 
     def differentiate(state: TrainState, batch: Batch) -> Gradient:
-        _check_state(tx, state)
+        check_state(tx, state)
+        check_climbs(state, sharpness_parts, sharpest_fraction)
         if sharpness_parts > 1:
-            _check_climbs(state)
             return by_part(state, batch)(lambda _: state.params, jnp.arange(sharpness_parts))
-        perturbs = bool(find_states(state.opt_state, S2SAMState))
-        point = perturb(state.params, state.opt_state) if perturbs else state.params
+        point = perturb(state.params, state.opt_state) if perturbing(state.opt_state) else state.params
         return gradient_fn(state, batch)(point)
 
     def update(state: TrainState, gradient: Gradient, batch: Batch, flags: Flags) -> tuple[TrainState, Metrics]:
@@ -108,6 +126,11 @@ def make_train_step(
         extra: dict[str, Any] = dict(flags)
         if grads_by_part is not None:
             extra["grad_fn_by_part"] = lambda point: by_part(state, batch)(point, grads_by_part).grads
+        if example_loss_fn is not None and sharpest_fraction < 1:  # not as grad_fn, which sparse methods use too
+            of_sharpest = gradient_of_sharpest(
+                loss_fn, example_loss_fn, state.model_state, batch, key, sharpest_fraction, state.params
+            )
+            extra["grad_fn_by_part"] = lambda point: of_sharpest(point(grads))
         updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
@@ -202,8 +225,8 @@ def _freeze_if_bad(
 
 
 def _rho(before: Any, after: Any) -> Metrics:
-    """The radius of this step: S2-SAM stores the next one, SAM and SSAM the last."""
-    used = find_states(before, S2SAMState) + find_states(after, SAMState) + find_states(after, SSAMState)
+    """The radius of this step: what perturbs has stored the next one, what climbs the last."""
+    used = [*perturbing(before), *climbing(after)]
     return {"rho": used[0].rho} if used else {}
 
 
@@ -215,38 +238,3 @@ def _sparsity(state: TrainState) -> Metrics:
     covered = sum(m.size for s in sparse for m in jax.tree.leaves(s.masks))
     alive = sum((n for s in sparse for n in jax.tree.leaves(s.nnz)), jnp.zeros((), jnp.int32))
     return {"sparsity": (covered - alive) / total}
-
-
-def _check_parts(accumulate: int, sharpness_parts: int) -> None:
-    for option, value in (("accumulate", accumulate), ("sharpness_parts", sharpness_parts)):
-        if value < 1:
-            raise ValueError(f"make_train_step needs {option} >= 1; got {value}.")
-    if accumulate > 1 and sharpness_parts > 1:
-        raise ValueError(
-            f"accumulate={accumulate} and sharpness_parts={sharpness_parts} cut the batch in two ways: one has to be 1."
-        )
-
-
-def _check_climbs(state: TrainState) -> None:
-    if not find_states(state.opt_state, SAMState) + find_states(state.opt_state, SSAMState):
-        raise ValueError(
-            "sharpness_parts cuts the batch of sam and ssam, and tx has neither; s2sam has one perturbation for the "
-            "whole batch, from the gradient of the step before. Leave it at 1."
-        )
-
-
-def _check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
-    expected = jax.eval_shape(tx.init, state.params)
-    want, have = jax.tree.structure(expected), jax.tree.structure(state.opt_state)
-    if want != have:
-        raise ValueError(
-            "opt_state is not a state of this tx; restore checkpoints into the structure of "
-            "TrainState.create(params, tx)"
-            f":\n  expected {want}\n  got      {have}"
-        )
-    for outer in find_states(expected, optax.MultiStepsState):
-        if find_states(outer, SAMState) or find_states(outer, SSAMState):
-            raise ValueError(
-                "sam and ssam inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
-                "use make_train_step(..., accumulate=k) instead."
-            )

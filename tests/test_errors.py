@@ -19,6 +19,7 @@ from s2sam_jax import (
     get_masks,
     make_train_step,
     methods,
+    msam,
     perturb,
     recalibrate_batch_stats,
     s2sam,
@@ -415,8 +416,9 @@ def test_s2sam_around_sparsify_and_inside_the_wrapper():
     tx = optax.chain(s2sam(), sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5))
     with pytest.raises(ValueError, match=r"s2sam\(\) stands outside sparsify\(\)"):
         perturb(make_params(), tx.init(make_params()))
-    with pytest.raises(ValueError, match="would perturb twice"):
-        s2sam_wrapper(s2sam()).init(make_params())
+    for inner in (s2sam(), optax.chain(msam(), optax.sgd(0.1, momentum=0.9))):
+        with pytest.raises(ValueError, match="would perturb twice"):
+            s2sam_wrapper(inner).init(make_params())
 
 
 def test_apply_masks_to_another_tree():

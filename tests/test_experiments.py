@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from experiments import (
     tasks,
     train,
 )
-from experiments.config import Config
+from experiments.config import Config, OptimizerName
 from experiments.tasks import arrays, images
 from s2sam_jax import ChannelGroup, Every, Slice, TrainState, apply_masks, get_masks, make_train_step, methods
 
@@ -238,7 +239,7 @@ def test_wide_resnet32_has_the_published_size():
 
 
 @pytest.mark.parametrize("method", ["dense", *methods.available()])
-@pytest.mark.parametrize("optimizer", ["sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam"])
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
 def test_every_optimizer_goes_with_every_method(optimizer, method):
     group = ChannelGroup("all", filters=(Slice("kernel", -1),), scales=(Slice("bias", 0),))
     tx = optimizers.make(Config(optimizer=optimizer, method=method), 10, [group])

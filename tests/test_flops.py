@@ -366,7 +366,8 @@ DIGITS = Config(width=4, epochs=10, batch_size=50, optimizer="sgd")
 
 @pytest.mark.parametrize(
     ("optimizer", "ssam_sparsity", "relative"),
-    [("sgd", 0.5, 1.0), ("s2sam", 0.5, 1.0), ("sam", 0.5, 2.0), ("asam", 0.5, 2.0)]
+    [("sgd", 0.5, 1.0), ("s2sam", 0.5, 1.0), ("msam", 0.5, 1.0), ("sam", 0.5, 2.0), ("asam", 0.5, 2.0)]
+    + [("gsam", 0.5, 2.0), ("looksam", 0.5, 1.2), ("esam", 0.5, 2.17)]
     + [("ssam-f", s, r) for s, r in zip((0.5, 0.8, 0.9, 0.95, 0.98, 0.99), (1.65, 1.44, 1.36, 1.33, 1.31, 1.30),
                                         strict=True)]
     + [("ssam-d", 0.5, 1.65)],

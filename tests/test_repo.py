@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = sorted((ROOT / "s2sam_jax").rglob("*.py"))
 METHODS = [path for path in CORE if path.parent.name == "methods" and path.name != "__init__.py"]
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
-TRANSFORMS = ("_s2sam", "_s2sam_wrapper", "_sam", "_ssam", "_sparsify")
+TRANSFORMS = (
+    "_s2sam", "_s2sam_wrapper", "_sam", "_ssam", "_sparsify", "_msam", "_looksam", "_gsam", "_esam"
+)  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

@@ -1,5 +1,6 @@
 """Runs from end to end on every kind of data, learning rates, cutout, and lowering for other platforms."""
 
+import itertools
 import json
 
 import jax
@@ -100,8 +101,11 @@ def test_cutout_blanks_one_square_of_half_the_images():
     assert 150 < blank.any(axis=(1, 2)).sum() < 250
 
 
-@pytest.mark.parametrize("method", ["dense", "rigl", "mest-em"])
-@pytest.mark.parametrize("optimizer", ["sgd", "s2sam", "sam", "asam", "ssam-f", "ssam-d"])
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [*itertools.product(("dense", "rigl", "mest-em"), ("sgd", "s2sam", "sam", "asam", "ssam-f", "ssam-d"))]
+    + [("rigl", optimizer) for optimizer in ("msam", "looksam", "gsam", "esam")],
+)
 def test_the_train_step_lowers_for_gpu_and_tpu(method, optimizer):
     config = Config(width=2, method=method, optimizer=optimizer, batch_size=16)
     network = tasks.build(config)

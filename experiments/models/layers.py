@@ -4,6 +4,7 @@ Parameters are float32 always; ``dtype`` is what convolutions and matrix product
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +72,8 @@ class BatchNorm(nnx.BatchNorm):
             for running, new in ((self.mean, mean), (self.var, var)):
                 moved = self.momentum * running[...] + (1 - self.momentum) * new
                 running.set_value(jax.lax.stop_gradient(moved))
-        factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
-        return ((wide - mean) * factor + self.bias[...]).astype(x.dtype)
+        scale, bias = cast(nnx.Param[jax.Array], self.scale), cast(nnx.Param[jax.Array], self.bias)
+        return ((wide - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale[...]) + bias[...]).astype(x.dtype)
 
 
 def linear(

@@ -32,6 +32,7 @@ class Task(Protocol):
       steps_per_epoch: full batches.
       loss_fn: with augmentation and dropout.
       plain_loss_fn: without augmentation.
+      example_loss_fn: as ``loss_fn``, but the losses of the examples; ``None`` where the loss is no mean of such.
       mesh: of devices that it trains on.
     """
 
@@ -39,6 +40,7 @@ class Task(Protocol):
     steps_per_epoch: int
     loss_fn: Loss
     plain_loss_fn: Loss
+    example_loss_fn: Loss | None
     mesh: Mesh
 
     def epoch(

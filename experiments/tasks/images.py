@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments import data
@@ -15,20 +16,49 @@ from experiments.models import Network
 
 def loss_function(config: Config, network: Network, *, augment: bool = True) -> Callable[..., Any]:
     """The library's loss: augmentation, normalisation, network and cross-entropy on a batch of raw images."""
-    kind = data.KINDS[config.dataset]
+    examples = _examples(config, network, augment)
 
     def loss_fn(params, model_state, batch, key):
-        images, labels = batch
-        images = data.augment(key, images, kind) if augment else images
-        images = data.normalise(images, kind)
-        if config.cutout:
-            images = data.cutout(jax.random.fold_in(key, 1), images, config.cutout)
-        logits, new_state = network.apply(params, model_state, images, True, jax.random.fold_in(key, 2))
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, kind.classes), config.label_smoothing)
-        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-        return loss, (new_state, {"train_accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)})
+        losses, new_state, right = examples(params, model_state, batch, key)
+        return jnp.mean(losses), (new_state, {"train_accuracy": jnp.mean(right)})
 
     return loss_fn
+
+
+def example_loss_function(config: Config, network: Network, *, augment: bool = True) -> Callable[..., Any]:
+    """The same loss, example by example."""
+    examples = _examples(config, network, augment)
+    return lambda params, model_state, batch, key: examples(params, model_state, batch, key)[0]
+
+
+def numbered(batch: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+    """With the place of each image, so that it keeps its augmentation in a smaller batch cut out of this one."""
+    images, labels = batch
+    return images, labels, np.broadcast_to(np.arange(labels.shape[-1]), labels.shape)
+
+
+def _examples(config: Config, network: Network, augment: bool) -> Callable[..., Any]:
+    """Losses, model state, and which are right."""
+    kind = data.KINDS[config.dataset]
+
+    def prepare(images, key):
+        images = data.augment(key, images, kind) if augment else images
+        images = data.normalise(images, kind)
+        return data.cutout(jax.random.fold_in(key, 1), images, config.cutout) if config.cutout else images
+
+    def prepare_in_place(images, key, places):
+        """As part of the whole batch, whose noise goes by places; the other images are left black."""
+        whole = jnp.zeros((config.batch_size, *images.shape[1:]), images.dtype)
+        return prepare(whole.at[places].set(images), key)[places]
+
+    def examples(params, model_state, batch, key):
+        images, labels, *places = batch
+        images = prepare_in_place(images, key, *places) if places else prepare(images, key)
+        logits, new_state = network.apply(params, model_state, images, True, jax.random.fold_in(key, 2))
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, kind.classes), config.label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets), new_state, jnp.argmax(logits, axis=-1) == labels
+
+    return examples
 
 
 def plain_loss_function(config: Config, network: Network) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from experiments.config import Config
 from experiments.datasets import sources, translation, wmt
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
-from experiments.tasks import Reporter, Step, run_epoch
+from experiments.tasks import Loss, Reporter, Step, run_epoch
 from experiments.tasks.streams import epoch_batches
 from s2sam_jax import TrainState
 
@@ -65,6 +65,7 @@ class Translation:
         self.network, self.steps_per_epoch = network, loaded.train.steps_per_epoch
         self.loss_fn = loss_function(config, network, train=True)
         self.plain_loss_fn = loss_function(config, network, train=False)
+        self.example_loss_fn: Loss | None = None
         self._score = jax.jit(self._counts)
 
     def epoch(

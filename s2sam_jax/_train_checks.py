@@ -1,0 +1,75 @@
+"""What the train step refuses, with the reason."""
+
+from typing import Any
+
+import jax
+import optax
+
+from s2sam_jax._esam import ESAMState, check_fraction
+from s2sam_jax._gsam import GSAMState
+from s2sam_jax._looksam import LookSAMState
+from s2sam_jax._sam import SAMState
+from s2sam_jax._ssam import SSAMState
+from s2sam_jax._train_state import TrainState
+from s2sam_jax._tree import find_states
+
+# Who takes a second gradient, at the ascent point.
+CLIMBING = (SAMState, SSAMState, LookSAMState, GSAMState, ESAMState)
+KIN = "sam and its kin (ssam, looksam, gsam, esam)"
+
+
+def climbing(opt_state: Any) -> list[Any]:
+    """The states of sam and its kin."""
+    return [state for kind in CLIMBING for state in find_states(opt_state, kind)]
+
+
+def check_options(accumulate: int, sharpness_parts: int, sharpest_fraction: float, example_loss_fn: Any) -> None:
+    for option, value in (("accumulate", accumulate), ("sharpness_parts", sharpness_parts)):
+        if value < 1:
+            raise ValueError(f"make_train_step needs {option} >= 1; got {value}.")
+    if accumulate > 1 and sharpness_parts > 1:
+        raise ValueError(
+            f"accumulate={accumulate} and sharpness_parts={sharpness_parts} cut the batch in two ways: one has to be 1."
+        )
+    check_fraction(sharpest_fraction)
+    if sharpest_fraction < 1 and (accumulate > 1 or sharpness_parts > 1):
+        raise ValueError(
+            f"sharpest_fraction={sharpest_fraction} chooses among the examples of one whole batch: accumulate and "
+            f"sharpness_parts have to be 1; got {accumulate} and {sharpness_parts}."
+        )
+    if sharpest_fraction < 1 and example_loss_fn is None:
+        raise ValueError(
+            f"sharpest_fraction={sharpest_fraction} needs example_loss_fn, (params, model_state, batch, key) -> "
+            "losses[B], to choose the examples by; or leave it at 1."
+        )
+
+
+def check_climbs(state: TrainState, sharpness_parts: int, sharpest_fraction: float) -> None:
+    if climbing(state.opt_state):
+        return
+    if sharpness_parts > 1:
+        raise ValueError(
+            f"sharpness_parts cuts the batch for {KIN}, and tx has neither; s2sam has one perturbation for the whole "
+            "batch, from the gradient of the step before, and msam from the momentum. Leave it at 1."
+        )
+    if sharpest_fraction < 1:
+        raise ValueError(
+            f"sharpest_fraction is the share of the batch in the second gradient of {KIN}, and tx takes none. Leave it "
+            "at 1."
+        )
+
+
+def check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
+    expected = jax.eval_shape(tx.init, state.params)
+    want, have = jax.tree.structure(expected), jax.tree.structure(state.opt_state)
+    if want != have:
+        raise ValueError(
+            "opt_state is not a state of this tx; restore checkpoints into the structure of "
+            "TrainState.create(params, tx)"
+            f":\n  expected {want}\n  got      {have}"
+        )
+    if any(climbing(outer) for outer in find_states(expected, optax.MultiStepsState)):
+        raise ValueError(
+            f"{KIN} inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
+            "use make_train_step(..., accumulate=k) instead."
+        )
