@@ -9,9 +9,11 @@ import optax
 
 from s2sam_jax._growth import cosine
 from s2sam_jax._perturb import add, ascent, check_compat, check_non_negative, schedule
+from s2sam_jax._perturb_masks import move, move_as_released, move_in_groups, top, top_in_groups
 from s2sam_jax._sam import climber
-from s2sam_jax._select import random_scores, select
+from s2sam_jax._select import random_scores
 from s2sam_jax._sparsity import check_sparsity
+from s2sam_jax._structure import NM, UNSTRUCTURED, Unstructured, same
 from s2sam_jax._tree import align, copy_key, increment
 from s2sam_jax._types import NEVER, Compat, Every, Masks, Params, ScalarOrSchedule
 
@@ -43,6 +45,7 @@ def ssam(
     total_steps: int | None = None,
     drop_fraction: float = 0.5,
     seed: int | jax.Array = 0,
+    structure: NM | Unstructured = UNSTRUCTURED,
     eps: float = 1e-12,
     compat: Compat = "paper",
 ) -> optax.GradientTransformationExtraArgs:
@@ -67,6 +70,8 @@ def ssam(
       total_steps: :math:`T` of the cosine; needed by ``"dynamic"``.
       drop_fraction: :math:`\alpha` in ``[0, 1]``; ``"dynamic"`` alone.
       seed: integer or PRNG key, possibly traced.
+      structure: ``NM(2, 4)`` perturbs 2 of every 4 entries of each leaf along its axis, which says the sparsity too
+        (give ``1 - n / m``, the default for 2:4). Leaves without that axis, such as biases, are perturbed whole.
       eps: added to the norm (the released code: 1e-7).
       compat: ``"authors"`` follows the released code where it leaves the paper. Fisher: the first step has an empty
         mask, and refreshes come one step later, at the updated weights. Dynamic: a new mask acts from the next step
@@ -78,8 +83,9 @@ def ssam(
       steps only. ``refresh_perturbation`` (a Python bool) says whether this is one; left out, a ``lax.cond`` decides.
 
     Raises:
-      ValueError: for arguments out of range, or an update without ``params``.
-      TypeError: for an update without ``grad_fn`` or, where needed, ``fisher_fn``.
+      ValueError: for arguments out of range, a structure that does not divide a leaf or whose sparsity is another, or
+        an update without ``params``.
+      TypeError: for another structure, or an update without ``grad_fn`` or, where needed, ``fisher_fn``.
 
     Reference:
       Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach", NeurIPS 2022,
@@ -95,30 +101,34 @@ def ssam(
       >>> print(updates)  # the gradient at [3, 4] + [0, 0.5 * 0.8]
       [3.  4.4]
     """
-    _check(mask, sparsity, update_every, total_steps, drop_fraction, eps, compat)
+    _check(mask, sparsity, update_every, total_steps, drop_fraction, structure, eps, compat)
     rho_at, authors = schedule(rho, "rho"), compat == "authors"
     horizon = total_steps or 1
     clock = Every(start=int(authors and mask == "fisher"), every=update_every)
+
+    def best(scores, live):
+        if isinstance(structure, NM):
+            return top_in_groups(scores, live, structure)
+        return top(scores, live, sparsity)
+
+    def moved(grads, masks, live, rate, key):
+        if isinstance(structure, NM):
+            return move_in_groups(grads, masks, live, rate, key, structure)
+        return (move_as_released if authors else move)(grads, masks, live, rate, key, sparsity)
 
     def init_fn(params):
         zero = jnp.zeros((), jnp.int32)
         key = copy_key(seed)
         masks = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=bool), params)
         if mask == "dynamic" or not authors:
-            size = sum(p.size for p in jax.tree.leaves(params))
-            masks = select(
-                random_scores(jax.random.fold_in(key, NEVER), params), count=_kept(size, sparsity), scope="global"
-            )
+            masks = best(random_scores(jax.random.fold_in(key, NEVER), params), None)
         return SSAMState(zero, clock.at_or_after(0), rho_at(zero), masks, key)
 
     def refreshed(grads, state, params, live, fisher_fn):
         if mask == "fisher":
-            return select(
-                _fisher(fisher_fn, params), count=_kept(_size(params, live), sparsity), among=live, scope="global"
-            )
+            return best(_fisher(fisher_fn, params), live)
         rate = cosine(drop_fraction, state.step, horizon)
-        move = _move_authors if authors else _move
-        return move(grads, state.perturb_masks, live, sparsity, rate, jax.random.fold_in(state.key, state.step))
+        return moved(grads, state.perturb_masks, live, rate, jax.random.fold_in(state.key, state.step))
 
     def update_fn(
         updates,
@@ -213,49 +223,16 @@ def _fisher(fisher_fn: Callable[[Params], Params] | None, params: Params) -> Par
     return fisher_fn(params)
 
 
-def _size(params: Params, live: Masks | None) -> int | jax.Array:
-    """Coordinates to choose from: all, or the live weights."""
-    if live is None:
-        return sum(p.size for p in jax.tree.leaves(params))
-    return sum((jnp.sum(m, dtype=jnp.int32) for m in jax.tree.leaves(live)), jnp.zeros((), jnp.int32))
-
-
-def _kept(size: int | jax.Array, sparsity: float) -> Any:
-    """``floor(d * (1 - s))``; on device in float32, exact to one part in 2**24."""
-    if isinstance(size, int):
-        return int(round(size * (1 - sparsity), 6))
-    return jnp.floor(size.astype(jnp.float32) * (1 - sparsity)).astype(jnp.int32)
-
-
-def _move(grads, masks, live, sparsity, rate, key) -> Masks:
-    """The paper: drop exactly ``floor(r a)``, then grow as many among all that are off, those just dropped included."""
-    kept = jnp.asarray(_kept(_size(masks, live), sparsity), jnp.int32)
-    keep = kept - jnp.floor(rate * kept).astype(jnp.int32)
-    stay = select(jax.tree.map(jnp.abs, grads), count=keep, among=_both(masks, live), scope="global")
-    grow = kept - _size(masks, stay)
-    off = _both(jax.tree.map(jnp.logical_not, stay), live)
-    return jax.tree.map(jnp.logical_or, stay, select(random_scores(key, masks), count=grow, among=off, scope="global"))
-
-
-def _move_authors(grads, masks, live, sparsity, rate, key) -> Masks:
-    """The released code: two truncated counts, and growth only where the old mask was off."""
-    size = jnp.asarray(_size(masks, live), jnp.float32)
-    active = size * (1 - sparsity)
-    keep = jnp.floor(active * (1 - rate)).astype(jnp.int32)
-    grow = jnp.floor(jnp.minimum(active * rate, size * sparsity)).astype(jnp.int32)
-    stay = select(jax.tree.map(jnp.abs, grads), count=keep, among=_both(masks, live), scope="global")
-    off = _both(jax.tree.map(jnp.logical_not, masks), live)
-    return jax.tree.map(jnp.logical_or, stay, select(random_scores(key, masks), count=grow, among=off, scope="global"))
-
-
-def _both(masks: Masks, live: Masks | None) -> Masks:
-    return masks if live is None else jax.tree.map(jnp.logical_and, masks, live)
-
-
-def _check(mask, sparsity, update_every, total_steps, drop_fraction, eps, compat) -> None:
+def _check(mask, sparsity, update_every, total_steps, drop_fraction, structure, eps, compat) -> None:
     check_compat(compat)
     check_sparsity(sparsity, "ssam's sparsity")
     check_non_negative(eps, "eps")
+    if not isinstance(structure, NM | Unstructured):
+        raise TypeError(f"ssam's structure must be NM(n, m) or Unstructured(); got {structure!r}.")
+    if isinstance(structure, NM) and not same(sparsity, structure.sparsity):
+        raise ValueError(f"ssam(structure={structure}) has sparsity {structure.sparsity:g}; got sparsity={sparsity:g}.")
+    if isinstance(structure, NM) and compat == "authors":
+        raise ValueError("The released code has no structure: ssam(structure=NM(...)) needs compat='paper'.")
     if mask not in ("fisher", "dynamic"):
         raise ValueError(f"ssam's mask must be 'fisher' or 'dynamic'; got {mask!r}.")
     if update_every < 1:

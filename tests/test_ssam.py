@@ -7,8 +7,8 @@ import optax
 import oracles
 import pytest
 
-from s2sam_jax import Every, empirical_fisher, methods, sparsify, ssam
-from s2sam_jax._ssam import _move, _move_authors
+from s2sam_jax import NM, Block, Every, empirical_fisher, methods, sparsify, ssam
+from s2sam_jax._perturb_masks import move, move_as_released
 
 
 def grads_like(params, seed):
@@ -89,13 +89,13 @@ def test_dynamic_worked_example_of_the_released_code(monkeypatch):
     grads = {"w": jnp.array([0.3, -0.1, 0.5, 0.2, 0.4, -0.6])}
     masks = {"w": jnp.array([True, True, True, False, False, False])}
     draws = {"w": jnp.array([0.9, 0.1, 0.2, 0.3, 0.8, 0.6])}
-    monkeypatch.setattr("s2sam_jax._ssam.random_scores", lambda key, like: draws)
-    first = _move_authors(grads, masks, None, 0.5, 0.5, None)
-    later = _move_authors(grads, masks, None, 0.5, 0.25, None)
+    monkeypatch.setattr("s2sam_jax._perturb_masks.random_scores", lambda key, like: draws)
+    first = move_as_released(grads, masks, None, 0.5, None, 0.5)
+    later = move_as_released(grads, masks, None, 0.25, None, 0.5)
     np.testing.assert_array_equal(first["w"], [0, 0, 1, 0, 1, 0])
     np.testing.assert_array_equal(later["w"], [1, 0, 1, 0, 0, 0])
     # a = 3, drop floor(1.5) = 1 (coordinate 1), grow one: its draw 0.1 loses to 0.8.
-    paper = _move(grads, masks, None, 0.5, 0.5, None)
+    paper = move(grads, masks, None, 0.5, None, 0.5)
     np.testing.assert_array_equal(paper["w"], [1, 0, 1, 0, 1, 0])
 
 
@@ -133,6 +133,66 @@ def test_counts_live_weights_only_in_a_sparse_network(mask):
         if step % 4 and inner_steps % 2 == 1:  # just refreshed, under the present masks
             assert chosen.sum() == 15
             assert not (chosen & ~live).any()
+
+
+GROUPED = {"conv": jnp.ones((3, 3, 8, 5)), "kernel": jnp.ones((12, 6)), "bias": jnp.ones(6)}
+
+
+def in_groups(mask):
+    """Ones of each run of four input channels."""
+    return np.moveaxis(np.asarray(mask), -2, -1).reshape(-1, 4).sum(axis=1)
+
+
+def test_fisher_in_groups_keeps_the_best_two_of_four():
+    tx = ssam(mask="fisher", structure=NM(2, 4))
+    (state,) = run(tx, 1, GROUPED, fisher_fn=lambda p: grads_like(p, 9))
+    masks = state.perturb_masks
+    assert np.all(masks["bias"])
+    for name, scores in grads_like(GROUPED, 9).items():
+        if name != "bias":
+            assert set(in_groups(masks[name])) == {2}
+            groups = np.moveaxis(np.asarray(scores), -2, -1).reshape(-1, 4)
+            chosen = np.moveaxis(np.asarray(masks[name]), -2, -1).reshape(-1, 4)
+            np.testing.assert_array_equal(np.sort(np.where(chosen, groups, -9))[:, 2:], np.sort(groups)[:, 2:])
+
+
+def test_dynamic_in_groups_keeps_the_pattern_while_it_moves():
+    tx = ssam(mask="dynamic", structure=NM(2, 4), update_every=1, total_steps=40, drop_fraction=0.5)
+    previous = tx.init(GROUPED).perturb_masks
+    for step, state in enumerate(run(tx, 20, GROUPED)):
+        masks = state.perturb_masks
+        assert np.all(masks["bias"])
+        assert {*in_groups(masks["conv"]), *in_groups(masks["kernel"])} == {2}
+        drop = int(flat(previous).sum() * 0.25 * (1 + np.cos(np.pi * step / 40)))
+        stay = oracles.top_mask(np.abs(flat(grads_like(GROUPED, step))), flat(previous).sum() - drop, flat(previous))
+        assert not (stay & ~flat(masks)).any()  # the largest gradients stay
+        assert (flat(masks) != flat(previous)).any()
+        previous = masks
+
+
+def test_groups_of_a_sparse_network_have_at_most_two_and_live_ones():
+    inner = ssam(mask="dynamic", structure=NM(2, 4), update_every=1, total_steps=40)
+    tx = sparsify(inner, methods.rigl(0.3), sparsity=0.8, when=Every(0, 4, 30))
+    state = tx.init(GROUPED)
+    update = jax.jit(lambda g, s: tx.update(g, s, GROUPED, grad_fn=lambda p: p))
+    for step in range(8):
+        _, state = update(grads_like(GROUPED, step), state)
+        chosen, live = state.inner_state.perturb_masks, state.masks
+        if step % 4:
+            assert not (flat(chosen) & ~flat(live)).any()
+            for name in ("conv", "kernel"):
+                np.testing.assert_array_equal(in_groups(chosen[name]), np.minimum(in_groups(live[name]), 2))
+
+
+def test_structures_that_do_not_fit_are_refused():
+    with pytest.raises(TypeError, match=r"structure must be NM\(n, m\) or Unstructured\(\); got Block"):
+        ssam(structure=Block((2, 2)))
+    with pytest.raises(ValueError, match=r"has sparsity 0\.75; got sparsity=0\.5"):
+        ssam(structure=NM(1, 4), total_steps=10)
+    with pytest.raises(ValueError, match="needs compat='paper'"):
+        ssam(structure=NM(2, 4), total_steps=10, compat="authors")
+    with pytest.raises(ValueError, match="stem of shape \\(3, 3, 3, 8\\): axis 2 has 3 entries, not a multiple of 4"):
+        ssam(structure=NM(2, 4), total_steps=10).init({"stem": jnp.ones((3, 3, 3, 8))})
 
 
 def test_empirical_fisher_is_the_sum_of_squared_per_example_gradients():
