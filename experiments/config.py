@@ -17,7 +17,7 @@ ModelName = Literal[
     "resnet8", "resnet20", "resnet32", "wrn28x10", "resnet18-cifar", "resnet34-cifar", "resnet34", "resnet50", "vgg19",
     "mobilenet-v2-cifar", "efficientnet-b0", "vit-small-cifar", "vit-small", "transformer-base",
 ]  # fmt: skip
-OptimizerName = Literal["sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam"]
+OptimizerName = Literal["sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam", "msam", "looksam", "gsam", "esam"]
 DistributionName = Literal["uniform", "er", "erk"]
 
 # What a result does not depend on, and the seed, which the name spells out.
@@ -51,6 +51,7 @@ class Config:
     dataset: DatasetName = "digits"  # digits comes with scikit-learn; the others are read from --data.
     data: Path | None = None  # TFDS folder, or an .npz with {train,test}_{images,labels}; default: the TFDS folder.
     subset: int | None = None  # Train on the first so many rows only.
+    validation: int = 0  # Hold out the last so many of them, and report on these in place of the test set.
 
     model: ModelName = "resnet8"
     width: int | None = None  # Channels of its first stage, or features; default: the model's own.
@@ -62,10 +63,14 @@ class Config:
     optimizer: OptimizerName = "s2sam"  # All of them end in the base optimizer with weight decay.
     base: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or Adam with decoupled weight decay.
     rho: float = 0.05  # Radius of the perturbation.
-    sharpness_parts: int = 1  # Parts of a batch that sam and ssam perturb for, each by its own gradient.
+    sharpness_parts: int = 1  # Parts of a batch that sam and its kin perturb for, each by its own gradient.
     eta: float = 0.01  # The constant of asam.
     ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.
     ssam_update_every: float = 1.0  # Epochs between two perturbation masks of ssam.
+    looksam_every: int = 5  # Steps between two second gradients of looksam.
+    alpha: float | None = None  # Weight of the second direction of looksam and gsam; default: the optimizer's own.
+    esam_beta: float = 0.6  # Probability that esam perturbs a leaf.
+    sharpest_fraction: float = 0.5  # Share of a batch that esam takes its second gradient on.
 
     method: str = "rigl"  # How the masks are found: dense (none), or a name in s2sam_jax.methods.
     sparsity: float = 0.9  # Fraction of zeros over all kernels.
@@ -107,7 +112,7 @@ class Config:
         _check_name("distribution", self.distribution, (None, *get_args(DistributionName)))
         for name in (
             "width", "image_size", "vocabulary", "max_length", "epochs", "batch_size", "accumulate", "sharpness_parts",
-            "eval_every", "checkpoint_every",
+            "looksam_every", "eval_every", "checkpoint_every",
         ):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "at least 1", value)
@@ -121,9 +126,15 @@ class Config:
             "cutout",
         ):  # fmt: skip
             _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in ("esam_beta", "sharpest_fraction"):
+            _check(0 < getattr(self, name) <= 1, name, "in (0, 1]", getattr(self, name))
+        _check(self.alpha is None or self.alpha >= 0, "alpha", "at least 0", self.alpha)
         for name in ("update_every", "ssam_update_every"):
             value = getattr(self, name)
             _check(value is None or value > 0, name, "above 0 epochs", value)
+        _check(self.validation >= 0, "validation", "at least 0", self.validation)
+        streamed = self.dataset in ("imagenet2012", "wmt14")
+        _check(not (self.validation and streamed), "validation", f"0 for {self.dataset}", self.validation)
         structures.parse(self.structure)
         _check(self.subset is None or self.subset >= self.batch_size, "subset", "at least one batch", self.subset)
         for name in ("accumulate", "sharpness_parts"):

@@ -57,6 +57,19 @@ def load(name: str, path: Path | None = None, subset: int | None = None) -> Data
     return Dataset(*jax.device_put(pieces))
 
 
+def hold_out(dataset: Dataset, rows: int) -> Dataset:
+    """With the last rows of the training set in place of the test set.
+
+    Raises:
+      ValueError: when nothing would be left to train on.
+    """
+    left = len(dataset.train_labels) - rows
+    if left < 1:
+        raise ValueError(f"validation={rows} leaves none of the {len(dataset.train_labels)} training rows.")
+    images, labels = dataset.train_images, dataset.train_labels
+    return Dataset(images[:left], labels[:left], images[left:], labels[left:])
+
+
 def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.ndarray:
     """Rows of the training set, int32[steps, batch_size]; the last partial batch is dropped."""
     key = jax.random.fold_in(jax.random.key(seed), epoch)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from scipy import stats
 
 from experiments.record import Row
 
@@ -96,6 +98,7 @@ class Line(NamedTuple):
       difference: to the baseline, mean of the differences seed by seed.
       difference_spread: of these.
       pairs: how many.
+      gradients: evaluations a step, or the like of them.
     """
 
     name: str
@@ -113,9 +116,20 @@ class Line(NamedTuple):
     difference: float | None
     difference_spread: float | None
     pairs: int
+    gradients: float | None = None
+
+    @property
+    def interval(self) -> float | None:
+        """Half the width of the 95 % confidence interval of the difference, by Student's distribution."""
+        if self.difference_spread is None:
+            return None
+        return float(stats.t.ppf(0.975, self.pairs - 1)) * self.difference_spread / math.sqrt(self.pairs)
 
 
-HEADER = ("row", "zeros (%)", "paper", "ours", "seeds", "paper: gain", "ours: gain", "pairs")
+HEADER = (
+    "row", "zeros (%)", "gradients a step", "paper", "ours", "seeds", "paper: gain", "ours: gain", "95 % interval",
+    "pairs",
+)  # fmt: skip
 MISSING = "–"
 
 
@@ -172,11 +186,13 @@ def _cells(line: Line) -> tuple[str, ...]:
     return (
         line.row,
         MISSING if line.sparsity is None else f"{100 * line.sparsity:g}",
+        MISSING if line.gradients is None else f"{line.gradients:.2f}",
         _figure(line.paper, line.paper_spread),
         _figure(line.ours, line.spread),
         str(line.seeds),
         _figure(line.paper_difference, sign="+"),
         _figure(line.difference, line.difference_spread, sign="+"),
+        MISSING if line.interval is None else f"±{line.interval:.2f}",
         str(line.pairs),
     )
 

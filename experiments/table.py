@@ -10,21 +10,21 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import models, plots, recipes, report, runs, sparse_methods, train
+from experiments import plots, recipes, report, runs, train, tune
 from experiments.config import Config, OptimizerName
 from experiments.recipes import Recipe
-from experiments.recipes.base import CORRUPTED, rounds
+from experiments.recipes.base import CORRUPTED
 from experiments.record import Row
+from experiments.scales import Scale, scaled
 
 RESULTS = Path(__file__).parent / "results"
-Scale = Literal["smoke", "cpu", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,41 +36,11 @@ class Arguments:
     sparsities: tuple[float, ...] = ()  # Default: all; rows that have none always stay.
     optimizers: tuple[OptimizerName, ...] = ()  # Default: all.
     seeds: tuple[int, ...] = (0, 1, 2)
-    scale: Scale = "full"  # full: the recipe. cpu: a quarter of the width, 10 000 images, 9 epochs. smoke: it runs.
+    scale: Scale = "full"  # See experiments.scales.
+    tuned: Path | None = None  # Rows of experiments.tune: each recipe with the rho that was best there.
     data: Path | None = None  # As in experiments.train.
     out: Path = Path("runs")  # The folder that run folders are made in.
     results: Path = RESULTS
-
-
-def scaled(config: Config, scale: Scale) -> Config:
-    """The run of a recipe at a scale; a round of lottery or LRR is as long as another run.
-
-    On the small scales no clock is slower than an epoch: of MEST's five, 9 epochs would leave a single update.
-
-    Raises:
-      ValueError: for a small scale of what is not on CIFAR.
-    """
-    if scale == "full":
-        return config
-    if not config.dataset.startswith("cifar"):
-        raise ValueError(f"The scale {scale} exists for CIFAR alone; {config.dataset} has the scale full.")
-    width, runs_in_one = models.MODELS[config.model].width, _rounds(config)
-    if config.method not in ("dense", *sparse_methods.ONE_SHOT, *sparse_methods.ROUNDS):
-        interval, _ = sparse_methods.CIFAR_RECIPES.get(config.method, sparse_methods.ELSEWHERE)
-        config = dataclasses.replace(config, update_every=min(config.update_every or interval, 1.0))
-    if scale == "smoke":
-        return dataclasses.replace(config, width=max(2, width // 16), subset=256, epochs=runs_in_one)
-    epochs = 9 * runs_in_one
-    return dataclasses.replace(
-        config, width=width // 4, subset=10_000, epochs=epochs, batch_size=128, eval_every=epochs
-    )
-
-
-def _rounds(config: Config) -> int:
-    """Trainings in one run."""
-    if config.method not in sparse_methods.ROUNDS:
-        return 1
-    return rounds(config.sparsity, config.prune_fraction or 0.2) + 1
 
 
 def chosen(arguments: Arguments) -> list[Recipe]:
@@ -106,7 +76,8 @@ def run(arguments: Arguments) -> list[Row]:
 
     Each row is stored as soon as it is there, so that an interrupted table goes on where it was, on any machine.
     """
-    pairs = [(recipe, _config(recipe, seed, arguments)) for recipe in chosen(arguments) for seed in arguments.seeds]
+    best = {} if arguments.tuned is None else tune.best(arguments.tuned)
+    pairs = [(r, _config(r, seed, arguments, best)) for r in chosen(arguments) for seed in arguments.seeds]
     stored = {(row["recipe"]["name"], row["seed"]): row for row in read(rows_file(arguments))}
     rows = []
     for recipe, config in track(pairs, description="runs"):
@@ -128,8 +99,10 @@ def read(file: Path) -> list[Row]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def _config(recipe: Recipe, seed: int, arguments: Arguments) -> Config:
-    config = scaled(recipe.config, arguments.scale)
+def _config(recipe: Recipe, seed: int, arguments: Arguments, best: dict[str, float]) -> Config:
+    config = scaled(recipe, arguments.scale)
+    if best and config.optimizer != "sgd":
+        config = dataclasses.replace(config, rho=tune.of(recipe, best))
     return dataclasses.replace(config, seed=seed, data=arguments.data, out=arguments.out)
 
 
@@ -157,6 +130,7 @@ def described(recipe: Recipe) -> dict[str, Any]:
         "paper_spread": recipe.printed.spread,
         "paper_difference": _difference(recipe.expected, baseline),
         "baseline": recipe.baseline,
+        "gradients": recipe.gradients,
     }
 
 

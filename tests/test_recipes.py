@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 
 from experiments import plots, recipes, report, runs, sparse_methods, table
 from experiments.recipes import base
@@ -104,6 +105,8 @@ def test_pairs_differ_in_the_optimizer_alone():
         if recipe.table == "official":
             assert (other.weight_decay, recipe.config.weight_decay) == (1e-4, 5e-4)
             same["weight_decay"] = 1e-4
+        if recipe.table == "budget-gradients":
+            same["epochs"] = 160
         assert dataclasses.replace(recipe.config, **same) == other, recipe.name
 
 
@@ -172,8 +175,8 @@ def test_description():
 
 
 def test_full_scale_is_the_recipe():
-    config = recipes.get("table2.rigl-0.8.s2sam").config
-    assert table.scaled(config, "full") is config
+    recipe = recipes.get("table2.rigl-0.8.s2sam")
+    assert table.scaled(recipe, "full") is recipe.config
 
 
 @pytest.mark.parametrize(
@@ -189,27 +192,59 @@ def test_full_scale_is_the_recipe():
 )
 def test_cpu_scale(name, width, epochs, update_every):
     full = recipes.get(name).config
-    small = table.scaled(full, "cpu")
+    small = table.scaled(recipes.get(name), "cpu")
     assert small == dataclasses.replace(
         full, width=width, epochs=epochs, update_every=update_every, subset=10_000, batch_size=128, eval_every=epochs
     )
 
 
-@pytest.mark.parametrize("scale", ["smoke", "cpu"])
+def test_digits_scale():
+    recipe = recipes.get("ssam-table1.ssam-d-0.9")
+    expected = {
+        "dataset": "digits", "model": "resnet8", "width": 8, "batch_size": 64, "cutout": 0, "epochs": 20,
+        "eval_every": 20, "ssam_update_every": 1.0,
+    }  # fmt: skip
+    assert table.scaled(recipe, "digits") == dataclasses.replace(recipe.config, **expected)
+    assert table.scaled(recipes.get("table1.lottery-0.9.sgd"), "digits").epochs == 10 * 12
+    assert table.scaled(recipes.get("table1.rigl-0.9.sgd"), "digits").update_every == 0.256
+
+
+def test_equal_gradients_are_fewer_epochs():
+    """Of 160, 20 and 9."""
+    for optimizer, share in (("sgd", 1.0), ("msam", 1.0), ("gsam", 0.5), ("ssam-f", 0.5), ("looksam", 5 / 6)):
+        recipe = recipes.get(f"budget-gradients.rigl-erk-0.95.{optimizer}")
+        epochs = [table.scaled(recipe, scale).epochs for scale in ("full", "digits", "cpu")]
+        assert epochs == [round(share * epochs) for epochs in (160, 20, 9)]
+        same = dataclasses.replace(recipe.config, epochs=160)
+        assert recipes.get(f"budget.rigl-erk-0.95.{optimizer}").config == same
+
+
+def test_work_a_step():
+    """SSAM's is that of its tables."""
+    printed = {0.5: 1.65, 0.8: 1.44, 0.9: 1.36, 0.95: 1.33, 0.98: 1.31, 0.99: 1.30}
+    for sparsity, flops in printed.items():
+        assert recipes.get(f"ssam-table1.ssam-f-{sparsity:g}").gradients == pytest.approx(flops, abs=0.006)
+    assert [recipes.get(f"ssam-table1.{name}").gradients for name in ("sgd", "sam")] == [1.0, 2.0]
+    esam = recipes.get("budget.dense.esam")
+    assert esam.gradients == pytest.approx(1 + 0.5 + 2 / 3)
+    assert (esam.sparsity, recipes.get("budget.rigl-erk-0.9.ssam-f").sparsity) == (None, 0.9)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "digits", "cpu"])
 def test_every_cifar_recipe_has_a_clock_at_small_scales(scale):
     for recipe in ALL:
         if recipe.config.dataset.startswith("cifar"):
-            small = table.scaled(recipe.config, scale)
+            small = table.scaled(recipe, scale)
             assert small.width >= 2
             if small.method != "dense":
-                sparse_methods.clock(small, steps_per_epoch=small.subset // small.batch_size)
+                sparse_methods.clock(small, steps_per_epoch=(small.subset or 1437) // small.batch_size)
 
 
 @pytest.mark.parametrize("name", ["table4.rigl-0.9.sam", "wmt14.dense.sgd"])
 def test_small_scales_are_for_cifar(name):
-    config = recipes.get(name).config
-    with pytest.raises(ValueError, match=f"The scale cpu exists for CIFAR alone; {config.dataset} has the scale full"):
-        table.scaled(config, "cpu")
+    recipe = recipes.get(name)
+    with pytest.raises(ValueError, match=f"cpu exists for CIFAR alone; {recipe.config.dataset} has the scale full"):
+        table.scaled(recipe, "cpu")
 
 
 # Which rows
@@ -293,6 +328,7 @@ def test_only_what_is_missing_is_run(tmp_path, trained):
         "paper_spread": 0.08,
         "paper_difference": 0.42,
         "baseline": "table1.rigl-erk-0.95.sgd",
+        "gradients": 1.0,
     }
     assert "data" not in rows[0]["config"]
     assert str(tmp_path) not in json.dumps(rows)
@@ -326,7 +362,10 @@ def test_command_line_writes_page_figures_and_plot(tmp_path, trained, compilatio
     table.main(["table1", *names, "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
     assert "RigL" in capsys.readouterr().out
     page = (tmp_path / "table1_cpu.md").read_text()
-    assert "| RigL (ERK) + S2-SAM | 95 | 92.81 ± 0.08 | 53.00 ± 1.00 | 3 | +0.42 | +2.00 ± 0.00 | 3 |" in page
+    assert (
+        "| RigL (ERK) + S2-SAM | 95 | 1.00 | 92.81 ± 0.08 | 53.00 ± 1.00 | 3 | +0.42 | +2.00 ± 0.00 | ±0.00 | 3 |"
+        in page
+    )
     assert "model resnet32, width 8, subset 10000, epochs 9, batch_size 128" in page
     assert "cannot be compared" in page
     with (tmp_path / "table1_cpu.csv").open() as stream:
@@ -359,6 +398,9 @@ def test_means_deviations_and_paired_differences():
     paired = b[1:] - a  # seed 0 has no partner
     np.testing.assert_allclose((s2sam.difference, s2sam.difference_spread), (paired.mean(), paired.std(ddof=1)))
     assert (sgd.seeds, s2sam.seeds, sgd.pairs, s2sam.pairs) == (4, 5, 0, 4)
+    low, high = stats.ttest_1samp(paired, 0.0).confidence_interval(0.95)
+    np.testing.assert_allclose(s2sam.interval, (high - low) / 2)
+    assert sgd.interval is None
     assert s2sam.paper_difference == 0.48
     assert (sgd.difference, alone.paper, alone.difference) == (None, None, None)
     assert (unmeasured.ours, unmeasured.seeds, unmeasured.paper) == (None, 0, 33.68)
@@ -367,10 +409,10 @@ def test_means_deviations_and_paired_differences():
 def test_missing_cells_are_dashes():
     header, rule, *cells = report.markdown(report.comparison(synthetic())).splitlines()
     assert {line.count("|") for line in (header, rule, *cells)} == {len(report.HEADER) + 1}
-    assert cells[0].startswith("| RigL | 90 | 93.07 | ")
-    assert cells[0].endswith(" | 4 | – | – | 0 |")
-    assert cells[2].startswith("| RigL + S2-SAM | 80 | – | ")
-    assert cells[3] == "| RigL | 80 | 33.68 | – | 0 | – | – | 0 |"
+    assert cells[0].startswith("| RigL | 90 | 1.00 | 93.07 | ")
+    assert cells[0].endswith(" | 4 | – | – | – | 0 |")
+    assert cells[2].startswith("| RigL + S2-SAM | 80 | 1.00 | – | ")
+    assert cells[3] == "| RigL | 80 | 1.00 | 33.68 | – | 0 | – | – | – | 0 |"
 
 
 def test_one_seed_has_no_deviation():

@@ -5,13 +5,17 @@ import math
 import re
 from typing import NamedTuple
 
+from experiments import flops
 from experiments.config import Config
 
 S2SAM = "S2-SAM (Ji et al., NeurIPS 2024)"
 REBUTTAL = "S2-SAM (Ji et al., NeurIPS 2024), authors' rebuttal"
 SSAM = "SSAM (Mi et al., NeurIPS 2022)"
 
-SUFFIX = {"sgd": "", "sam": " + SAM", "s2sam": " + S2-SAM"}
+LABELS = {
+    "sgd": "SGD", "sam": "SAM", "asam": "ASAM", "ssam-f": "SSAM-F", "ssam-d": "SSAM-D", "s2sam": "S2-SAM",
+    "msam": "MSAM", "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM",
+}  # fmt: skip
 
 # Forward pass of one image, two operations a multiplication and addition; convolutions and linear layers.
 FORWARD_GFLOP = {
@@ -25,8 +29,8 @@ FORWARD_GFLOP = {
     "resnet50": 8.2,
 }
 ESTIMATE = (
-    "an estimate, not measured: 3 times the dense forward FLOPs an image, twice that with two gradients a step, "
-    "at an assumed 10 TFLOP/s on CIFAR and 50 TFLOP/s on ImageNet"
+    "an estimate, not measured: 3 times the dense forward FLOPs an image, times the gradients a step, at an "
+    "assumed 10 TFLOP/s on CIFAR and 50 TFLOP/s on ImageNet"
 )
 
 
@@ -68,6 +72,7 @@ class Recipe:
       known: what the sources say of the run.
       unknown: what they do not say, and what was chosen; and where the library differs.
       baseline: the recipe that the paper compares it with.
+      share: of the epochs that other rows of the table have.
     """
 
     name: str
@@ -81,6 +86,7 @@ class Recipe:
     known: str
     unknown: str
     baseline: str | None
+    share: float = 1.0
 
     @property
     def expected(self) -> float | None:
@@ -88,10 +94,15 @@ class Recipe:
 
     @property
     def sparsity(self) -> float | None:
-        """Fraction of zeros of the weights, or with SSAM of the perturbation; None where neither is sparse."""
-        if self.config.optimizer.startswith("ssam"):
-            return self.config.ssam_sparsity
-        return None if self.config.method == "dense" else self.config.sparsity
+        """Fraction of zeros of the weights, or where these are dense of SSAM's perturbation; None where neither is."""
+        if self.config.method != "dense":
+            return self.config.sparsity
+        return self.config.ssam_sparsity if self.config.optimizer.startswith("ssam") else None
+
+    @property
+    def gradients(self) -> float:
+        """Gradient evaluations a step, or the like of them; of SSAM by its paper's formula."""
+        return flops.gradient_evaluations(self.config)
 
     @property
     def gpu_hours(self) -> float | None:
@@ -101,8 +112,7 @@ class Recipe:
             return None
         on_cifar = config.dataset.startswith("cifar")
         images = config.epochs * (50_000 if on_cifar else 1_281_167)
-        gradients = 1 if config.optimizer in ("sgd", "s2sam") else 2
-        return 3 * FORWARD_GFLOP[config.model] * images * gradients / (10_000 if on_cifar else 50_000) / 3600
+        return 3 * FORWARD_GFLOP[config.model] * images * self.gradients / (10_000 if on_cifar else 50_000) / 3600
 
     @property
     def command(self) -> str:
@@ -128,7 +138,7 @@ def recipe(
         paper=paper,
         table=table,
         key=key,
-        row=label + SUFFIX[config.optimizer],
+        row=label if config.optimizer == "sgd" else f"{label} + {LABELS[config.optimizer]}",
         config=config,
         printed=printed,
         metric=metric,

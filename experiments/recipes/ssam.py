@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from experiments.config import Config, OptimizerName
-from experiments.recipes.base import ACCURACY, SSAM, Recipe, cell, lines
+from experiments.recipes.base import ACCURACY, LABELS, SSAM, Recipe, cell, lines
 
 # Optimizer, sparsity of the perturbation, CIFAR-10, CIFAR-100; differences are to SAM.
 TABLE_1 = """
@@ -52,7 +52,6 @@ ssam-d 0.9 77.00(-0.25)
 # Value and difference to SAM do not agree, so one of the two is misread or misprinted.
 DOUBTFUL = ("ssam-table2.ssam-d-0.95", "ssam-table2.ssam-d-0.99")
 
-LABELS = {"sgd": "SGD", "sam": "SAM", "ssam-f": "SSAM-F", "ssam-d": "SSAM-D"}
 KNOWN_CIFAR = (
     "200 epochs, batch 128, SGD with momentum 0.9, 0.05 along a cosine, weight decay 5e-4 for SGD but 1e-3 for SAM and "
     "SSAM, rho 0.1 on CIFAR-10 and 0.2 on CIFAR-100, crops, flips and cutout (paper); cutout of 16 pixels in half of "
