@@ -1,6 +1,7 @@
 """The train steps of the recipes: of every one at full size, traced; and real ones of a narrow network."""
 
 import dataclasses
+import functools
 import json
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import narrow_steps, one_step, recipes, tasks
+from experiments import data, models, narrow_steps, one_step, recipes, tasks
 from experiments.config import Config
 from s2sam_jax import SparseState
 from s2sam_jax._tree import find_states
@@ -26,8 +27,33 @@ def kinds() -> dict[str, Config]:
     return {name: recipes.get(name).config for name in found.values()}
 
 
+@functools.cache
+def traced_once(model, width, classes, channels):
+    """A network whose forward pass, and with it its gradient, is traced once for all recipes that have it."""
+    built = []
+
+    def build():
+        built.append(models.build(model, width=width, classes=classes, channels=channels, seed=0))
+        return built[0].params, built[0].model_state
+
+    params, model_state = jax.eval_shape(build)
+    return built[0]._replace(
+        params=params, model_state=model_state, apply=jax.jit(built[0].apply, static_argnums=(3, 5))
+    )
+
+
+def network_of(config):
+    text = models.MODELS[config.model].text
+    classes = config.vocabulary if text else data.KINDS[config.dataset].classes
+    network = traced_once(config.model, config.width, classes, None if text else data.KINDS[config.dataset].shape[2])
+    params, model_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (network.params, network.model_state))
+    return network._replace(params=params, model_state=model_state)
+
+
 @pytest.mark.parametrize(("name", "config"), kinds().items(), ids=kinds().keys())
-def test_full_size_step(name, config):
+def test_full_size_step(name, config, monkeypatch):
+    monkeypatch.setattr(tasks, "build", network_of)
+
     def step():
         train_step, first_state = one_step.step_and_state(config, steps_per_epoch=1000)
         state = first_state()

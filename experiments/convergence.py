@@ -1,0 +1,237 @@
+"""Do SGD, SAM, SSAM and S2-SAM keep to bounds whose constants are known? Gradients without convexity, risk with it.
+
+    python -m experiments.convergence
+
+Runs what is missing in the rows file, and rewrites page and figure beside it from the rows alone.
+"""
+
+import dataclasses
+import inspect
+import json
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.progress import track
+
+from experiments import nonconvex, runs, stability, sweep
+from experiments.config import Config
+from experiments.plots import COLOURS, GREY, MARKERS
+
+Row = dict[str, Any]
+FIGURES = ("gap", "excess", "distance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What is run, and where the rows go."""
+
+    radii: tuple[float, ...] = (0.075, 0.5)  # The first is below what the Sparse SAM paper asks for, G eta / 2.
+    steps: int = 100_000
+    seeds: int = 8
+    sizes: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)  # Of training sets.
+    sets: int = 200  # Training sets drawn of each size.
+    risk_radii: tuple[float, ...] = (0.0, 0.1, 1.0)  # 0 is SGD.
+    rows: Path = sweep.RESULTS / "convergence.jsonl"
+
+
+def gradients(name: str, rho: float, steps: int, seeds: int) -> Row:
+    """The mean squared gradient of the first ``T`` steps, at two ``T`` a decade, and the bounds on its expectation."""
+    rows, keys = nonconvex.problem(0), jax.random.split(jax.random.key(1), seeds)
+    start = jnp.zeros(nonconvex.DIMENSION)
+    first_loss = float(nonconvex.loss(start, rows))
+    squares, last = jax.vmap(lambda key: nonconvex.squared_gradients(rows, key, rho, name=name, steps=steps))(keys)
+    taken = np.unique(np.geomspace(10, steps, 1 + round(2 * np.log10(steps / 10))).round().astype(int))
+    means = np.cumsum(np.asarray(squares, np.float64), axis=1)[:, taken - 1] / taken
+    return {
+        "steps": taken.tolist(),
+        "seeds": seeds,
+        "mean": means.mean(axis=0).tolist(),
+        "error": (means.std(axis=0, ddof=1) / seeds**0.5).tolist(),
+        "bound": nonconvex.gradient_bound(taken, first_loss, rho).tolist(),
+        "paper_bound": nonconvex.paper_bound(taken, first_loss, rho).tolist(),
+        "first_loss": first_loss,
+        "curvature_first": float(nonconvex.lowest_curvature(start, rows)),
+        "curvature_last": [float(nonconvex.lowest_curvature(w, rows)) for w in last],
+    }
+
+
+def risks(n: int, rho: float, sets: int) -> Row:
+    """Means over training sets, their standard errors, and the bounds."""
+    found = jax.device_get(stability.measure(jax.random.key(0), rho, n=n, sets=sets))
+    return {
+        "sets": sets,
+        "mean": {name: float(values.mean()) for name, values in found.items()},
+        "error": {name: float(values.std(ddof=1) / sets**0.5) for name, values in found.items()},
+        "bound": stability.risk_bound(n, rho),
+    }
+
+
+def run(arguments: Arguments) -> None:
+    """Each row is written as soon as it is there."""
+    optimizers = [name for name in nonconvex.OPTIMIZERS if name != "sgd"]
+    cells = [("gradients", "sgd", 0.0)]
+    cells += [("gradients", name, rho) for rho in arguments.radii for name in optimizers]
+    cells += [("risk", n, rho) for rho in arguments.risk_radii for n in arguments.sizes]
+    done = {(row["part"], row["of"], row["rho"]) for row in sweep.read(arguments.rows)}
+    provenance = runs.provenance(Config())
+    provenance = {name: provenance[name] for name in ("device", "xla_flags", "versions", "commit")}
+    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
+    for part, of, rho in track([cell for cell in cells if cell not in done], description="runs"):
+        row = {"part": part, "of": of, "rho": rho}
+        if part == "gradients":
+            row |= gradients(str(of), rho, arguments.steps, arguments.seeds)
+        else:
+            row |= risks(int(of), rho, arguments.sets)
+        with arguments.rows.open("a") as file:
+            file.write(json.dumps(row | provenance) + "\n")
+
+
+def slope(steps: Any, values: Any) -> float:
+    """Of a straight line through logarithms."""
+    return float(np.polyfit(np.log(steps), np.log(values), 1)[0])
+
+
+def label(row: Row) -> str:
+    return row["of"] if row["of"] == "sgd" else f"{row['of']}, ρ₀ = {row['rho']:g}"
+
+
+def gradient_table(rows: list[Row]) -> str:
+    """Measured means, and the largest share of a bound that is used up."""
+    steps = rows[0]["steps"]
+    shown = [index for index, count in enumerate(steps) if np.log10(count) % 1 == 0]
+    lines = [
+        f"| optimizer | {' | '.join(f'T = {steps[i]:,}' for i in shown)} | slope | largest measured / bound "
+        "| / the paper's |",
+        "|---" * (len(shown) + 4) + "|",
+    ]
+    for row in rows:
+        values = " | ".join(f"{row['mean'][i]:.2e} ± {row['error'][i]:.0e}" for i in shown)
+        ours, theirs = (np.max(np.divide(row["mean"], row[bound])) for bound in ("bound", "paper_bound"))
+        paper = f"{theirs:.3f}" if row["rho"] <= nonconvex.LARGEST_GRADIENT * nonconvex.RATE / 2 else "–"
+        last = slope(steps[-3:], row["mean"][-3:])
+        lines.append(f"| {label(row)} | {values} | {last:.2f} | {ours:.3f} | {paper} |")
+    for rho in dict.fromkeys(row["rho"] for row in rows):
+        bound = next(row["bound"] for row in rows if row["rho"] == rho)
+        values = " | ".join(f"{bound[i]:.2e}" for i in shown)
+        lines.append(f"| *bound, ρ₀ = {rho:g}* | {values} | {slope(steps[-3:], bound[-3:]):.2f} | | |")
+    return "\n".join(lines)
+
+
+def risk_table(rows: list[Row]) -> str:
+    """Measured means beside their bounds."""
+    lines = [
+        "| ρ₀ | n | F − F_S at w̄ | bound | F(w̄) − F(w°) | bound | distance of w̄, w̄' | bound |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        pairs = " | ".join(
+            f"{row['mean'][name]:.4f} ± {row['error'][name]:.4f} | {row['bound'][name]:.3f}" for name in FIGURES
+        )
+        lines.append(f"| {row['rho']:g} | {row['of']} | {pairs} |")
+    return "\n".join(lines)
+
+
+def page(rows: list[Row], name: str) -> str:
+    """What was run, what came out, and why the bounds hold."""
+    found = [row for row in rows if row["part"] == "gradients"]
+    risk = [row for row in rows if row["part"] == "risk"]
+    kept = all(np.all(np.less_equal(row["mean"], row["bound"])) for row in found)
+    kept &= all(row["mean"][field] <= row["bound"][field] for row in risk for field in FIGURES)
+    curvatures = [value for row in found for value in row["curvature_last"]]
+    apart = max(np.max(np.abs(np.divide(row["mean"], found[0]["mean"]) - 1)) for row in found)
+    steps = found[0]["steps"][-3:]
+    slopes = [slope(steps, row["mean"][-3:]) for row in found]
+    return f"""# Bounds with known constants, and what is measured
+
+{"Every measured mean is below its bound." if kept else "**A measured mean is above its bound.**"} Device: \
+{", ".join(sorted({row["device"] for row in rows}))}. Made by `python -m experiments.convergence` from `{name}`.
+
+![measured means and bounds]({Path(name).with_suffix(".png")})
+
+## Gradients, without convexity
+
+f is the mean of 1 − exp(−(x·w − y)²/2) over {nonconvex.ROWS} rows with |x| = 1 in {nonconvex.DIMENSION} dimensions; \
+batches of {nonconvex.BATCH} with replacement, from w = 0, η₀ = {nonconvex.RATE:g}. L = {nonconvex.SMOOTHNESS:g}, \
+G = {nonconvex.LARGEST_GRADIENT:.3f} and σ² = {nonconvex.VARIANCE:.3f} follow from the formula. The least eigenvalue \
+of the Hessian is {found[0]["curvature_first"]:.3f} at the start and {min(curvatures):.3f} to \
+{max(curvatures):.3f} at the ends of the runs. SSAM perturbs half of the coordinates: "fixed" is one random mask, \
+"refreshed" is SSAM-D every 10 steps. Mean of |∇f(w_t)|² over the first T steps, ± standard error over \
+{found[0]["seeds"]} seeds; the paper's bound where ρ₀ ≤ G η₀/2, as it asks:
+
+{gradient_table(found)}
+
+Slopes are of logarithms over the last decade: {min(slopes):.2f} to {max(slopes):.2f} as measured, \
+{_speed(slopes)} The bound's tends to −1/2. No optimizer is further from SGD than {apart:.0%}, so that lines \
+of the figure lie on top of each other: this compares each with its bound, not with the others.
+
+{inspect.getdoc(nonconvex.gradient_bound)}
+
+{inspect.getdoc(nonconvex.paper_bound)}
+
+## Risk, with convexity
+
+Logistic regression in {stability.DIMENSION} dimensions, |x| = 1, so L = {stability.SMOOTHNESS:g} and \
+G = {stability.LIPSCHITZ:g}; labels are drawn by w° with |w°| = 5, which minimises F. One example a step, \
+T = {stability.PASSES} n, η₀ = {stability.RATE:g}, ρ_t = ρ₀/√t. F is exact in the labels and a mean over \
+{stability.TEST:,} points. Means over {risk[0]["sets"]} training sets ± standard error; ρ₀ = 0 is SGD:
+
+{risk_table(risk)}
+
+{inspect.getdoc(stability.risk_bound)}
+"""
+
+
+def _speed(slopes: list[float]) -> str:
+    """What the slopes say, beside the rate that is proved."""
+    if max(slopes) < -0.5:
+        return "faster than the −1/2 that is proved for the worst case."
+    return "slower than −1/2, within the logarithm." if min(slopes) > -0.5 else "on both sides of −1/2."
+
+
+def draw(rows: list[Row], file: Path) -> None:
+    """Gradients against steps, and risks against examples, each below its dashed bound."""
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    found = [row for row in rows if row["part"] == "gradients"]
+    largest = max(row["rho"] for row in found)
+    shown = [row for row in found if row["rho"] in (0.0, largest)]
+    for row, colour, marker in zip(shown, cycle(COLOURS), cycle(MARKERS)):
+        panels[0].loglog(row["steps"], row["mean"], marker + "-", color=colour, markersize=3, label=label(row))
+    panels[0].loglog(shown[-1]["steps"], shown[-1]["bound"], "--", color=GREY, label=f"bound, ρ₀ = {largest:g}")
+    _finish(panels[0], "Mean squared gradient, non-convex", "T", "mean of |∇f|² over T steps")
+    risk = [row for row in rows if row["part"] == "risk"]
+    largest = max(row["rho"] for row in risk)
+    mine = [row for row in risk if row["rho"] == largest]
+    sizes, names = [row["of"] for row in mine], ("F − F_S at w̄", "F(w̄) − F(w°)", "|w̄ − w̄'|")
+    for field, name, colour, style in zip(FIGURES, names, COLOURS, ("--", "--", ":"), strict=False):
+        values, errors = ([row[kind][field] for row in mine] for kind in ("mean", "error"))
+        panels[1].errorbar(sizes, values, yerr=errors, color=colour, marker="o", markersize=3, label=name)
+        panels[1].plot(sizes, [row["bound"][field] for row in mine], style, color=colour, label=f"bound on {name}")
+    panels[1].set(xscale="log", yscale="log")
+    _finish(panels[1], f"S2-SAM on logistic regression, ρ₀ = {largest:g}", "training examples n", "")
+    figure.savefig(file, dpi=120)
+
+
+def _finish(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.legend(frameon=False, fontsize=7)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main(arguments: Arguments) -> None:
+    run(arguments)
+    rows = sweep.read(arguments.rows)
+    arguments.rows.with_suffix(".md").write_text(page(rows, arguments.rows.name))
+    draw(rows, arguments.rows.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,109 @@
+"""SAF's buffer and loss, against NumPy and hand-worked numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from s2sam_jax import TrainState, TrajectoryBuffer, make_train_step, trajectory_loss
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def oracle(z, past, temperature, weight):
+    p, q = softmax(np.float64(past) / temperature), softmax(np.float64(z) / temperature)
+    return np.mean(weight * temperature**2 * np.sum(p * np.log(p / q), -1))
+
+
+def test_loss_is_the_worked_number():
+    z, past = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([[1.0, 1.0, 0.0]])
+    np.testing.assert_allclose(trajectory_loss(z, past, weight=1.0), 0.4730362, rtol=1e-5)
+    np.testing.assert_allclose(trajectory_loss(z, past), 0.1419109, rtol=1e-5)
+
+
+def test_loss_and_gradient_against_numpy():
+    rng = np.random.default_rng(0)
+    z, past, weight = rng.normal(size=(4, 3)), rng.normal(size=(4, 3)), np.array([0.3, 0.0, 1.0, 2.0])
+
+    @jax.jit
+    def loss(z, past):
+        return trajectory_loss(z, past, temperature=2.0, weight=weight)
+
+    np.testing.assert_allclose(loss(z, past), oracle(z, past, 2.0, weight), rtol=1e-5)
+    by_z, by_past = jax.grad(loss, argnums=(0, 1))(jnp.float32(z), jnp.float32(past))
+    expected = 2.0 / 4 * weight[:, None] * (softmax(z / 2) - softmax(past / 2))  # tau / b * weight * (q - p)
+    np.testing.assert_allclose(by_z, expected, rtol=1e-4, atol=1e-6)
+    assert not by_past.any()
+    assert trajectory_loss(jnp.bfloat16(z), jnp.bfloat16(past)).dtype == jnp.float32
+    with pytest.raises(ValueError, match=r"\(4, 3\) and \(4, 2\)"):
+        trajectory_loss(z, past[:, :2])
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+def test_ring_recalls_exactly_delay_epochs_ago(delay):
+    n, buffer = 5, TrajectoryBuffer.init(5, 2, delay)
+    record, recall = jax.jit(TrajectoryBuffer.record), jax.jit(TrajectoryBuffer.recall)
+    rng, history = np.random.default_rng(0), {}
+    for epoch in range(3 * delay + 2):
+        order = rng.permutation(n)[:4]  # one example is left out
+        for rows in order.reshape(2, 2):
+            past, known = recall(buffer, rows, epoch)
+            for row, logits, there in zip(rows, past, known, strict=True):
+                assert there == ((epoch - delay, row) in history)
+                if there:
+                    np.testing.assert_array_equal(logits, history[epoch - delay, row])
+            logits = rng.normal(size=(2, 2)).astype(np.float32)
+            buffer = record(buffer, rows, logits, epoch)
+            history |= {(epoch, row): z for row, z in zip(rows, logits, strict=True)}
+
+
+def test_buffer_takes_an_epoch_an_example_and_leaves_padding_out():
+    buffer = TrajectoryBuffer.init(3, 1, 1, dtype=jnp.bfloat16)
+    buffer = buffer.record(jnp.array([0, 1, 3]), jnp.array([[1.0], [2.0], [9.0]]), jnp.array([4, 5, 4]))
+    past, known = buffer.recall(jnp.array([0, 1, 2, 3]), 5)
+    assert known.tolist() == [True, False, False, False]
+    assert float(past[0, 0]) == 1.0
+    assert buffer.logits.dtype == jnp.bfloat16
+    assert float(buffer.logits.max()) == 2.0
+    with pytest.raises(ValueError, match="delay >= 1; got 0"):
+        TrajectoryBuffer.init(3, 1, 0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_buffer_is_the_model_state_of_a_train_step(accumulate):
+    """SAF on softmax regression against NumPy, over epochs with batches in changing order."""
+    rng = np.random.default_rng(0)
+    x, labels, delay, rate = rng.normal(size=(8, 3)).astype(np.float32), rng.integers(0, 2, 8), 2, 0.5
+
+    def loss_fn(params, buffer, batch, key):
+        rows, epoch = batch["rows"], batch["epoch"]
+        logits = jnp.asarray(x)[rows] @ params
+        past, known = buffer.recall(rows, epoch)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels)[rows]).mean()
+        penalty = trajectory_loss(logits, past, weight=0.8 * known * (epoch > 2))
+        return loss + penalty, (buffer.record(rows, logits, epoch), {"penalty": penalty})
+
+    tx = optax.sgd(rate)
+    step = make_train_step(loss_fn, tx, accumulate=accumulate)
+    state = TrainState.create(jnp.zeros((3, 2)), tx, model_state=TrajectoryBuffer.init(8, 2, delay))
+    w, outputs, penalties = np.zeros((3, 2)), {}, []
+    for epoch in range(6):
+        for rows in rng.permutation(8).reshape(2, 4):
+            state, metrics = step(state, {"rows": jnp.asarray(rows), "epoch": jnp.full(4, epoch)})
+            z = x[rows] @ w
+            slope = softmax(z) - np.eye(2)[labels[rows]]
+            if epoch > 2:
+                past = np.stack([outputs[epoch - delay, row] for row in rows])
+                slope += 0.8 * 5.0 * (softmax(z / 5) - softmax(past / 5))
+                penalties.append(oracle(z, past, 5.0, 0.8))
+                np.testing.assert_allclose(metrics["penalty"], penalties[-1], rtol=1e-3)
+            else:
+                assert metrics["penalty"] == 0
+            outputs |= {(epoch, row): value for row, value in zip(rows, z, strict=True)}
+            w = w - rate / 4 * x[rows].T @ slope
+            np.testing.assert_allclose(state.params, w, rtol=1e-4, atol=1e-5)
+    assert max(penalties) > 1e-3
