@@ -1,4 +1,4 @@
-"""Figures of solutions: loss surfaces, spectra, and how sharpness and accuracy go with sparsity."""
+"""Figures of solutions: loss surfaces, spectra, what SAM changes, and how it all goes with sparsity."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.plots import COLOURS, MARKERS
+from experiments.plots import COLOURS, GREY, MARKERS, tidy
 from experiments.record import Row
 from s2sam_jax.analysis import Spectrum
 
@@ -62,6 +62,24 @@ def draw_spectra(rows: Mapping[str, Row], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
+def draw_ratios(rows: Mapping[str, Row], file: Path) -> None:
+    """How SAM's gradient differs from the plain one, coordinate by coordinate; left of the line by less than itself."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0.0, color=GREY, linewidth=1.0)
+    for (label, row), colour in zip(rows.items(), cycle(COLOURS)):
+        edges, shares = np.asarray(row["r_edges"]), 100 * np.asarray(row["r_counts"]) / sum(row["r_counts"])
+        axes.stairs(shares, edges, color=colour, linewidth=1.5, label=f"{label}: {row['r_below_zero']:.1%} below 0")
+    axes.set(
+        title="How much SAM changes each coordinate of the gradient",
+        xlabel="r = ln |(g of SAM − g) / g|",
+        ylabel="weights (% a bin)",
+    )
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes)
+    figure.savefig(file, dpi=120)
+
+
 def draw_against_sparsity(
     rows: Sequence[Row],
     field: str,
@@ -75,9 +93,13 @@ def draw_against_sparsity(
     """A panel a method: the mean over seeds with its standard deviation, a line an optimizer."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
-    figure = Figure(figsize=(4 * len(methods) + 1, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
-    for axes, method in zip(panels, methods, strict=True):
+    columns = min(len(methods), 4)
+    lines = math.ceil(len(methods) / columns)
+    figure = Figure(figsize=(4 * columns + 1, 3.4 * lines + 0.4), layout="constrained")
+    panels = np.ravel(figure.subplots(lines, columns, sharey=True, squeeze=False))
+    for axes in panels[len(methods) :]:
+        axes.remove()
+    for axes, method in zip(panels, methods, strict=False):
         for optimizer, colour, marker in zip(optimizers, cycle(COLOURS), cycle(MARKERS)):
             mine = [row for row in rows if row["method"] == method and row["optimizer"] == optimizer]
             sparsities = sorted({row["sparsity_asked"] for row in mine})
@@ -93,12 +115,14 @@ def draw_against_sparsity(
                 capsize=2,
                 label=optimizer,
             )
-        axes.set(title=method, xlabel="zeros (%)")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        known = sorted({100 * row["sparsity_asked"] for row in rows if row["method"] == method})
+        axes.set(title=method, xlabel="zeros (%)", xlim=(known[0] - 2, known[-1] + 2))
+        axes.set_xticks(known, [f"{s:g}" for s in known])
+        tidy(axes)
         if logarithmic:
             axes.set_yscale("log")
-    panels[0].set_ylabel(label)
+    for axes in panels[::columns]:
+        axes.set_ylabel(label)
     panels[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title)
     figure.savefig(file, dpi=120)

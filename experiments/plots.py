@@ -39,6 +39,11 @@ def _curves(axes: Axes, runs: Mapping[str, list[Row]], field: str, scale: float,
         axes.plot(epochs, values, label=label, color=colour, marker=marker, markersize=3, linewidth=1.5)
     axes.set(title=title, xlabel="epoch", ylabel=unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    tidy(axes)
+
+
+def tidy(axes: Axes) -> None:
+    """A faint grid, and no frame where there is no axis."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -103,7 +108,6 @@ def draw_comparison(lines: Sequence[Any], title: str, file: Path) -> None:
     panels[1].set(xlabel="difference to the baseline, paired by seed")
     panels[1].axvline(0.0, color=GREY, linewidth=0.8)
     for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.suptitle(f"{title}: filled ours, ± over seeds; hollow the paper's")
     figure.savefig(file, dpi=120)

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments import sharding
+from experiments import churn, sharding
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config
 from experiments.tasks import Reporter, Task
-from s2sam_jax import TrainState, eval_params, get_masks, recalibrate_batch_stats
+from s2sam_jax import TrainState, eval_params, recalibrate_batch_stats
 
 RECALIBRATION_BATCHES = 20
 
@@ -34,12 +33,16 @@ class Record:
         self._begin = time.perf_counter()
         self._history: list[dict[str, float]] = []  # an entry an epoch since the last row
         self._figures: dict[str, float] | None = None  # of the test set after this epoch, if it was evaluated
+        self._masks: Any = None  # after this epoch
+        self._counts: churn.Counts = {}  # of the masks since the last row
         self.epoch = 0
 
     def begin(self, create: Callable[[], TrainState], epoch: int | None = None) -> TrainState:
         """The state to go on from: that of the checkpoint of an epoch, or without one a new one."""
         if self._checkpoints is None or epoch is None:
-            return create()
+            state = create()
+            self._masks = churn.masks_of(self._config, state)
+            return state
         like = jax.eval_shape(create)
         like = jax.tree.map(
             lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
@@ -48,6 +51,7 @@ class Record:
         )
         state, progress = self._checkpoints.restore(epoch, like)
         self.epoch, self._history, self._figures = progress["epoch"], progress["history"], progress["figures"]
+        self._masks, self._counts = churn.masks_of(self._config, state), progress["masks"]
         self._begin -= progress["seconds"]
         self._reporter.steps(self.epoch * self._task.steps_per_epoch)
         self._report(state)
@@ -63,6 +67,8 @@ class Record:
         stop_if_bad(state)
         self.epoch += 1
         self._history.append(_means(metrics) | {"seconds": seconds})
+        before, self._masks = self._masks, churn.masks_of(self._config, state)
+        self._counts = churn.total(self._counts, churn.count(before, self._masks))
         last = self.epoch == self._config.epochs
         self._figures = self._evaluate(state) if last or self.epoch % self._config.eval_every == 0 else None
         if self._checkpoints is not None and (last or self.epoch % self._config.checkpoint_every == 0):
@@ -83,7 +89,7 @@ class Record:
         """The row of this epoch, if there is one; the last is left to :meth:`finish`."""
         if self._figures is not None and self.epoch < self._config.epochs:
             self._reporter.row(self._row(state) | {"seconds": time.perf_counter() - self._begin})
-            self._history = []
+            self._history, self._counts = [], {}
 
     def _row(self, state: TrainState) -> Row:
         row: Row = {name: float(np.mean([epoch[name] for epoch in self._history])) for name in self._history[0]}
@@ -94,12 +100,14 @@ class Record:
             "step": int(state.step),
             "images_per_second": images / row.pop("seconds"),
             "final": self.epoch == self._config.epochs,
+            "masks": self._counts,
         }
         return row | (self._figures or {})
 
     def _progress(self) -> dict[str, Any]:
         seconds = time.perf_counter() - self._begin
-        return {"epoch": self.epoch, "history": self._history, "figures": self._figures, "seconds": seconds}
+        progress = {"epoch": self.epoch, "history": self._history, "figures": self._figures, "masks": self._counts}
+        return progress | {"seconds": seconds}
 
     def _evaluate(self, state: TrainState, final: bool = False) -> dict[str, float]:
         return self._task.evaluate(eval_params(state.params, state.opt_state), state.model_state, final=final)
@@ -107,13 +115,8 @@ class Record:
 
 def layer_sparsity(config: Config, state: TrainState) -> dict[str, list[int]]:
     """Per kernel, by path: ``[zeros of the mask, size]``; empty for dense training."""
-    if config.method == "dense":
-        return {}
-    masks = get_masks(state.opt_state, state.params)
-    zeros = jax.device_get(jax.jit(lambda masks: jax.tree.map(lambda m: jnp.sum(~m), masks))(masks))
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): m for path, m in jax.tree.leaves_with_path(masks)}
-    counts = zip(named.items(), jax.tree.leaves(zeros), strict=True)
-    return {name: [int(off), mask.size] for (name, mask), off in counts if mask.ndim >= 2}
+    masks = churn.masks_of(config, state)
+    return {name: counts[:2] for name, counts in churn.count(masks, masks).items()}
 
 
 def stop_if_bad(state: TrainState) -> None:
