@@ -1,8 +1,10 @@
-"""Are solutions flatter with S2-SAM, and rougher with more zeros? Ra, eigenvalues and accuracy on digits.
+"""Are solutions flatter with S2-SAM, and rougher with more zeros? Ra, eigenvalues and accuracy.
 
     python -m experiments.flatness
+    python -m experiments.flatness --runs runs/SOME_RUN runs/OTHER_RUN --rows OTHER_ROWS
 
-Runs what is missing in the rows file, and rewrites table and figures beside it from the rows alone.
+Trains on digits what is missing in the rows file, or looks at finished runs, and rewrites table and figures beside it
+from the rows alone.
 """
 
 import dataclasses
@@ -34,10 +36,13 @@ class Arguments:
     optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
     seeds: tuple[int, ...] = (0, 1, 2)
+    runs: tuple[Path, ...] = ()  # Folders of finished runs, to be looked at in place of all that.
+    data: Path | None = None  # Where their data set lies, if no longer where it was.
     examples: int = 512  # Training images that the loss is the mean of.
     span: float = 1.0
     n: int = 15
     steps: int = 30  # Of Lanczos.
+    samples: int = 10  # For the trace.
     rows: Path = sweep.RESULTS / "flatness_digits.jsonl"
     cache: Path = Path("runs/compiled")  # Compiled programs: the seeds of a cell share them.
 
@@ -49,19 +54,23 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int)
 
 
 def measured(config: Config, loaded: Any, arguments: Arguments) -> dict[str, Any]:
-    """Trains, and looks at what came out: along live weights alone, and with pruned ones moving too."""
+    """Trains, and looks at what came out."""
     task, reporter = tasks.make(config, loaded), sweep.Last()
     state = loop.train(config, task, reporter)
-    found = solution.of_state(config, task, state, arguments.examples)
+    return reporter.last | looked_at(solution.of_state(config, task, state, arguments.examples), config, arguments)
+
+
+def looked_at(found: solution.Solution, config: Config, arguments: Arguments) -> dict[str, Any]:
+    """Along live weights alone, and with pruned ones moving too."""
     grid: Any = {"span": arguments.span, "n": arguments.n, "seed": 0}
     live, whole = surface.measure(found, pruned=False, **grid), surface.measure(found, pruned=True, **grid)
-    curvature = spectrum.measure(found, steps=arguments.steps, samples=10, rho=config.rho, seed=0, pruned=False)
+    options: Any = {"steps": arguments.steps, "samples": arguments.samples}
+    curvature = spectrum.measure(found, rho=config.rho, seed=0, pruned=False, **options)
     values = curvature["eigenvalues"]
     return {
-        **reporter.last,
         **live,
         **curvature,
-        "examples": arguments.examples,
+        "examples": len(found.batches) * config.batch_size,
         "roughness_pruned_move": whole["roughness"],
         "largest_eigenvalue": values[0],
         "eigenvalue_ratio": values[0] / values[4] if len(values) > 4 else None,
@@ -71,6 +80,22 @@ def measured(config: Config, loaded: Any, arguments: Arguments) -> dict[str, Any
 def run(arguments: Arguments) -> None:
     """Each row is written as soon as it is there."""
     done = {sweep.cell_of(row) for row in sweep.read(arguments.rows)}
+    if arguments.runs:
+        _run_on_folders(arguments, done)
+    else:
+        _run_on_digits(arguments, done)
+
+
+def _run_on_folders(arguments: Arguments, done: set[sweep.Cell]) -> None:
+    for folder in track(arguments.runs, description="runs"):
+        config = runs.read_config(folder)
+        cell = config.method, config.optimizer, config.sparsity, config.seed
+        if cell not in done:
+            config, found = solution.of_run(folder, arguments.data, arguments.examples)
+            _store(cell, config, runs.rows(folder)[-1] | looked_at(found, config, arguments), arguments.rows)
+
+
+def _run_on_digits(arguments: Arguments, done: set[sweep.Cell]) -> None:
     cells: list[sweep.Cell] = [
         (method, optimizer, sparsity, seed)
         for method in arguments.methods
@@ -81,12 +106,17 @@ def run(arguments: Arguments) -> None:
     loaded = tasks.load(Config())
     for cell in track([cell for cell in cells if cell not in done], description="runs"):
         config = config_of(*cell)
-        method, optimizer, sparsity, _ = cell
-        row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity}
-        row |= runs.provenance(config) | measured(config, loaded, arguments)
-        arguments.rows.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        _store(cell, config, measured(config, loaded, arguments), arguments.rows)
+
+
+def _store(cell: sweep.Cell, config: Config, figures: dict[str, Any], file: Path) -> None:
+    method, optimizer, sparsity, _ = cell
+    row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | figures | runs.provenance(config)
+    # Where things lie is of this machine alone.
+    row["config"] = {field: value for field, value in row["config"].items() if field not in ("data", "out")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -112,6 +142,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def claims(rows: list[dict[str, Any]]) -> str:
+    """The paper's two claims beside what the means over seeds are."""
+    ra, curvature = (_means(rows, field) for field in ("roughness", "largest_eigenvalue"))
+    sentences = [
+        "The paper has Ra grow with the sparsity, and lower with S2-SAM than without. Here, of means over seeds:"
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of_sgd = {zeros: mean for (m, zeros, optimizer), mean in ra.items() if (m, optimizer) == (method, "sgd")}
+        steps = ", ".join(f"{of_sgd[zeros]:.3g} ({100 * zeros:g} %)" for zeros in sorted(of_sgd))
+        sentences.append(f"Ra of {method} with SGD goes {steps}.")
+    for optimizer in dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"] != "sgd"):
+        below = [
+            [mean[m, zeros, optimizer] < mean[m, zeros, "sgd"] for m, zeros, o in mean if o == optimizer]
+            for mean in (ra, curvature)
+        ]
+        counts = [f"{sum(cells)} of {len(cells)}" for cells in below]
+        sentences.append(f"{optimizer}: Ra below SGD's in {counts[0]} cells, λ1 in {counts[1]}.")
+    return " ".join(sentences)
+
+
+def _means(rows: list[dict[str, Any]], field: str) -> dict[tuple[str, float, str], float]:
+    values: dict[tuple[str, float, str], list[float]] = {}
+    for row in rows:
+        values.setdefault((row["method"], row["sparsity_asked"], row["optimizer"]), []).append(row[field])
+    return {cell: statistics.mean(mine) for cell, mine in values.items()}
+
+
 def _spread(values: list[float]) -> str:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.4g} ± {deviation:.2g}" if values else "–"
@@ -120,18 +177,18 @@ def _spread(values: list[float]) -> str:
 def write(file: Path) -> None:
     """Page and figures, from the rows alone."""
     rows = sweep.read(file)
-    first = rows[0]
+    first, config = rows[0], rows[0]["config"]
     head = (
-        "# Flatness of sparse solutions on digits\n\n"
-        "ResNet-8 of width 8, 20 epochs, as in the sweep over methods; rho 0.05, SSAM perturbs half. Loss of "
-        f"{first['examples']} training images without augmentation, BatchNorm in evaluation mode. Ra: {first['n']} x "
-        f"{first['n']} points, from -{first['span']:g} to {first['span']:g} filter norms along two random directions, "
-        f"those of one seed for all. Eigenvalues of the Hessian of the live weights: {first['steps']} Lanczos steps. "
-        "Mean ± standard deviation over seeds.\n\n"
+        f"# Flatness of sparse solutions on {config['dataset']}\n\n"
+        f"{config['model']} of width {config['width']}, {config['epochs']} epochs; rho {config['rho']:g}, SSAM "
+        f"perturbs half. Loss of {first['examples']} training images without augmentation, BatchNorm in evaluation "
+        f"mode. Ra: {first['n']} x {first['n']} points, from -{first['span']:g} to {first['span']:g} filter norms "
+        "along two random directions, those of one seed for all. Eigenvalues of the Hessian of the live weights: "
+        f"{first['steps']} Lanczos steps. Mean ± standard deviation over seeds.\n\n"
         f"Device: {', '.join(sorted({row['device'] for row in rows}))}. Made by `python -m experiments.flatness` from "
         f"`{file.name}`, which holds config, versions and commit of each run.\n\n"
     )
-    file.with_suffix(".md").write_text(head + table(rows) + "\n")
+    file.with_suffix(".md").write_text(f"{head}{claims(rows)}\n\n{table(rows)}\n")
     for field, label, title, scale, logarithmic in FIGURES:
         figure = file.with_name(f"{file.stem}_{field}.png")
         landscapes.draw_against_sparsity(rows, field, label, title, figure, scale=scale, logarithmic=logarithmic)

@@ -110,13 +110,26 @@ def test_spectrum_of_a_run(folder):
     assert imread(folder / spectrum.FIGURE).std() > 0.02
 
 
+def test_flatness_of_a_finished_run(folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    few = {"examples": 32, "n": 3, "steps": 6, "samples": 2}
+    for _ in range(2):  # the second time it has a row
+        flatness.run(flatness.Arguments(runs=(folder,), rows=file, **few))
+    (row,) = map(json.loads, file.read_text().splitlines())
+    assert (row["method"], row["optimizer"], row["sparsity_asked"], row["examples"]) == ("static", "s2sam", 0.5, 32)
+    assert {"roughness", "roughness_pruned_move", "largest_eigenvalue", "test_accuracy_recalibrated"} <= row.keys()
+    assert str(tmp_path) not in json.dumps(row)
+
+
 def test_page_of_flatness_comes_from_its_rows(tmp_path):
     common = {"examples": 512, "n": 15, "span": 1.0, "steps": 30, "device": "cpu", "eigenvalue_ratio": None}
+    common["config"] = {"dataset": "digits", "model": "resnet8", "width": 8, "epochs": 20, "rho": 0.05}
     fields = ("test_accuracy_recalibrated", "roughness", "roughness_pruned_move", "largest_eigenvalue", "trace")
     rows = [
         common
         | {"method": "rigl", "optimizer": optimizer, "sparsity_asked": 0.9, "seed": seed, "sam_sharpness": 0.0}
         | dict.fromkeys(fields, 0.5 + seed)
+        | ({"roughness": 0.25 + seed} if optimizer == "s2sam" else {})
         for optimizer in ("sgd", "s2sam")
         for seed in (0, 1)
     ]
@@ -126,4 +139,7 @@ def test_page_of_flatness_comes_from_its_rows(tmp_path):
     lines = file.with_suffix(".md").read_text().splitlines()
     cells = "100 ± 71 | 1 ± 0.71 | 1 ± 0.71 | 1 ± 0.71 | – | 1 ± 0.71 | 0 ± 0"
     assert f"| rigl | 90 | sgd | {cells} | 2 |" in lines
+    assert "# Flatness of sparse solutions on digits" in lines
+    claims = "Ra of rigl with SGD goes 1 (90 %). s2sam: Ra below SGD's in 1 of 1 cells, λ1 in 0 of 1."
+    assert any(line.endswith(claims) for line in lines)
     assert len(list(tmp_path.glob("*.png"))) == 3

@@ -1,0 +1,110 @@
+"""Figures of several runs, from their rows alone.
+
+python -m experiments.draw curves runs/digits-*                          # over the epochs, mean over seeds
+python -m experiments.draw masks runs/SOME_RUN                           # which connections die and grow
+python -m experiments.draw sparsity experiments/results/methods_digits.jsonl
+python -m experiments.draw surfaces runs/ONE_RUN runs/ANOTHER            # also spectra, ratios: side by side what
+                                                                         # surface, spectrum and ratio have found
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from experiments import curves, landscapes, mask_plots, ratio, runs, spectrum, surface
+from experiments.flatness import FIGURES
+from experiments.record import Row
+
+FILES = {"surfaces": surface.ROWS, "spectra": spectrum.ROWS, "ratios": ratio.ROWS}
+DRAW: dict[str, Callable[[dict[str, Row], Path], None]] = {
+    "surfaces": landscapes.draw_surfaces,
+    "spectra": landscapes.draw_spectra,
+    "ratios": landscapes.draw_ratios,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Draws a figure of the rows of finished runs, or of files of rows."""
+
+    kind: tyro.conf.Positional[Literal["curves", "masks", "sparsity", "surfaces", "spectra", "ratios"]]
+    rows: tyro.conf.Positional[tuple[Path, ...]]  # Folders of runs, or files of rows.
+    out: Path | None = None  # Default: KIND.png.
+    field: str = "test_accuracy_recalibrated"  # Of a row, to be drawn against sparsity; or roughness, and the like.
+    methods: tuple[str, ...] = ()  # To be drawn against sparsity; default: all.
+
+
+def run(arguments: Arguments) -> Path:
+    """Draws, and says where.
+
+    Raises:
+      ValueError: where the rows do not hold what the figure shows.
+    """
+    file, name = arguments.out or Path(f"{arguments.kind}.png"), FILES.get(arguments.kind, runs.METRICS)
+    rows = [row for path in arguments.rows for row in _read(path / name if path.is_dir() else path)]
+    if not rows:
+        raise ValueError(f"There are no rows in {', '.join(map(str, arguments.rows)) or 'nothing'}.")
+    groups = curves.grouped(rows)
+    if arguments.kind == "curves":
+        curves.draw_curves(groups, _common(rows), file)
+    elif arguments.kind == "masks":
+        if len({(label, row["seed"]) for label, mine in groups.items() for row in mine}) > 1:
+            raise ValueError("Masks are drawn of one run; these rows are of several.")
+        config = rows[0]["config"]
+        title = f"{_common(rows)}, {config['method']} with {config['optimizer']}, {config['sparsity']:.0%} zeros"
+        mask_plots.draw_masks(rows, title, file)
+    elif arguments.kind == "sparsity":
+        _against_sparsity(rows, arguments, file)
+    else:
+        DRAW[arguments.kind](
+            {f"{label}, seed {row['seed']}": row for label, mine in groups.items() for row in mine}, file
+        )
+    return file
+
+
+def _against_sparsity(rows: list[Row], arguments: Arguments, file: Path) -> None:
+    """The last row of each run; a row that says nothing else has method, optimizer and sparsity of its config."""
+    finals = []
+    for row in rows:
+        config = row["config"]
+        named = {"method": config["method"], "optimizer": config["optimizer"], "sparsity_asked": config["sparsity"]}
+        if row.get("final", True) and row.get(arguments.field) is not None:
+            finals.append(named | row)
+    finals = [row for row in finals if row["method"] in (arguments.methods or (row["method"],))]
+    if not finals:
+        raise ValueError(f"No row of a finished run has {arguments.field} and is of {arguments.methods or 'a method'}.")
+    plain = (arguments.field, arguments.field, arguments.field, 1.0, False)
+    _, label, title, scale, logarithmic = next((known for known in FIGURES if known[0] == arguments.field), plain)
+    landscapes.draw_against_sparsity(
+        finals, arguments.field, label, f"{title}, {_common(rows)}", file, scale=scale, logarithmic=logarithmic
+    )
+
+
+def _common(rows: list[Row]) -> str:
+    """What the runs are on."""
+    found: dict[str, None] = dict.fromkeys(f"{row['config']['dataset']}, {row['config']['model']}" for row in rows)
+    return "; ".join(found)
+
+
+def _read(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def main(argv: list[str] | None = None) -> Path:
+    arguments = tyro.cli(Arguments, args=argv)
+    try:
+        file = run(arguments)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    Console().print(f"File: {file}", soft_wrap=True)
+    return file
+
+
+if __name__ == "__main__":
+    main()

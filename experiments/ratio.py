@@ -1,0 +1,94 @@
+"""How much SAM changes each coordinate of a finished run's gradient, on average over the training images.
+
+python -m experiments.ratio runs/SOME_RUN
+"""
+
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+
+from experiments import landscapes, solution
+from experiments.solution import Solution
+from s2sam_jax import analysis, sam
+
+ROWS, FIGURE = "ratio.jsonl", "ratio.png"
+EDGES = np.linspace(-12.0, 6.0, 73)  # what lies outside goes into the first and the last bin
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Writes ratio.jsonl and ratio.png into the run's folder."""
+
+    run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
+    data: Path | None = None  # Where its data set lies, if no longer where it was.
+    examples: int = 1024  # Training images that the gradient is the mean of; whole batches are used.
+    rho: float = 0.05  # Radius of SAM's perturbation.
+    pruned: bool = False  # Coordinates of pruned weights as well.
+
+
+def measure(found: Solution, *, rho: float, pruned: bool, progress: Any = None) -> dict[str, Any]:
+    """A histogram of r over the coordinates whose gradient is not zero."""
+    masks = None if pruned else found.masks
+    gradient_on = jax.jit(jax.grad(found.loss_fn))
+
+    def gradient(params: Any) -> Any:
+        total = None
+        for batch in found.batches:
+            one = gradient_on(params, batch)
+            total = one if total is None else jax.tree.map(lambda a, b: a + b, total, one)
+            if progress is not None:
+                progress(1)
+        mean = jax.tree.map(lambda g: g / len(found.batches), total)
+        return mean if masks is None else jax.tree.map(lambda g, m: g * m, mean, masks)
+
+    grads, tx = gradient(found.params), sam(rho)
+    sam_grads, _ = tx.update(grads, tx.init(found.params), found.params, grad_fn=gradient)
+    ratios = analysis.gradient_difference_ratio(grads, sam_grads, masks=masks)
+    values = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(ratios)])
+    values = values[~np.isnan(values)]
+    return {
+        "rho": rho,
+        "pruned_count": pruned,
+        "r_edges": EDGES.tolist(),
+        "r_counts": np.histogram(np.clip(values, EDGES[0], EDGES[-1]), EDGES)[0].tolist(),
+        "r_below_zero": float(np.mean(values < 0)),
+    }
+
+
+def run(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Measures, writes and prints; returns the row."""
+    folder = arguments.run_dir
+    row = solution.look(
+        folder,
+        arguments.data,
+        arguments.examples,
+        console,
+        "gradients",
+        lambda found: 2 * len(found.batches),
+        partial(measure, rho=arguments.rho, pruned=arguments.pruned),
+    )
+    (folder / ROWS).write_text(json.dumps(row) + "\n")
+    landscapes.draw_ratios({folder.resolve().name: row}, folder / FIGURE)
+    console.print(f"r < 0 at {row['r_below_zero']:.1%} of the weights (rho {arguments.rho:g})")
+    console.print(f"Files: {folder / ROWS}, {folder / FIGURE}", soft_wrap=True)
+    return row
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    arguments = tyro.cli(Arguments, args=argv)
+    try:
+        return run(arguments, Console())
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Results
+#
+# What has been run and committed, drawn from the rows in `experiments/results` and nothing else. Each row says which
+# config, versions and commit it comes from. Files that do not exist yet are passed over; run this again when they do.
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Markdown, display
+
+from experiments import flatness, report, sweep
+
+plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def rows_of(name):
+    rows = sweep.read(sweep.RESULTS / name)
+    print(f"{name}: {len(rows)} rows" if rows else f"{name} is not there yet.")
+    return rows
+
+
+def mean_and_spread(values):
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
+
+
+# %% [markdown]
+# ## Every method on digits, SGD and S2-SAM
+#
+# A ResNet-8 of width 8, 20 epochs; seeds are paired. The point is the mean of S2-SAM − SGD, the bar its standard
+# deviation over seeds.
+
+# %%
+rows = rows_of("methods_digits.jsonl")
+cells = {}
+for row in rows:
+    cell = cells.setdefault((row["method"], row["sparsity_asked"]), {})
+    cell[row["optimizer"], row["seed"]] = 100 * row["test_accuracy_recalibrated"]
+gains = {}
+for key, cell in cells.items():
+    seeds = [seed for name, seed in cell if name == "s2sam" and ("sgd", seed) in cell]
+    if seeds:
+        gains[key] = [cell["s2sam", seed] - cell["sgd", seed] for seed in seeds]
+
+if gains:
+    figure, axes = plt.subplots(figsize=(7, 0.22 * len(gains) + 1))
+    colours = dict(zip(sorted({sparsity for _, sparsity in gains}), ("#009E73", "#0072B2", "#D55E00", "#CC79A7")))
+    for place, ((method, sparsity), gain) in enumerate(gains.items()):
+        mean, spread = mean_and_spread(gain)
+        axes.errorbar(mean, place, xerr=spread, fmt="o", markersize=4, color=colours[sparsity])
+    for sparsity, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=f"{sparsity:.0%} zeros")
+    axes.axvline(0, color="#7F7F7F", linewidth=0.8)
+    axes.set_yticks(range(len(gains)), [method for method, _ in gains], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="S2-SAM − SGD, test accuracy (points)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    plt.show()
+
+# %%
+if gains:
+    means, spreads = np.transpose([mean_and_spread(gain) for gain in gains.values()])
+    larger = np.sum(np.abs(means) > spreads)
+    print(f"ahead {np.sum(means > 0.005)}, behind {np.sum(means < -0.005)}, level {np.sum(np.abs(means) <= 0.005)}")
+    mean = round(means.mean(), 2) + 0.0  # no -0.00
+    print(f"mean over all cells {mean:+.2f} points; beyond one standard deviation: {larger} of {len(gains)}")
+
+# %% [markdown]
+# At this scale S2-SAM does not beat SGD. The task is easy, the net small, and nearly all seeds get nearly all digits
+# right; that the machinery works for every method is what these rows show, and not more.
+#
+# ## Flatness
+#
+# Is a solution flatter after SAM, Sparse SAM or S2-SAM, and rougher with more zeros? Ra, largest eigenvalue and
+# accuracy; mean and standard deviation over seeds.
+
+# %%
+rows = rows_of("flatness_digits.jsonl")
+if rows:
+    display(Markdown(flatness.table(rows)))
+
+# %%
+if rows:
+    methods, optimizers = (list(dict.fromkeys(row[field] for row in rows)) for field in ("method", "optimizer"))
+    figure, panels = plt.subplots(
+        len(flatness.FIGURES), len(methods), figsize=(3.3 * len(methods), 7.5), sharex=True, sharey="row", squeeze=False
+    )
+    palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+    for line, (field, label, _, scale, logarithmic) in zip(panels, flatness.FIGURES):
+        for axes, method in zip(line, methods):
+            for optimizer, colour in zip(optimizers, palette):
+                mine = [row for row in rows if (row["method"], row["optimizer"]) == (method, optimizer)]
+                zeros = sorted({row["sparsity_asked"] for row in mine})
+                values = [[scale * row[field] for row in mine if row["sparsity_asked"] == s] for s in zeros]
+                means, spreads = zip(*map(mean_and_spread, values))
+                axes.errorbar(100 * np.array(zeros), means, spreads, color=colour, capsize=2, label=optimizer)
+            axes.grid(alpha=0.3)
+        line[0].set_ylabel(label)
+        if logarithmic:
+            line[0].set_yscale("log")
+    for axes, method in zip(panels[0], methods):
+        axes.set_title(method)
+    for axes in panels[-1]:
+        axes.set_xlabel("zeros (%)")
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    plt.tight_layout()
+    plt.show()
+
+# %% [markdown]
+# ## Tables of the papers
+#
+# Rows that were trained on CIFAR at the small scale (a quarter of the width, 10,000 images, few epochs), beside what
+# the papers print for theirs. The two columns cannot be compared; gains within ours can.
+
+# %%
+for file in sorted(sweep.RESULTS.glob("table*.jsonl")):
+    display(
+        Markdown(f"**{file.stem.replace('_', ', ')}**\n\n" + report.markdown(report.comparison(rows_of(file.name))))
+    )
+
+# %% [markdown]
+# ## Interrupted runs
+#
+# Runs were killed at random moments and started again; afterwards weights and rows were compared, bit by bit, with
+# those of a run that nobody had disturbed.
+
+# %%
+rows = rows_of("resume.jsonl")
+kills, same = sum(len(row["kills"]) for row in rows), sum(row["equal"] and row["rows_equal"] for row in rows)
+print(f"{kills} kills of {len(rows)} runs; {same} of them ended bit by bit like the undisturbed one")
