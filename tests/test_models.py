@@ -10,20 +10,18 @@ import optax
 import pytest
 from common import named
 from flax import nnx
+from shallow import shallow
 
 from experiments import models
 from experiments.models import (
-    efficientnet,
     layers,
-    mobilenet,
     resnet,
-    resnet_imagenet,
     transformer,
-    vit,
-    wide_resnet,
 )
 from s2sam_jax import channel_masks, erdos_renyi_kernel, materialize
 from s2sam_jax._channels import group_sizes
+
+__all__ = ["shallow"]
 
 
 def shapes(name, classes=None, width=None, dtype=jnp.float32):
@@ -271,22 +269,6 @@ UNDONE = {
     "efficientnet-b0": ("norm3/bias",),
     "vit-small-cifar": ("key/bias",),
 }
-
-
-@pytest.fixture
-def shallow(monkeypatch):
-    """The same classes with few blocks, which compile quickly."""
-    makes = {
-        "wrn28x10": partial(wide_resnet.WideResNet, 1, 10),
-        "resnet18-cifar": partial(resnet_imagenet.ResNet, resnet.Block, (1, 1), small_images=True),
-        "resnet50": partial(resnet_imagenet.ResNet, resnet_imagenet.Bottleneck, (1, 1), small_images=False),
-        "vit-small-cifar": partial(vit.ViT, 4, 32, 2),
-        "transformer-base": partial(transformer.Transformer, 2, 0.1),
-    }
-    for name, make in makes.items():
-        monkeypatch.setitem(models.MODELS, name, models.MODELS[name]._replace(make=make))
-    for module in (mobilenet, efficientnet):
-        monkeypatch.setattr(module, "_GROUPS", module._GROUPS[:3:2])
 
 
 @pytest.mark.parametrize("name", NARROW)

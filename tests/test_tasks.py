@@ -9,10 +9,13 @@ import numpy as np
 import optax
 import pytest
 from prepared import encoded, image_features, write_tfds
+from shallow import shallow
 
 from experiments import data, evaluate, optimizers, tasks, train
 from experiments.config import Config
 from s2sam_jax import TrainState, make_train_step
+
+__all__ = ["shallow"]
 
 
 def last_row(folder):
@@ -28,7 +31,7 @@ def prepared_images(tmp_path_factory):
     return folder
 
 
-def test_imagenet_from_end_to_end(prepared_images, tmp_path):
+def test_imagenet_from_end_to_end(prepared_images, shallow, tmp_path):
     arguments = ["--dataset", "imagenet2012", "--data", str(prepared_images), "--model", "resnet34", "--width", "2"]
     arguments += ["--image-size", "32", "--batch-size", "8", "--epochs", "2", "--out", str(tmp_path)]
     arguments += ["--mesh", "data=2"]
@@ -43,7 +46,7 @@ def test_imagenet_from_end_to_end(prepared_images, tmp_path):
     assert sparsity == pytest.approx(zeros / size)
 
 
-def test_translation_from_end_to_end(tmp_path):
+def test_translation_from_end_to_end(shallow, tmp_path):
     rng = np.random.default_rng(0)
     words = [("one", "eins"), ("two", "zwei"), ("three", "drei"), ("four", "vier")]
     for split, count in (("train", 24), ("validation", 6)):
