@@ -131,10 +131,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "SAM's sharpness": ("sam_sharpness", 1.0),
     }
     lines = [f"| method | zeros (%) | optimizer | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 4) + "|"]
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["sparsity_asked"], row["optimizer"]), []).append(row)
-    for (method, sparsity, optimizer), mine in groups.items():
+    for (method, sparsity, optimizer), mine in _by_cell(rows).items():
         cells = [
             _spread([scale * row[field] for row in mine if row[field] is not None]) for field, scale in columns.values()
         ]
@@ -162,11 +159,16 @@ def claims(rows: list[dict[str, Any]]) -> str:
     return " ".join(sentences)
 
 
-def _means(rows: list[dict[str, Any]], field: str) -> dict[tuple[str, float, str], float]:
-    values: dict[tuple[str, float, str], list[float]] = {}
+def _by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:
+    """The rows of all seeds, by method, sparsity and optimizer."""
+    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for row in rows:
-        values.setdefault((row["method"], row["sparsity_asked"], row["optimizer"]), []).append(row[field])
-    return {cell: statistics.mean(mine) for cell, mine in values.items()}
+        cells.setdefault((row["method"], row["sparsity_asked"], row["optimizer"]), []).append(row)
+    return cells
+
+
+def _means(rows: list[dict[str, Any]], field: str) -> dict[tuple[str, float, str], float]:
+    return {cell: statistics.mean(row[field] for row in mine) for cell, mine in _by_cell(rows).items()}
 
 
 def _spread(values: list[float]) -> str:

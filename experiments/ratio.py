@@ -4,13 +4,13 @@ python -m experiments.ratio runs/SOME_RUN
 """
 
 import dataclasses
-import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich.console import Console
@@ -47,7 +47,7 @@ def measure(found: Solution, *, rho: float, pruned: bool, progress: Any = None) 
             if progress is not None:
                 progress(1)
         mean = jax.tree.map(lambda g: g / len(found.batches), total)
-        return mean if masks is None else jax.tree.map(lambda g, m: g * m, mean, masks)
+        return mean if masks is None else jax.tree.map(lambda g, m: jnp.where(m, g, 0), mean, masks)
 
     grads, tx = gradient(found.params), sam(rho)
     sam_grads, _ = tx.update(grads, tx.init(found.params), found.params, grad_fn=gradient)
@@ -75,10 +75,8 @@ def run(arguments: Arguments, console: Console) -> dict[str, Any]:
         lambda found: 2 * len(found.batches),
         partial(measure, rho=arguments.rho, pruned=arguments.pruned),
     )
-    (folder / ROWS).write_text(json.dumps(row) + "\n")
-    landscapes.draw_ratios({folder.resolve().name: row}, folder / FIGURE)
-    console.print(f"r < 0 at {row['r_below_zero']:.1%} of the weights (rho {arguments.rho:g})")
-    console.print(f"Files: {folder / ROWS}, {folder / FIGURE}", soft_wrap=True)
+    said = f"r < 0 at {row['r_below_zero']:.1%} of the weights (rho {arguments.rho:g})"
+    solution.present(row, folder / ROWS, folder / FIGURE, landscapes.draw_ratios, [said], console)
     return row
 
 

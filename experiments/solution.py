@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,21 @@ def look(
         task = bar.add_task(work, total=total(found))
         figures = measure(found, progress=lambda count: bar.advance(task, count))
     return runs.provenance(config) | figures | {"examples": len(found.batches) * config.batch_size}
+
+
+def present(
+    row: dict[str, Any],
+    rows: Path,
+    figure: Path,
+    draw: Callable[[dict[str, Any], Path], None],
+    lines: list[str],
+    console: Console,
+) -> None:
+    """Writes row and figure, both in the run's folder, and prints what there is to say."""
+    rows.write_text(json.dumps(row) + "\n")
+    draw({rows.resolve().parent.name: row}, figure)
+    for line in [*lines, f"Files: {rows}, {figure}"]:
+        console.print(line, soft_wrap=True)
 
 
 def of_state(config: Config, task: Task, state: TrainState, examples: int) -> Solution:

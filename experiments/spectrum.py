@@ -4,7 +4,6 @@ python -m experiments.spectrum runs/SOME_RUN
 """
 
 import dataclasses
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -74,12 +73,12 @@ def run(arguments: Arguments, console: Console) -> dict[str, Any]:
         lambda _: 2 * arguments.steps + arguments.samples,
         partial(measure, **options),
     )
-    (folder / ROWS).write_text(json.dumps(row) + "\n")
-    landscapes.draw_spectra({folder.resolve().name: row}, folder / FIGURE)
     largest = ", ".join(f"{value:.4g}" for value in row["eigenvalues"])
-    console.print(f"eigenvalues {largest}; trace {row['trace']:.4g} ± {row['trace_error']:.2g}")
-    console.print(f"SAM's sharpness at rho {arguments.rho:g}: {row['sam_sharpness']:.4g}")
-    console.print(f"Files: {folder / ROWS}, {folder / FIGURE}", soft_wrap=True)
+    said = [
+        f"eigenvalues {largest}; trace {row['trace']:.4g} ± {row['trace_error']:.2g}",
+        f"SAM's sharpness at rho {arguments.rho:g}: {row['sam_sharpness']:.4g}",
+    ]
+    solution.present(row, folder / ROWS, folder / FIGURE, landscapes.draw_spectra, said, console)
     return row
 
 

@@ -4,7 +4,6 @@ python -m experiments.surface runs/SOME_RUN
 """
 
 import dataclasses
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -64,10 +63,8 @@ def run(arguments: Arguments, console: Console) -> dict[str, Any]:
         lambda found: arguments.n**2 * len(found.batches),
         partial(measure, **options),
     )
-    (folder / ROWS).write_text(json.dumps(row) + "\n")
-    landscapes.draw_surfaces({folder.resolve().name: row}, folder / FIGURE)
-    console.print(f"Ra = {row['roughness']:.4g} (span {arguments.span:g}, {row['examples']} training images)")
-    console.print(f"Files: {folder / ROWS}, {folder / FIGURE}", soft_wrap=True)
+    said = f"Ra = {row['roughness']:.4g} (span {arguments.span:g}, {row['examples']} training images)"
+    solution.present(row, folder / ROWS, folder / FIGURE, landscapes.draw_surfaces, [said], console)
     return row
 
 
