@@ -83,8 +83,12 @@ def run(arguments: Arguments) -> list[Row]:
     for recipe, config in track(pairs, description="runs"):
         row = stored.get((recipe.name, config.seed))
         if row is None or Config.from_json(row["config"]).digest != config.digest:
-            if not config.run_dir.is_dir():
-                train.train(train.Arguments(config), Console(quiet=True))
+            try:
+                if not config.run_dir.is_dir():
+                    train.train(train.Arguments(config), Console(quiet=True))
+            except FloatingPointError as error:  # the others are still wanted; the page counts the seeds there are
+                Console(stderr=True).print(f"{recipe.name}, seed {config.seed}, has no row. {error}", soft_wrap=True)
+                continue
             row = _row(recipe, config, arguments.scale)
             store([row], rows_file(arguments))
         rows.append(row)
