@@ -79,6 +79,29 @@ def test_what_is_missing_is_tried_and_a_table_takes_the_best(toy, tmp_path, monk
         table.run(table.Arguments("budget", optimizers=("s2sam",), **common))
 
 
+def test_what_breaks_down_is_never_the_best_and_ends_neither_a_grid_nor_a_table(tmp_path, monkeypatch, capsys):
+    names = ["budget.dense.sam", "budget.dense.s2sam"]
+    monkeypatch.setattr(tune.recipes, "of_table", lambda name: [tune.recipes.get(name) for name in names])
+
+    def breaks_down(config, *rest):
+        if config.rho > 0.05 or config.optimizer == "sam":
+            raise FloatingPointError("Training broke down at step 61")
+        rest[-1].last = {"test_accuracy_recalibrated": 0.1}
+
+    monkeypatch.setattr(tune.loop, "train", breaks_down)
+    monkeypatch.setattr(tune.tasks, "make", lambda config, dataset: None)
+    tune.run(tune.Arguments("budget", scale="digits", grid=(0.05, 0.2)), tmp_path / "rows")
+    found = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row["accuracy"] for row in found] == [0.0, 0.0, 0.1, 0.0]
+    assert tune.best(tmp_path / "rows")["dense.s2sam"] == 0.05
+
+    monkeypatch.setattr(train, "train", lambda arguments, console: breaks_down(arguments.config, tune.sweep.Last()))
+    monkeypatch.setattr(table, "_row", lambda recipe, config, scale: {"recipe": {"name": recipe.name}, "seed": 0})
+    kept = table.run(table.Arguments("budget", scale="digits", seeds=(0,), out=tmp_path, results=tmp_path))
+    assert [row["recipe"]["name"] for row in kept] == ["budget.dense.s2sam"]
+    assert "budget.dense.sam, seed 0, has no row. Training broke down at step 61" in capsys.readouterr().err
+
+
 def test_command_line(tmp_path, monkeypatch, capsys):
     before = {
         n: getattr(jax.config, n) for n in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
