@@ -1,7 +1,6 @@
 """Many seeds in one program: each the run that it is alone."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +33,17 @@ def assert_close_runs(folder, reference):
         assert (row["seed"], row["step"]) == (other["seed"], other["step"])
 
 
-@pytest.mark.parametrize(("case", "count"), [("rigl-s2sam", 4), ("mest-ems-sam", 2)])
-def test_seeds_side_by_side_are_the_runs_one_by_one(case, count, toy, tmp_path):
-    options = [*CASES[case], "--epochs", "2", "--seeds", *map(str, range(count))]
+@pytest.mark.parametrize("case", ["rigl-s2sam", "mest-ems-sam"])
+def test_seeds_side_by_side_are_the_runs_one_by_one(case, toy, tmp_path):
+    options = [*CASES[case], "--epochs", "2", "--seeds", "0", "1"]
     together = start(tmp_path / "vmap", *options, "--vmap")
     alone = start(tmp_path / "alone", *options)
-    assert list(together) == list(alone) == [f"seed {seed}" for seed in range(count)]
+    assert list(together) == list(alone) == ["seed 0", "seed 1"]
     for name in together:
         assert_close_runs(together[name], alone[name])
         assert sorted(p.name for p in together[name].iterdir()) == sorted(p.name for p in alone[name].iterdir())
     masks = [get_masks(runs.restore(folder).opt_state)["hidden"]["kernel"] for folder in together.values()]
-    assert all((a != b).any() for a, b in itertools.combinations(masks, 2))
+    assert (masks[0] != masks[1]).any()
 
 
 def test_seeds_go_on_together_from_an_epoch_that_all_have(toy, tmp_path, monkeypatch):
