@@ -140,23 +140,30 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def claims(rows: list[dict[str, Any]]) -> str:
-    """The paper's two claims beside what the means over seeds are."""
-    ra, curvature = (_means(rows, field) for field in ("roughness", "largest_eigenvalue"))
+    """The paper's two claims beside what the means are, of an optimizer and of SGD over the seeds that both have."""
+    cells = _by_cell(rows)
     sentences = [
         "The paper has Ra grow with the sparsity, and lower with S2-SAM than without. Here, of means over seeds:"
     ]
     for method in dict.fromkeys(row["method"] for row in rows):
-        of_sgd = {zeros: mean for (m, zeros, optimizer), mean in ra.items() if (m, optimizer) == (method, "sgd")}
-        steps = ", ".join(f"{of_sgd[zeros]:.3g} ({100 * zeros:g} %)" for zeros in sorted(of_sgd))
+        of_sgd = {zeros: mine for (m, zeros, optimizer), mine in cells.items() if (m, optimizer) == (method, "sgd")}
+        means = {zeros: statistics.mean(row["roughness"] for row in mine) for zeros, mine in of_sgd.items()}
+        steps = ", ".join(f"{means[zeros]:.3g} ({100 * zeros:g} %)" for zeros in sorted(means))
         sentences.append(f"Ra of {method} with SGD goes {steps}.")
     for optimizer in dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"] != "sgd"):
-        below = [
-            [mean[m, zeros, optimizer] < mean[m, zeros, "sgd"] for m, zeros, o in mean if o == optimizer]
-            for mean in (ra, curvature)
+        pairs = [(mine, cells[m, zeros, "sgd"]) for (m, zeros, o), mine in cells.items() if o == optimizer]
+        counts = [
+            f"{sum(_mean_difference(mine, base, field) < 0 for mine, base in pairs)} of {len(pairs)}"
+            for field in ("roughness", "largest_eigenvalue")
         ]
-        counts = [f"{sum(cells)} of {len(cells)}" for cells in below]
         sentences.append(f"{optimizer}: Ra below SGD's in {counts[0]} cells, λ1 in {counts[1]}.")
     return " ".join(sentences)
+
+
+def _mean_difference(rows: list[dict[str, Any]], others: list[dict[str, Any]], field: str) -> float:
+    """Over the seeds that both have."""
+    values, base = ({row["seed"]: row[field] for row in tree} for tree in (rows, others))
+    return statistics.mean(values[seed] - base[seed] for seed in values.keys() & base.keys())
 
 
 def _by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:
@@ -167,13 +174,10 @@ def _by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[di
     return cells
 
 
-def _means(rows: list[dict[str, Any]], field: str) -> dict[tuple[str, float, str], float]:
-    return {cell: statistics.mean(row[field] for row in mine) for cell, mine in _by_cell(rows).items()}
-
-
 def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4g} ± {deviation:.2g}" if values else "–"
+    if len(values) < 2:
+        return f"{values[0]:.4g}" if values else "–"
+    return f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
 
 
 def write(file: Path) -> None:
