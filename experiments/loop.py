@@ -1,5 +1,6 @@
 """One training run: the same loop for every task, optimizer and method."""
 
+import functools
 import time
 from typing import Any
 
@@ -10,10 +11,11 @@ from jax.sharding import Mesh
 from experiments import optimizers, sharding
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config
+from experiments.debugging import DebugEpochs
 from experiments.models import Network
 from experiments.record import Record
 from experiments.tasks import Reporter, Task, images
-from s2sam_jax import TrainState, eval_params, make_train_step
+from s2sam_jax import TrainState, checked, eval_params, make_train_step
 
 
 def initial_state(
@@ -58,11 +60,13 @@ def train(
     reporter: Reporter,
     start: TrainState | None = None,
     checkpoints: Checkpoints | None = None,
+    debug: bool = False,
 ) -> TrainState:
     """Trains, from the last checkpoint on if there is one, and returns the final state.
 
     Raises:
       FloatingPointError: naming the step at which something was not finite.
+      checkify.JaxRuntimeError: with ``debug``, for the first step that :func:`checked` finds fault with.
     """
     record = Record(config, task, reporter, checkpoints)
     tx = optimizers.make(config, task.steps_per_epoch, task.network.groups)
@@ -70,9 +74,10 @@ def train(
         lambda: initial_state(config, task.network, tx, start, task.mesh),
         max(checkpoints.epochs, default=None) if checkpoints else None,
     )
-    step = train_step(config, task, tx, state_sharding=sharding.of_state(task.mesh, state))
+    step = train_step(config, task, checked(tx) if debug else tx, state_sharding=sharding.of_state(task.mesh, state))
+    epoch = DebugEpochs(task, step) if debug else functools.partial(task.epoch, step)
     while record.epoch < config.epochs:
         started = time.perf_counter()
-        state, metrics = task.epoch(step, state, record.epoch, reporter)
+        state, metrics = epoch(state, record.epoch, reporter)
         record.add(state, metrics, time.perf_counter() - started)
     return record.finish(state)

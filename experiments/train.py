@@ -5,10 +5,12 @@ import contextlib
 import dataclasses
 import itertools
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import tyro
+from jax.experimental.checkify import JaxRuntimeError
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +40,7 @@ class Arguments:
     num_processes: int | None = None
     process_id: int | None = None
     layers: bool = False  # FLOPs of every layer, not only in all.
+    debug: bool = False  # Check masks, gradients and states at every step; a fault ends the run and is named.
     tensorboard: bool = False  # Event files in the run's folder as well; needs tensorboardX.
 
 
@@ -107,6 +110,8 @@ def _configs(arguments: Arguments) -> dict[str, Config]:
     """Of every run asked for, by what tells it from the others."""
     if arguments.vmap and len(set(arguments.seeds)) < 2:
         raise ValueError(f"--vmap trains several seeds side by side: give them as --seeds; got {arguments.seeds}.")
+    if arguments.vmap and arguments.debug:
+        raise ValueError("--debug checks one run at a time; leave out --vmap.")
     configs = {}
     for optimizer in arguments.compare or (arguments.config.optimizer,):
         for seed in arguments.seeds or (arguments.config.seed,):
@@ -142,7 +147,7 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
         if arguments.vmap:
             states = seeds.train(configs, made, recorders, start, checkpoints)
         else:
-            states = [loop.train(configs[0], made[0], recorders[0], start, checkpoints[0])]
+            states = [loop.train(configs[0], made[0], recorders[0], start, checkpoints[0], arguments.debug)]
     for config, folder, state, kept in zip(configs, folders, states, checkpoints, strict=True):
         runs.finish(config, folder, state, kept.best)
     console.print(_flops(configs[0], made[0], states[0], arguments.layers))
@@ -197,8 +202,8 @@ def main(argv: list[str] | None = None) -> dict[str, Path]:
         console.print(recipes.describe(recipe), soft_wrap=True)
     try:
         return train(arguments, console)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    except (OSError, JaxRuntimeError) as error:
+        sys.exit(f"error: {textwrap.shorten(str(error), 1000)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from s2sam_jax._batch_stats import recalibrate_batch_stats as recalibrate_batch_
 from s2sam_jax._channels import ChannelGroup as ChannelGroup
 from s2sam_jax._channels import Slice as Slice
 from s2sam_jax._channels import channel_masks as channel_masks
+from s2sam_jax._checked import checked as checked
 from s2sam_jax._esam import ESAMState as ESAMState
 from s2sam_jax._esam import esam as esam
 from s2sam_jax._esam import sharpest as sharpest

@@ -50,9 +50,27 @@ def perturb(params: Params, opt_state: Any) -> Params:
             "msam() into the optimizer chain; if the state comes from a checkpoint, restore it into the structure of "
             "tx.init(params)."
         )
-    _check_inside_sparsify(opt_state)
-    clean = named_leaves(params)
     moved: dict[Path, jax.Array] = {}
+    for _, _, epsilon in perturbations(named_leaves(params), opt_state):
+        moved |= epsilon
+
+    def shift(key_path, param):
+        path = path_names(key_path)
+        return add(param, moved[path]) if path in moved else param
+
+    return jax.tree_util.tree_map_with_path(shift, params)
+
+
+def perturbing(opt_state: Any) -> list[S2SAMState | MSAMState]:
+    """The states that :func:`perturb` looks for."""
+    return [*find_states(opt_state, S2SAMState), *find_states(opt_state, MSAMState)]
+
+
+def perturbations(
+    clean: dict[Path, Any], opt_state: Any
+) -> Iterator[tuple[S2SAMState | MSAMState, dict[Path, jax.Array], dict[Path, jax.Array]]]:
+    """Each state that perturbs, with its directions and the perturbation along them, by leaf."""
+    _check_inside_sparsify(opt_state)
     owners: dict[Path, str] = {}
     for state, directions in _directions(opt_state, clean):
         name = type(state).__name__
@@ -69,18 +87,7 @@ def perturb(params: Params, opt_state: Any) -> Params:
             epsilon = _s2sam.epsilon(state, weights)
         else:
             epsilon = _msam.epsilon(state, list(directions.values()), weights)
-        moved |= dict(zip(directions, epsilon, strict=True))
-
-    def shift(key_path, param):
-        path = path_names(key_path)
-        return add(param, moved[path]) if path in moved else param
-
-    return jax.tree_util.tree_map_with_path(shift, params)
-
-
-def perturbing(opt_state: Any) -> list[S2SAMState | MSAMState]:
-    """The states that :func:`perturb` looks for."""
-    return [*find_states(opt_state, S2SAMState), *find_states(opt_state, MSAMState)]
+        yield state, directions, dict(zip(directions, epsilon, strict=True))
 
 
 def _directions(opt_state: Any, clean: dict[Path, Any]) -> Iterator[tuple[S2SAMState | MSAMState, dict[Path, Any]]]:

@@ -1,5 +1,6 @@
 """Masks in an optimizer state: where they are kept, and how to read, set, apply and check them."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from s2sam_jax._faults import NOT_APPLIED, Fault, not_finite, of_mask, of_perturbation, of_pruned
 from s2sam_jax._select import ones
 from s2sam_jax._tree import (
+    Path,
     align,
     check_same_named,
     find_states,
@@ -212,7 +215,8 @@ def check_masks(params: Params, opt_state: Any) -> None:
     """Raises if anything that sparse training promises does not hold. For the host; costs a few passes.
 
     Checked per leaf: structure and shape of the masks, their count against the one recorded at the last mask update,
-    exact zeros off the mask in the parameters, and finite weights.
+    exact zeros off the mask in the parameters and in the gradient that :func:`s2sam` remembers, and finite weights.
+    Momenta are not: :func:`sparsify` zeroes them before they are used, and some optimizers leave tiny numbers there.
 
     Args:
       params: clean parameters.
@@ -231,30 +235,27 @@ def check_masks(params: Params, opt_state: Any) -> None:
       ValueError: check_masks found:
         kernel: 2 pruned weights are not zero; call apply_masks(params, opt_state) after init or a restore
     """
-    problems = []
+    faults = []
     named = named_leaves(params)
     for state in _sparse_states(opt_state, "check_masks"):
-        masks, counts = named_leaves(state.masks), named_leaves(state.nnz)
+        masks = named_leaves(state.masks)
         check_same_named(masks, {path: p for path, p in named.items() if path in masks}, "the masks", "params")
-        for path, mask in masks.items():
-            problems += [f"{'/'.join(path)}: {fault}" for fault in _faults(named[path], mask, counts[path])]
-    if problems:
+        faults += sparse_faults(named, state, np.asarray)
+    if problems := [f.line.format(f.value, f.wanted) for f in faults if f.value != f.wanted]:
         raise ValueError("check_masks found:\n  " + "\n  ".join(problems))
 
 
-def _faults(param: jax.Array, mask: jax.Array, nnz: jax.Array) -> list[str]:
-    alive = np.asarray(mask)
-    values = np.asarray(param).astype(np.float64)
-    faults = []
-    if alive.sum() != int(nnz):
-        faults.append(f"the mask has {alive.sum()} ones, {int(nnz)} at the last mask update")
-    if stray := int((values[~alive] != 0).sum()):
-        faults.append(
-            f"{stray} pruned weights are not zero; call apply_masks(params, opt_state) after init or a restore"
-        )
-    if bad := int((~np.isfinite(values)).sum()):
-        faults.append(f"{bad} weights are not finite")
-    return faults
+def sparse_faults(
+    weights: dict[Path, Any], state: SparseState, fetch: Callable[[Any], Any] = lambda x: x, advice: str = NOT_APPLIED
+) -> list[Fault]:
+    """What may be wrong with masks, with what is behind them, and with the perturbation of the next gradient."""
+    faults, counts, masks = [], named_leaves(state.nnz), named_leaves(state.masks)
+    for path, mask in masks.items():
+        name, weight, alive = "/".join(path), fetch(weights[path]), fetch(mask)
+        faults.append(of_mask(name, alive, fetch(counts[path])))
+        faults.append(of_pruned(name, weight, alive, advice))
+        faults.append(not_finite(name, weight, "weights"))
+    return faults + of_perturbation(state.inner_state, masks, fetch)
 
 
 def _sparse_states(opt_state: Any, caller: str) -> list[SparseState]:

@@ -1,0 +1,199 @@
+"""Random configurations of the library, each run for a few updates and checked after every one.
+
+    python -m experiments.fuzz --count 10000
+
+A case follows from its number alone. It passes, or is refused by a ValueError or TypeError before anything was trained;
+all else is a finding. One row for each chunk of cases; the same command goes on after the last row.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import random
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from experiments import fuzz_cases, runs, sweep
+from experiments.config import Config
+from experiments.fuzz_cases import Case
+from s2sam_jax import SparseState, apply_masks, get_masks, perturb
+
+UPDATES = 6
+
+
+class WrongError(Exception):
+    """What a case found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """How many cases, and where the rows go."""
+
+    count: int = 10_000
+    chunk: int = 250
+    jit_every: int = 50  # Each so-manieth case is compiled as a whole; the others run operation by operation.
+    rows: Path = sweep.RESULTS / "fuzz.jsonl"
+
+
+def run(case: Case) -> str:
+    """ "passed", or the reason why the configuration was refused.
+
+    Raises:
+      WrongError: for a broken promise.
+    """
+    rng = np.random.default_rng(case.number)
+    with contextlib.nullcontext() if case.jitted else jax.disable_jit():
+        params = fuzz_cases.tree(case, rng)
+        try:
+            tx = optax.with_extra_args_support(fuzz_cases.optimizer(case))
+            state = tx.init(params)
+        except (ValueError, TypeError) as error:
+            return _refusal(error)
+        params = apply_masks(params, state)
+        _check(case, params, state, state)
+        step = _step(case, tx)
+        for number in range(UPDATES):
+            noise = fuzz_cases.noise(case, rng, params, get_masks(state, params))
+            try:
+                new_params, new_state = step(params, state, noise)
+            except (ValueError, TypeError) as error:
+                if number:
+                    raise WrongError(f"refused at update {number}: {error}") from error
+                return _refusal(error)
+            _same_kind(params, new_params, "params")
+            _same_kind(state, new_state, "opt_state")
+            _check(case, new_params, new_state, state)
+            params, state = new_params, new_state
+    return "passed"
+
+
+def _refusal(error: Exception) -> str:
+    if len(str(error)) < 20:
+        raise WrongError(f"a message that says too little: {error!r}") from error
+    return " ".join(str(error).split())[:60]
+
+
+def _step(case: Case, tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+    def step(params: Any, state: Any, noise: Any) -> Any:
+        def gradient(point: Any) -> Any:
+            return jax.tree.map(lambda n, p: (n + 0.1 * p).astype(p.dtype), noise, point)
+
+        point = perturb(params, state) if case.sharpness in fuzz_cases.PERTURBING else params
+        updates, state = tx.update(
+            gradient(point),
+            state,
+            params,
+            value=jnp.float32(1.0),
+            grad_fn=gradient,
+            fisher_fn=lambda point: jax.tree.map(jnp.square, gradient(point)),
+        )
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step) if case.jitted else step
+
+
+def _same_kind(before: Any, after: Any, name: str) -> None:
+    """Structure, shapes and dtypes, as scan and checkpoints need."""
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        raise WrongError(f"{name} has another structure")
+    for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        if (jnp.shape(old), jnp.result_type(old)) != (jnp.shape(new), jnp.result_type(new)):
+            raise WrongError(f"{name}{jax.tree_util.keystr(path)}: {jax.typeof(old)} became {jax.typeof(new)}")
+
+
+def _check(case: Case, params: Any, state: Any, before: Any) -> None:
+    """Every promise, in NumPy."""
+    sparse, old = (_sparse_state(tree) for tree in (state, before))
+    leaves, masks = jax.tree.leaves_with_path(params), [np.asarray(mask) for mask in jax.tree.leaves(sparse.masks)]
+    counts = [int(n) for n in jax.tree.leaves(sparse.nnz)]
+    for (path, leaf), mask, count in zip(leaves, masks, counts, strict=True):
+        name, values = jax.tree_util.keystr(path), np.asarray(leaf).astype(np.float64)
+        if mask.dtype != bool or mask.shape != values.shape or int(mask.sum()) != count:
+            raise WrongError(f"{name}: a mask of {mask.dtype}{mask.shape} with {mask.sum()} ones, recorded {count}")
+        if (values[~mask] != 0).any():
+            raise WrongError(f"{name}: {(values[~mask] != 0).sum()} pruned weights are not zero")
+        if fuzz_cases.stays_finite(case) and not np.isfinite(values).all():
+            raise WrongError(f"{name}: not finite")
+    _check_invariant(case, masks, [np.asarray(mask) for mask in jax.tree.leaves(old.masks)])
+    if case.mask_grads:
+        _check_inner(sparse.inner_state, {path: mask for (path, _), mask in zip(leaves, masks, strict=True)})
+
+
+def _sparse_state(tree: Any) -> SparseState:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, SparseState))
+    return next(leaf for leaf in leaves if isinstance(leaf, SparseState))
+
+
+def _check_invariant(case: Case, masks: list[np.ndarray], old: list[np.ndarray]) -> None:
+    now, was = ([int(mask.sum()) for mask in tree] for tree in (masks, old))
+    broken = {
+        "per_layer": now != was,
+        "total": sum(now) != sum(was),
+        "monotone": any((mask & ~before).any() for mask, before in zip(masks, old, strict=True)),
+        "bounded": False,
+    }
+    invariant = fuzz_cases.METHODS[case.method](0.3).invariant
+    if broken[invariant]:
+        raise WrongError(f"the invariant {invariant} does not hold: ones {was} became {now}")
+
+
+def _check_inner(inner_state: Any, masks: dict[Any, np.ndarray]) -> None:
+    """No state that mirrors a parameter lives where its weight does not."""
+    for path, leaf in jax.tree.leaves_with_path(inner_state):
+        if jax.tree_util.GetAttrKey("tree") in path or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue  # the former is in a tree that is meant to be dense
+        for of_param, mask in masks.items():
+            mirrors = path[len(path) - len(of_param) :] == of_param and leaf.shape == mask.shape
+            if mirrors and (np.asarray(leaf).astype(np.float64)[~mask] != 0).any():
+                raise WrongError(f"inner_state{jax.tree_util.keystr(path)}: not zero off the mask")
+
+
+def main(arguments: Arguments) -> None:
+    jax.config.update("jax_enable_x64", True)
+    console = Console()
+    done = sum(row["cases"] for row in sweep.read(arguments.rows))
+    for first in range(done, arguments.count, arguments.chunk):
+        numbers = range(first, min(first + arguments.chunk, arguments.count))
+        row = chunk(numbers, arguments.jit_every)
+        arguments.rows.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.rows.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        console.print(f"{row['cases']} cases from {first}: {row['passed']} passed, {len(row['findings'])} findings")
+        for finding in row["findings"]:
+            console.print_json(data=finding)
+
+
+def chunk(numbers: range, jit_every: int) -> dict[str, Any]:
+    """What came of some cases."""
+    started, refused, findings = time.perf_counter(), collections.Counter(), []
+    for number in track(numbers, description="cases", transient=True):
+        case = fuzz_cases.draw(random.Random(number), number, number % jit_every == 0)
+        try:
+            refused[run(case)] += 1
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            found = {
+                "error": f"{type(error).__name__}: {error}"[:500],
+                "at": f"{Path(where.filename).name}:{where.lineno}",
+            }
+            findings.append(dataclasses.asdict(case) | found)
+    seconds = time.perf_counter() - started
+    provenance = {name: value for name, value in runs.provenance(Config()).items() if name not in ("config", "seed")}
+    counts = {"cases": len(numbers), "passed": refused.pop("passed", 0), "refused": dict(refused)}
+    return {"first": numbers.start} | counts | {"findings": findings, "seconds": seconds} | provenance
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -1,0 +1,221 @@
+"""What the fuzzing draws from: trees, dtypes, optimizers, methods, structures and clocks."""
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from s2sam_jax import (
+    NM,
+    Block,
+    Channel,
+    Every,
+    SparseMethod,
+    Unstructured,
+    esam,
+    gsam,
+    looksam,
+    methods,
+    msam,
+    s2sam,
+    sam,
+    sparsify,
+    ssam,
+)
+
+
+class Pair(NamedTuple):
+    """A container that is neither dict nor list."""
+
+    kernel: Any
+    bias: Any
+
+
+# Few shapes, so that each operation is compiled once for thousands of cases.
+TREES: dict[str, Any] = {
+    "one": (4, 8),
+    "dense": {"kernel": (4, 8), "bias": (8,)},
+    "deep": {"a": {"kernel": (4, 8), "bias": (8,)}, "b": {"kernel": (8, 4), "bias": (4,)}, "scale": ()},
+    "conv": {"conv": Pair((3, 3, 4, 8), (8,)), "head": [(8, 4), (4,)]},
+    "empty": {"kernel": (4, 8), "none": (0,), "none2": (0, 8), "scalar": ()},
+    "tiny": [(1, 1), (1,), (2, 2)],
+    "tuple": ((4, 8), ((8, 4), {"x": (16, 16)})),
+    "vectors": {"a": (8,), "b": (4,)},
+}
+DTYPES = ("float32", "bfloat16", "float16", "float64", "mixed")
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(1e-2),
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+    "amsgrad": lambda: optax.amsgrad(1e-2),
+    "adabelief": lambda: optax.adabelief(1e-2),
+    "adagrad": lambda: optax.adagrad(1e-2),
+    "adafactor": lambda: optax.adafactor(1e-2),
+    "lamb": lambda: optax.lamb(1e-2),
+    "lars": lambda: optax.lars(1e-2),
+    "lion": lambda: optax.lion(1e-2),
+    "nadam": lambda: optax.nadam(1e-2),
+    "radam": lambda: optax.radam(1e-2),
+    "rmsprop": lambda: optax.rmsprop(1e-2, momentum=0.9),
+    "sm3": lambda: optax.sm3(1e-2),
+    "yogi": lambda: optax.yogi(1e-2),
+    "clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)),
+    "schedule_free": lambda: optax.contrib.schedule_free_sgd(0.1),
+    "schedule": lambda: optax.sgd(optax.cosine_decay_schedule(0.1, 6), momentum=0.9),
+    "inject": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9),
+}
+SHARPNESS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "none": optax.identity,
+    "s2sam": lambda: s2sam(0.05),
+    "s2sam-adaptive": lambda: s2sam(0.5, adaptive=True),
+    "s2sam-pruned": lambda: s2sam(0.05, perturb_pruned=True),
+    "s2sam-bf16": lambda: s2sam(0.05, grad_dtype=jnp.bfloat16),
+    "sam": lambda: sam(0.05),
+    "asam": lambda: sam(0.5, adaptive=True),
+    "ssam-f": lambda: ssam(0.05, mask="fisher", sparsity=0.5, update_every=2, total_steps=6),
+    "ssam-d": lambda: ssam(0.05, mask="dynamic", sparsity=0.5, update_every=2, total_steps=6),
+    "msam": lambda: msam(0.05),
+    "looksam": lambda: looksam(0.05, every=2),
+    "gsam": lambda: gsam(0.05),
+    "esam": lambda: esam(0.05, beta=0.6),
+}
+PERTURBING = ("s2sam", "s2sam-adaptive", "s2sam-pruned", "s2sam-bf16", "msam")
+METHODS: dict[str, Callable[[float], SparseMethod]] = {
+    "static": lambda _: methods.static(),
+    "magnitude": lambda _: methods.magnitude(),
+    "magnitude-global": lambda _: methods.magnitude(scope="global"),
+    "gmp": lambda _: methods.gmp(),
+    "snip": lambda _: methods.snip(),
+    "grasp": lambda _: methods.grasp(),
+    "set": lambda fraction: methods.set(fraction),
+    "dsr": lambda _: methods.dsr(),
+    "rigl": lambda fraction: methods.rigl(fraction),
+    "itop": lambda fraction: methods.itop("gradient", drop_fraction=fraction),
+    "itop-random": lambda fraction: methods.itop("random", drop_fraction=fraction),
+    "mest": lambda _: methods.mest(((0.0, 0.1), (0.5, 0.0))),
+    "mest-ems": lambda _: methods.mest(((0.0, 0.1), (0.5, 0.0)), soft_bound=True),
+    "lottery": lambda _: methods.lottery(rounds=3),
+    "lrr": lambda _: methods.lrr(rounds=3),
+}
+STRUCTURES: dict[str, Any] = {
+    "unstructured": Unstructured(),
+    "2:4": NM(2, 4),
+    "1:4": NM(1, 4, pad=True),
+    "2:4 out": NM(2, 4, axis=-1),
+    "blocks": Block((2, 2)),
+    "padded blocks": Block((3, 3), pool="l2", pad=True),
+    "channels": Channel(),
+    "inputs": Channel(-2, pool="max"),
+}
+# What a gradient holds; with the harmless ones every weight must stay finite, but for float16, where the epsilons of
+# optimizers are zero.
+GRADIENTS = ("normal", "zero", "nan behind masks", "ties", "huge", "tiny")
+HARMLESS = ("normal", "zero", "nan behind masks", "ties", "tiny")
+OUTER = ("none", "none", "MultiSteps", "apply_if_finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration."""
+
+    number: int
+    jitted: bool
+    tree: str
+    dtype: str
+    optimizer: str
+    sharpness: str
+    method: str
+    structure: str
+    distribution: str | None
+    sparsity: float
+    fraction: float
+    start: int
+    every: int
+    end: int | None
+    mask_grads: bool
+    outer: str
+    gradients: str
+
+
+def draw(rng: random.Random, number: int, jitted: bool) -> Case:
+    """Half of the cases are unstructured, and most mask gradients, as most uses are."""
+    start = rng.choice((0, 0, 1, 2))
+    return Case(
+        number=number,
+        jitted=jitted,
+        tree=rng.choice(list(TREES)),
+        dtype=rng.choice(DTYPES),
+        optimizer=rng.choice(list(OPTIMIZERS)),
+        sharpness=rng.choice(list(SHARPNESS)),
+        method=rng.choice(list(METHODS)),
+        structure=rng.choice(["unstructured"] * len(STRUCTURES) + list(STRUCTURES)),
+        distribution=rng.choice((None, "uniform", "er", "erk")),
+        sparsity=rng.choice((0.0, 0.5, 0.5, 0.75, 0.9, 0.99, rng.random())),
+        fraction=rng.choice((0.0, 0.1, 0.3, 0.5, 1.0)),
+        start=start,
+        every=rng.choice((1, 1, 2, 3)),
+        end=rng.choice((None, start, start + 4, start + 4)),
+        mask_grads=rng.random() < 0.9,
+        outer=rng.choice(OUTER),
+        gradients=rng.choice(GRADIENTS),
+    )
+
+
+def tree(case: Case, rng: np.random.Generator) -> Any:
+    """Parameters; of a mixed tree every leaf has a dtype of its own."""
+    dtypes = iter(rng.choice(["float32", "bfloat16", "float16", "float64"], 16))
+
+    def leaf(shape: tuple[int, ...]) -> jax.Array:
+        dtype = next(dtypes) if case.dtype == "mixed" else case.dtype
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    return jax.tree.map(leaf, TREES[case.tree], is_leaf=_is_shape)
+
+
+def stays_finite(case: Case) -> bool:
+    """Whether a weight that is not finite would be a fault."""
+    return case.gradients in HARMLESS and case.dtype not in ("float16", "mixed")
+
+
+def _is_shape(x: Any) -> bool:
+    return type(x) is tuple and all(isinstance(length, int) for length in x)
+
+
+def noise(case: Case, rng: np.random.Generator, params: Any, masks: Any) -> Any:
+    """The part of a step's gradient that does not depend on the weights."""
+    scale = {"zero": 0.0, "huge": 1e30, "tiny": 1e-30}.get(case.gradients, 1.0)
+
+    def leaf(param: jax.Array, mask: jax.Array) -> jax.Array:
+        values = scale * rng.normal(size=param.shape)
+        if case.gradients == "ties":
+            values = np.round(values)
+        if case.gradients == "nan behind masks":
+            values = np.where(np.asarray(mask), values, np.nan)
+        with np.errstate(over="ignore"):
+            return jnp.asarray(values.astype(param.dtype))
+
+    return jax.tree.map(leaf, params, masks)
+
+
+def optimizer(case: Case) -> optax.GradientTransformation:
+    """Everything in the order of wrapping."""
+    tx = sparsify(
+        optax.chain(SHARPNESS[case.sharpness](), OPTIMIZERS[case.optimizer]()),
+        METHODS[case.method](case.fraction),
+        sparsity=case.sparsity,
+        distribution=case.distribution,
+        when=Every(case.start, case.every, case.end),
+        structure=STRUCTURES[case.structure],
+        seed=case.number,
+        mask_grads=case.mask_grads,
+    )
+    if case.outer == "MultiSteps":
+        return optax.MultiSteps(tx, 2).gradient_transformation()
+    return optax.apply_if_finite(tx, 3) if case.outer == "apply_if_finite" else tx
