@@ -118,13 +118,14 @@ if rows:
     plt.show()
 
 # %% [markdown]
-# ## Tables of the papers
+# ## Tables of the papers, and the family of optimizers
 #
-# Rows that were trained on CIFAR at the small scale (a quarter of the width, 10,000 images, few epochs), beside what
-# the papers print for theirs. The two columns cannot be compared; gains within ours can.
+# Rows that were trained on CIFAR at the small scale (a quarter of the width, 10,000 images, few epochs) or on digits,
+# beside what the papers print for theirs, if they have them. The two columns cannot be compared; gains within ours can.
 
 # %%
-for file in sorted(sweep.RESULTS.glob("table*.jsonl")):
+tables = ("table*", "ssam-table*", "budget_digits", "budget_cpu", "budget-gradients_digits")
+for file in itertools.chain.from_iterable(sorted(sweep.RESULTS.glob(f"{name}.jsonl")) for name in tables):
     display(
         Markdown(f"**{file.stem.replace('_', ', ')}**\n\n" + report.markdown(report.comparison(rows_of(file.name))))
     )
