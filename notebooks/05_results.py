@@ -15,6 +15,8 @@
 # config, versions and commit it comes from. Files that do not exist yet are passed over; run this again when they do.
 
 # %%
+import itertools
+
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
