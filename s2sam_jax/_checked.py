@@ -33,30 +33,32 @@ def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     r"""Debug mode: the same optimizer, whose every update checks what goes in and what comes out.
 
     Updates, and the state with its checkpoints, are those of ``tx``. The checks are ``checkify.check``, so the step has
-    to be functionalized; the error then names every leaf at fault, how many of its entries are, and what to do::
+    to be functionalized; an error names every leaf at fault, how many of its entries are, and what to do::
 
-        step = jax.jit(checkify.checkify(make_train_step(loss_fn, checked(tx))))
+        step = checkify.checkify(jax.jit(make_train_step(loss_fn, checked(tx))))
         error, (state, metrics) = step(state, batch)
         error.throw()
 
-    Without ``checkify``, JAX refuses to compile it ("Cannot abstractly evaluate a checkify.check which was not
-    functionalized"); outside ``jit`` it raises at once. Checked are, in this order:
+    ``jax.jit(checkify.checkify(...))`` is called faster, but not for steps that mutate Flax NNX modules. Without
+    ``checkify`` JAX refuses to compile ("Cannot abstractly evaluate a checkify.check which was not functionalized");
+    outside ``jit`` a fault is raised at once. Checked are, in this order:
 
     * trees: gradient, parameters and state have the leaves, shapes and structure of ``tx.init(params)``;
-    * before the update: the ones of each mask are those counted at the last mask update; weights and the last gradient
-      of :func:`s2sam` are exactly zero where pruned; parameters, state, and the gradient of live weights are finite;
-    * the perturbation of :func:`s2sam` and :func:`msam` is as long as it should be. With ``T = 1``, or ASAM's
-      ``T = |w| + eta`` (not for ``compat="authors"``):
+    * what goes in: the ones of each mask are as many as at the last mask update; weights, and the last gradient of
+      :func:`s2sam`, are exactly zero where pruned; parameters, state, loss (the extra argument ``value``) and the
+      gradient of live weights are finite;
+    * the length of the perturbation of :func:`s2sam` and :func:`msam`, with ``T = 1``, or ASAM's ``T = |w| + eta`` (not
+      for ``compat="authors"``):
 
       .. math:: \|\epsilon / T\|_2 = \rho\, \|T g\|_2 / (\|T g\|_2 + \mathrm{eps});
 
-    * where the gradient was taken: if ``grad_fn`` is among the extra arguments and the state perturbs, the gradient at
-      ``perturb(params, opt_state)`` is that given, to the square root of its dtype's precision, relative to the norm
-      over all leaves. This costs a gradient a step, and needs the ``grad_fn`` of the same batch and random numbers;
-    * after the update: masks, weights and the last gradient once more, finite updates and state, and no optimizer
-      state off the masks that this update found there and another update would not have left.
+    * where the gradient was taken: if the state perturbs and ``grad_fn`` is among the extra arguments, it is the
+      gradient at ``perturb(params, opt_state)``, each leaf up to the norm of the whole times the square root of its
+      dtype's precision. This costs a gradient a step; ``grad_fn`` must be of the same batch and random numbers;
+    * what comes out: masks, weights and the last gradient as above, a finite update; and no optimizer state off the
+      masks that went in there, unless updates leave such behind (Adamax's epsilon, ``mask_grads=False``).
 
-    All else is a few passes over parameters and state. A gradient that is not finite is no fault around
+    All else costs a few passes over parameters and state. A loss or gradient that is not finite is no fault around
     ``optax.apply_if_finite``, which is there for it, and the train step freezes at one as ever.
 
     Args:
