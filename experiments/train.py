@@ -48,7 +48,8 @@ class _Recorder:
     """Writes every row to the run's folder, and passes it on to the progress bar if that is the run's."""
 
     def __init__(self, config: Config, folder: Path, bar: report.ProgressBar | None, arguments: Arguments):
-        self._provenance = runs.provenance(config) | ({"mesh": arguments.mesh} if arguments.mesh else {})
+        options = {"mesh": arguments.mesh, "debug": arguments.debug}
+        self._provenance = runs.provenance(config) | {name: value for name, value in options.items() if value}
         self._folder, self._bar = folder, bar
         self._events = _event_writer(folder) if arguments.tensorboard and sharding.writes() else None
 

@@ -93,7 +93,7 @@ def stepper(tx, perturbs):
             return jax.tree.map(lambda g: g + fault, jax.grad(loss)(params, batch))
 
         grads = grad_fn(perturb(params, state) if perturbs else params)
-        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, grad_fn=grad_fn)
+        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, grad_fn=grad_fn, value=fault)
         return optax.apply_updates(params, updates), state
 
     return step
@@ -153,7 +153,7 @@ def test_what_an_optimizer_leaves_behind_its_masks_is_no_fault(tx, perturbs):
     check_masks(params, state)
 
 
-def test_under_apply_if_finite_a_bad_gradient_is_no_fault():
+def test_under_apply_if_finite_a_bad_gradient_or_loss_is_no_fault():
     _, state = trained(optax.apply_if_finite(static(SGD), 5), check=True, faults=(0.0, jnp.nan, 0.0, 0.0, 0.0))
     assert int(state.total_notfinite) == 1
 
@@ -393,7 +393,7 @@ def test_trees_that_do_not_fit_are_refused_while_tracing(seed, text):
 
 
 def test_the_command_line_ends_with_a_line_that_names_the_fault(toy, tmp_path, monkeypatch):
-    short = ["--subset", "128", "--epochs", "1", "--out", str(tmp_path), "--debug"]
+    short = ["--subset", "64", "--epochs", "1", "--out", str(tmp_path), "--method", "static", "--debug"]
     fresh = loop.initial_state
 
     def dense(*arguments):
