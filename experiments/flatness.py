@@ -8,7 +8,6 @@ from the rows alone.
 """
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -114,9 +113,7 @@ def _store(cell: sweep.Cell, config: Config, figures: dict[str, Any], file: Path
     row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | figures | runs.provenance(config)
     # Where things lie is of this machine alone.
     row["config"] = {field: value for field, value in row["config"].items() if field not in ("data", "out")}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
+    sweep.append(file, row)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

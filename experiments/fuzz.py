@@ -9,7 +9,6 @@ all else is a finding. One row for each chunk of cases; the same command goes on
 import collections
 import contextlib
 import dataclasses
-import json
 import random
 import time
 import traceback
@@ -167,9 +166,7 @@ def main(arguments: Arguments) -> None:
     for first in range(done, arguments.count, arguments.chunk):
         numbers = range(first, min(first + arguments.chunk, arguments.count))
         row = chunk(numbers, arguments.jit_every)
-        arguments.rows.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.rows.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        sweep.append(arguments.rows, row)
         console.print(f"{row['cases']} cases from {first}: {row['passed']} passed, {len(row['findings'])} findings")
         for finding in row["findings"]:
             console.print_json(data=finding)

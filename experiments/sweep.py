@@ -67,7 +67,6 @@ class Last:
 
 def run(sweep: Sweep) -> None:
     """Trains what has no row yet; each row is written as soon as it is there."""
-    sweep.rows.parent.mkdir(parents=True, exist_ok=True)
     done = {cell_of(row) for row in read(sweep.rows)}
     cells: list[Cell] = [
         (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds
@@ -79,12 +78,17 @@ def run(sweep: Sweep) -> None:
         method, optimizer, sparsity, _ = cell
         row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity}
         row |= runs.provenance(config) | last.last
-        with sweep.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(sweep.rows, row)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def append(file: Path, row: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
 
 
 def cell_of(row: dict[str, Any]) -> Cell:

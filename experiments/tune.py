@@ -7,7 +7,6 @@ One seed, the same grid for all. What has a row is skipped. ``experiments.table 
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +92,7 @@ def run(arguments: Arguments, file: Path) -> None:
         except FloatingPointError:  # a radius that is too large for this optimizer: never the best one
             accuracy = 0.0
         row = {"setting": name, "accuracy": accuracy} | runs.provenance(config)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        sweep.append(file, row)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
