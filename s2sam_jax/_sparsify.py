@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._masks import SparseState, count_masks
+from s2sam_jax._s2sam import S2SAMState
 from s2sam_jax._s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity import DISTRIBUTIONS, Distribution, Prunable, check_sparsity, kernels
 from s2sam_jax._structure import NM, UNSTRUCTURED, Structure, check_structure
-from s2sam_jax._tree import check_same_leaves, copy_key, find_states, increment, mask_mirrored, masked, where
+from s2sam_jax._tree import check_same_leaves, copy_key, find_states, increment, map_states, mask_mirrored, masked, where
 from s2sam_jax._types import NEVER, Every, GradFn, MaskInputs, Masks, MaskUpdate, SparseMethod
 from s2sam_jax._units import fit_plan, structured
 
@@ -166,6 +167,8 @@ def sparsify(
         inner_state = state.inner_state if new.inner_state is None else new.inner_state
         if mask_grads:
             inner_state = ruled(inner_state, state.masks, new, due)
+        elif due is not False:  # the last gradient lives on the masks all the same, where no inner step renews it
+            inner_state = map_states(lambda s: mask_mirrored(new.masks, s), inner_state, S2SAMState)
 
         steps = jax.tree.map(jnp.zeros_like, updates)
         if new.skip is not True:

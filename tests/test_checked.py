@@ -59,8 +59,8 @@ def static(inner, **options):
     return sparsify(inner, methods.static(), **{"sparsity": 0.5, **options})
 
 
-def rigl(inner):
-    return sparsify(inner, methods.rigl(0.5), sparsity=0.5, when=Every(1, 2, 10))
+def rigl(inner, **options):
+    return sparsify(inner, methods.rigl(0.5), sparsity=0.5, when=Every(1, 2, 10), **options)
 
 
 def one_leaf():
@@ -142,8 +142,9 @@ def test_the_state_is_that_of_the_optimizer(outer):
     [
         (rigl(optax.adamax(0.1)), False),
         (static(optax.chain(s2sam(0.1, perturb_pruned=True), SGD), mask_grads=False), True),
+        (rigl(optax.chain(s2sam(0.1), SGD), mask_grads=False), True),
     ],
-    ids=["adamax", "dense_momentum"],
+    ids=["adamax", "dense_perturbation", "dense_momentum"],
 )
 def test_what_an_optimizer_leaves_behind_its_masks_is_no_fault(tx, perturbs):
     """Adamax leaves its epsilon there, and RigL's skipped steps clear it; ``mask_grads=False`` keeps all momentum."""
