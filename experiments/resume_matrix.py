@@ -34,10 +34,10 @@ TIMES = ("seconds", "images_per_second", "config")
 class Arguments:
     """What is trained and how often it is killed."""
 
-    methods: tuple[str, ...] = ("rigl", "mest-ems", "lottery")
+    methods: tuple[str, ...] = ("rigl", "mest-ems", "lottery", "chex")
     optimizers: tuple[OptimizerName, ...] = ("s2sam", "sam")
-    kills: int = 3
-    epochs: int = 8
+    kills: int = 5
+    epochs: int = 12
     seed: int = 0  # Of the moments.
     out: Path = RESULTS / "resume.jsonl"
 
@@ -49,7 +49,7 @@ def main(arguments: Arguments) -> None:
             for optimizer in arguments.optimizers:
                 config = Config(
                     width=4, subset=512, epochs=arguments.epochs, method=method, optimizer=optimizer,
-                    prune_fraction=0.7 if method == "lottery" else None,
+                    sparsity=0.5 if method == "chex" else 0.9, prune_fraction=0.7 if method == "lottery" else None,
                 )  # fmt: skip
                 row = one(config, arguments.kills, moments, Path(scratch))
                 file.write(json.dumps(row) + "\n")

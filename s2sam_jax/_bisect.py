@@ -92,11 +92,15 @@ def _count(stacks: list[jax.Array], thresholds: jax.Array) -> jax.Array:
     def reach(x, *thresholds):
         hits = tuple((x >= t).astype(jnp.int32) for t in thresholds)
         zeros = (jnp.zeros((), jnp.int32),) * len(hits)
-        add = jax.lax.reduce(hits, zeros, lambda a, b: tuple(map(operator.add, a, b)), range(1, x.ndim))
-        return jnp.stack(add, axis=1)
+        return jnp.stack(jax.lax.reduce(hits, zeros, _add, range(1, x.ndim)), axis=1)
 
     hits = jnp.concatenate([reach(*each) for each in zip(stacks, *columns, strict=True)])
     return hits.sum(axis=0, keepdims=True, dtype=jnp.int32) if len(thresholds) == 1 else hits
+
+
+def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Out here, as every new function would be compiled anew where nothing else is."""
+    return tuple(map(operator.add, a, b))
 
 
 def _columns(values: jax.Array, stacks: list[jax.Array]) -> list[jax.Array]:
