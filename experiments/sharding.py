@@ -1,6 +1,9 @@
 """Where arrays lie on several devices: a mesh, states that are spread over it, batches that are cut up among it."""
 
-from typing import Any
+import os
+import sys
+import textwrap
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -26,6 +29,14 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             f"The processes cannot find each other ({error}) Outside of TPU pods, Slurm, Open MPI and Kubernetes, give "
             "each --coordinator HOST:PORT of the first, --num-processes and its own --process-id, from 0 on."
         ) from error
+
+
+def leave(error: Exception) -> NoReturn:
+    """Ends this process of several after an error in what they do together, without a wait for those that have died."""
+    advice = "If another process has died, start all again with the same commands: they go on from the last checkpoint."
+    sys.stdout.flush()
+    print(f"error: {textwrap.shorten(str(error), 1000)}\n{advice}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def parse(text: str | None = None) -> Mesh:

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import jax
 import tyro
 from jax.experimental.checkify import JaxRuntimeError
 from rich.console import Console
@@ -205,6 +206,10 @@ def main(argv: list[str] | None = None) -> dict[str, Path]:
         return train(arguments, console)
     except (OSError, JaxRuntimeError) as error:
         sys.exit(f"error: {textwrap.shorten(str(error), 1000)}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        sharding.leave(error)
 
 
 if __name__ == "__main__":

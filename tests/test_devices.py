@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -192,34 +193,56 @@ def test_the_train_step_on_a_mesh(climb, kind):
 
 
 PROCESS = """
-import sys
+import glob, os, signal, sys, time
 sys.path.insert(0, "tests")
 import toy
 from experiments import plots, tasks, train
+from experiments.tasks import arrays
 tasks.build, plots.draw = toy.build, lambda runs, title, file: file.touch()
+
+epoch, saved = arrays.ImageArrays.epoch, os.environ.get("DIE_AFTER")
+
+def dying(*arguments):
+    while saved and arguments[3] == 1 and not glob.glob(saved):
+        time.sleep(0.1)
+    if saved and arguments[3] == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return epoch(*arguments)
+
+arrays.ImageArrays.epoch = dying
 train.main(sys.argv[1:])
 """
 
 
-def test_two_processes_give_the_result_of_one(toy, one_device, tmp_path, monkeypatch):
-    """Two devices each, over gloo; they go on from what one process has left, and the first writes."""
-    monkeypatch.setattr("test_resume.SHORT", SHORT)
-    stop_in(monkeypatch, arrays.ImageArrays, "epoch", 2, tmp_path, "--mesh", "data=4")
+def two_processes(out, **environments):
+    """Two devices each, over gloo: exit codes and what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
     env |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_PLATFORMS": "cpu"}
-    common = [*SHORT, "--out", str(tmp_path), "--mesh", "data=2,fsdp=2", "--distributed", "--coordinator", address]
+    common = [*SHORT, "--out", str(out), "--mesh", "data=2,fsdp=2", "--distributed", "--coordinator", address]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, *common, "--num-processes", "2", "--process-id", str(index)],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=env | environments.get(f"of_{index}", {}),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for index in range(2)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [process.returncode for process in processes], outputs
+
+
+def test_two_processes_one_of_which_is_killed_give_the_result_of_one(toy, one_device, tmp_path):
+    """The other ends with an error that says what to do; both go on from the checkpoint, and the first writes."""
+    checkpoint = tmp_path / "*.partial" / runs.CHECKPOINTS / "1"
+    codes, outputs = two_processes(tmp_path, of_1={"DIE_AFTER": str(checkpoint)})
+    assert codes == [1, -signal.SIGKILL], outputs
+    assert "start all again with the same commands" in outputs[0][1]
+    assert len(list(tmp_path.glob(str(checkpoint.relative_to(tmp_path))))) == 1
+    codes, outputs = two_processes(tmp_path)
+    assert codes == [0, 0], outputs
     assert "test accuracy" in outputs[0][0]
     assert "test accuracy" not in outputs[1][0]
     (folder,) = tmp_path.iterdir()
