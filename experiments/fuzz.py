@@ -12,9 +12,10 @@ import dataclasses
 import random
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from rich.progress import track
 from experiments import fuzz_cases, runs, sweep
 from experiments.config import Config
 from experiments.fuzz_cases import Case
-from s2sam_jax import SparseState, apply_masks, get_masks, perturb
+from s2sam_jax import SparseState, _select, apply_masks, get_masks, perturb
 
 UPDATES = 6
 
@@ -41,6 +42,7 @@ class Arguments:
     """How many cases, and where the rows go."""
 
     count: int = 10_000
+    first: int = 0  # The number of the first, to share them out among processes.
     chunk: int = 250
     jit_every: int = 50  # Each so-manieth case is compiled as a whole; the others run operation by operation.
     rows: Path = sweep.RESULTS / "fuzz.jsonl"
@@ -53,7 +55,7 @@ def run(case: Case) -> str:
       WrongError: for a broken promise.
     """
     rng = np.random.default_rng(case.number)
-    with contextlib.nullcontext() if case.jitted else jax.disable_jit():
+    with contextlib.nullcontext() if case.jitted else _operation_by_operation():
         params = fuzz_cases.tree(case, rng)
         try:
             tx = optax.with_extra_args_support(fuzz_cases.optimizer(case))
@@ -76,6 +78,19 @@ def run(case: Case) -> str:
             _check(case, new_params, new_state, params, state)
             params, state = new_params, new_state
     return "passed"
+
+
+@contextlib.contextmanager
+def _operation_by_operation() -> Iterator[None]:
+    """But for the search for thresholds, which would take most of the time."""
+    largest = _select.largest
+
+    def compiled(*arguments: Any) -> Any:
+        with jax.disable_jit(False):
+            return largest(*arguments)
+
+    with mock.patch.object(_select, "largest", compiled), jax.disable_jit():
+        yield
 
 
 def _refusal(error: Exception) -> str:
@@ -121,8 +136,10 @@ def _check(case: Case, params: Any, state: Any, old_params: Any, old_state: Any)
         name, values = jax.tree_util.keystr(path), np.asarray(leaf).astype(np.float64)
         if mask.dtype != bool or mask.shape != values.shape or int(mask.sum()) != count:
             raise WrongError(f"{name}: a mask of {mask.dtype}{mask.shape} with {mask.sum()} ones, recorded {count}")
-        # An update is added, and nothing that is added to infinity makes zero.
+        # An update is added, and nothing that is added to infinity makes zero; MultiSteps makes NaN of 0 * infinity.
         alive = ~mask & (values != 0) & np.isfinite(np.asarray(old_leaf).astype(np.float64))
+        if case.outer == "MultiSteps" and not fuzz_cases.stays_finite(case):
+            alive &= np.isfinite(values)
         if alive.any():
             raise WrongError(f"{name}: {alive.sum()} pruned weights are not zero")
         if fuzz_cases.stays_finite(case) and not np.isfinite(values).all():
@@ -147,7 +164,7 @@ def _check_invariant(case: Case, masks: list[np.ndarray], old: list[np.ndarray])
         "bounded": False,
     }
     invariant = fuzz_cases.METHODS[case.method](0.3).invariant
-    if broken[invariant]:
+    if broken[invariant] and "padded" not in case.structure:  # a block at the edge has fewer weights
         raise WrongError(f"the invariant {invariant} does not hold: ones {was} became {now}")
 
 
@@ -166,9 +183,9 @@ def _check_inner(inner_state: Any, masks: dict[Any, np.ndarray], finite: bool) -
 def main(arguments: Arguments) -> None:
     jax.config.update("jax_enable_x64", True)
     console = Console()
-    done = sum(row["cases"] for row in sweep.read(arguments.rows))
-    for first in range(done, arguments.count, arguments.chunk):
-        numbers = range(first, min(first + arguments.chunk, arguments.count))
+    done, end = sum(row["cases"] for row in sweep.read(arguments.rows)), arguments.first + arguments.count
+    for first in range(arguments.first + done, end, arguments.chunk):
+        numbers = range(first, min(first + arguments.chunk, end))
         row = chunk(numbers, arguments.jit_every)
         sweep.append(arguments.rows, row)
         console.print(f"{row['cases']} cases from {first}: {row['passed']} passed, {len(row['findings'])} findings")
