@@ -36,8 +36,8 @@ class Arguments:
 
     methods: tuple[str, ...] = ("rigl", "mest-ems", "lottery", "chex")
     optimizers: tuple[OptimizerName, ...] = ("s2sam", "sam")
-    kills: int = 5
-    epochs: int = 12
+    kills: int = 3
+    epochs: int = 8
     seed: int = 0  # Of the moments.
     out: Path = RESULTS / "resume.jsonl"
 

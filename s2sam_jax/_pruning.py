@@ -80,8 +80,9 @@ def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kern
 
 def warn_if_collapsed(masks: Masks, method: str) -> None:
     """A warning, from the device, that names every layer which has lost all its weights."""
-    names = ["/".join(path) for path in named_leaves(masks)]
-    alive = jnp.stack([m.any() for m in jax.tree.leaves(masks)])
+    weights = {"/".join(path): mask for path, mask in named_leaves(masks).items() if mask.size}
+    names = list(weights)
+    alive = jnp.array([m.any() for m in weights.values()])
 
     def report(alive):
         dead = [name for name, ok in zip(names, alive.tolist(), strict=True) if not ok]

@@ -12,7 +12,16 @@ from s2sam_jax._s2sam import S2SAMState
 from s2sam_jax._s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity import DISTRIBUTIONS, Distribution, Prunable, check_sparsity, kernels
 from s2sam_jax._structure import NM, UNSTRUCTURED, Structure, check_structure
-from s2sam_jax._tree import check_same_leaves, copy_key, find_states, increment, map_states, mask_mirrored, masked, where
+from s2sam_jax._tree import (
+    check_same_leaves,
+    copy_key,
+    find_states,
+    increment,
+    map_states,
+    mask_mirrored,
+    masked,
+    where,
+)
 from s2sam_jax._types import NEVER, Every, GradFn, MaskInputs, Masks, MaskUpdate, SparseMethod
 from s2sam_jax._units import fit_plan, structured
 
