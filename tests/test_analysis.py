@@ -60,6 +60,14 @@ def test_top_eigenvalues_of_a_quadratic(x64):
     assert (np.abs(bounds) < 1e-6).all()
 
 
+def test_an_eigenvalue_of_several_dimensions_is_found_once(x64):
+    curvatures = jnp.array([1.0, 1.0, 2.0, 2.0, 5.0, 5.0])
+    values, _ = analysis.top_eigenvalues(
+        lambda w, batch: 0.5 * jnp.sum(batch * w**2), jnp.zeros(6), jax.random.key(0), [curvatures], k=5, steps=6
+    )
+    np.testing.assert_allclose(values, [5, 2, 1], atol=1e-9)
+
+
 def test_bounds_hold_before_lanczos_has_converged(x64):
     values, bounds = analysis.top_eigenvalues(quadratic, start(), jax.random.key(1), batches(), k=3, steps=4)
     distance = np.abs(values[:, None] - EIGENVALUES).min(axis=1)

@@ -154,6 +154,13 @@ def test_what_an_optimizer_leaves_behind_its_masks_is_no_fault(tx, perturbs):
     check_masks(params, state)
 
 
+def test_a_lone_number_may_start_at_infinity():
+    """As the best loss so far does."""
+    _, state = trained(static(optax.chain(SGD, optax.contrib.reduce_on_plateau())), check=True)
+    assert np.isinf(optax.contrib.reduce_on_plateau().init(one_leaf()).best_value)
+    assert int(state.step) == len(BATCHES)
+
+
 def test_under_apply_if_finite_a_bad_gradient_or_loss_is_no_fault():
     _, state = trained(optax.apply_if_finite(static(SGD), 5), check=True, faults=(0.0, jnp.nan, 0.0, 0.0, 0.0))
     assert int(state.total_notfinite) == 1

@@ -94,6 +94,17 @@ def test_equal_parts_are_perturbed_as_the_whole():
     np.testing.assert_allclose(whole.params["kernel"], parts.params["kernel"], rtol=1e-5)
 
 
+def test_what_cannot_be_averaged_over_parts_is_that_of_the_first():
+    def counting(params, model_state, batch, key):
+        loss, (new, metrics) = loss_fn(params, model_state, batch, key)
+        return loss, (new | {"calls": jnp.sum(batch[0] > 0, dtype=jnp.int32)}, metrics)
+
+    positive = [int((inputs > 0).sum()) for inputs, _ in parts_of(BATCHES[0])]
+    tx = optax.chain(sam(RHO), optax.sgd(RATE))
+    state, _ = make_train_step(counting, tx, sharpness_parts=PARTS)(begin(tx), on_device(BATCHES[0]))
+    assert int(state.model_state["calls"]) == positive[0] != positive[-1]
+
+
 def test_each_part_costs_two_gradients():
     seen = []
 
