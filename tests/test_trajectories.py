@@ -189,6 +189,16 @@ def test_dense_momentum_with_a_masked_perturbation():
         np.testing.assert_allclose(got, w, **EXACT)
 
 
+def test_eps_is_added_to_the_norm():
+    grad = DIAGONAL @ START
+    path, state = train(optax.chain(s2sam(rho=0.1, eps=1.0), sgd()), DIAGONAL, 1, perturbs=True)
+    np.testing.assert_allclose(
+        joined(perturb(split(path[0]), state)) - path[0], oracles.ascent(grad, 0.1, 1.0), **EXACT
+    )
+    path, _ = train(optax.chain(sam(rho=0.1, eps=1.0), sgd()), DIAGONAL, 1)
+    np.testing.assert_allclose(path[0], START - 0.1 * DIAGONAL @ (START + oracles.ascent(grad, 0.1, 1.0)), **EXACT)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("eta", [None, 0.01])
 def test_sam_and_asam_equal_their_equations(optimizer, eta):
