@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from rich.console import Console
 
 from experiments import flops, sparse_methods, tasks
@@ -178,7 +178,7 @@ def test_a_carry_that_becomes_an_activation_on_a_later_turn():
 
 
 def test_shard_map_counts_all_devices():
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
     rows = PartitionSpec("data")
     net = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
     assert layer_flops(net, shape(4, 4), shape(8, 4)) == {"": 8 * 32}

@@ -202,8 +202,10 @@ def _product(eqn: core.JaxprEqn, operands: list[Origin], sizes: Sizes) -> Counte
 def _scan(
     eqn: core.JaxprEqn, body: core.Jaxpr, operands: list[Origin], sizes: Sizes
 ) -> tuple[Counter[str], list[Origin]]:
-    begin = eqn.params["num_consts"]
-    end = begin + eqn.params["num_carry"]
+    # Of what goes in and out, rows have an axis more than in the body; the parameters have changed names too often.
+    rows_in, rows_out = _longer(eqn.invars, body.invars), _longer(eqn.outvars, body.outvars)
+    end = len(operands) - rows_in
+    begin = end - (len(eqn.outvars) - rows_out)
     carry = operands[begin:end]
     while True:  # what the carry comes from may change from one turn to the next, but only upwards
         flops, results = _walk(body, [*operands[:begin], *carry, *operands[end:]], sizes)
@@ -211,6 +213,10 @@ def _scan(
         if merged == carry:
             return _times(flops, eqn.params["length"]), results
         carry = merged
+
+
+def _longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
 
 
 def _join(origins: Sequence[Origin], sizes: Sizes) -> Origin:
