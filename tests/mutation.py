@@ -87,7 +87,7 @@ def sites() -> list[list[Mutant]]:
 
 
 def sample(count: int, seed: int) -> list[tuple[Mutant, str]]:
-    """Some mutants with their code, at most one a place; none that only declares a function otherwise, or asserts less."""
+    """Some mutants with their code, one a place at most; none that declares a function otherwise, or asserts less."""
     rng, chosen = random.Random(seed), []
     places = sites()
     rng.shuffle(places)
