@@ -189,14 +189,17 @@ def test_dense_momentum_with_a_masked_perturbation():
         np.testing.assert_allclose(got, w, **EXACT)
 
 
-def test_eps_is_added_to_the_norm():
-    grad = DIAGONAL @ START
-    path, state = train(optax.chain(s2sam(rho=0.1, eps=1.0), sgd()), DIAGONAL, 1, perturbs=True)
-    np.testing.assert_allclose(
-        joined(perturb(split(path[0]), state)) - path[0], oracles.ascent(grad, 0.1, 1.0), **EXACT
-    )
-    path, _ = train(optax.chain(sam(rho=0.1, eps=1.0), sgd()), DIAGONAL, 1)
-    np.testing.assert_allclose(path[0], START - 0.1 * DIAGONAL @ (START + oracles.ascent(grad, 0.1, 1.0)), **EXACT)
+@pytest.mark.parametrize("eta", [None, 0.5])
+def test_eps_is_added_to_the_norm(eta):
+    def ascent(w):
+        g = DIAGONAL @ START
+        return oracles.ascent(g, 0.1, 1.0) if eta is None else oracles.asam_ascent(g, w, 0.1, eta, 1.0)
+
+    options = dict(rho=0.1, eps=1.0, adaptive=eta is not None, eta=eta or 0.0)
+    (first,), state = train(optax.chain(s2sam(**options), sgd()), DIAGONAL, 1, perturbs=True)
+    np.testing.assert_allclose(joined(perturb(split(first), state)) - first, ascent(first), **EXACT)
+    (first,), _ = train(optax.chain(sam(**options), sgd()), DIAGONAL, 1)
+    np.testing.assert_allclose(first, START - 0.1 * DIAGONAL @ (START + ascent(START)), **EXACT)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
