@@ -75,6 +75,17 @@ def test_bounds_hold_before_lanczos_has_converged(x64):
     assert bounds.max() > 1e-3
 
 
+def test_bounds_are_the_lengths_of_the_residuals(x64):
+    """Of the Ritz vectors in the Krylov space of three vectors, made by QR."""
+    values, bounds = analysis.top_eigenvalues(quadratic, start(), jax.random.key(1), batches(), k=3, steps=3)
+    first = np.asarray(jax.random.normal(jax.random.key(1), (8,), jnp.float64))
+    basis, _ = np.linalg.qr(np.stack([first, HESSIAN @ first, HESSIAN @ HESSIAN @ first], axis=1))
+    ritz, inner = np.linalg.eigh(basis.T @ HESSIAN @ basis)
+    residuals = np.linalg.norm(HESSIAN @ basis @ inner - basis @ inner * ritz, axis=0)
+    np.testing.assert_allclose(values, ritz[::-1], rtol=1e-9)
+    np.testing.assert_allclose(bounds, residuals[::-1], rtol=1e-9)
+
+
 def test_spectrum_of_a_quadratic(x64):
     key = jax.random.key(2)
     found = analysis.hessian_spectrum(quadratic, start(), key, batches(), steps=50, runs=3)

@@ -9,6 +9,7 @@ import pytest
 from s2sam_jax import (
     Every,
     TrainState,
+    _host_clock,
     get_masks,
     make_train_step,
     methods,
@@ -194,6 +195,17 @@ def test_host_clock_notices_a_replaced_optimizer_state():
     assert int(state.opt_state.next_update) == 0
     state, _ = step(state, BATCHES[3])
     assert int(state.opt_state.next_update) == 10
+
+
+def test_the_host_reads_a_count_only_where_masks_change(monkeypatch):
+    """Each reading waits for the device."""
+    read, seen = _host_clock._newest, []
+    monkeypatch.setattr(_host_clock, "_newest", lambda count: seen.append(read(count)) or seen[-1])
+    tx = sparsify(optax.sgd(0.1), methods.rigl(0.5), sparsity=0.5, when=Every(2, 4, 100))
+    step, state = make_train_step(loss_fn, tx), start(tx)
+    for index in range(8):
+        state, _ = step(state, BATCHES[index])
+    assert seen == [0, 2, 3, 6, 7, 10]  # the step and the next update: at first, and after each update
 
 
 def test_integer_metrics_are_averaged_over_micro_batches():

@@ -107,3 +107,9 @@ def test_buffer_is_the_model_state_of_a_train_step(accumulate):
             w = w - rate / 4 * x[rows].T @ slope
             np.testing.assert_allclose(state.params, w, rtol=1e-4, atol=1e-5)
     assert max(penalties) > 1e-3
+
+
+def test_padding_is_never_known():
+    buffer = TrajectoryBuffer.init(n=2, classes=3, delay=1).record(jnp.array([0, 1]), jnp.ones((2, 3)), 0)
+    _, known = buffer.recall(jnp.array([1, 2]), 1)
+    np.testing.assert_array_equal(known, [True, False])
