@@ -99,6 +99,13 @@ def test_spectrum_of_a_quadratic(x64):
     assert np.trapezoid(found.density(grid, sigma=0.5), grid) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("last", "width"), [(9.0, 9.0), (0.5, 1.0)])
+def test_density_is_as_narrow_as_the_range_of_the_live_nodes_says(last, width):
+    found = analysis.Spectrum(np.array([[0.0, last, 50.0]]), np.array([[0.25, 0.75, 0.0]]))
+    heights = np.array([0.25, 0.75, 0.0]) / np.sqrt(2 * np.pi * 1e-5 * width)
+    np.testing.assert_allclose(found.density([0.0, last, 50.0]), heights, rtol=1e-12)
+
+
 def test_reference_example_of_lanczos(x64):
     """H = diag(1, 2, 5) from the vector of ones: the numbers of PyHessian's recurrence."""
     from s2sam_jax.analysis.hessian import _lanczos
