@@ -1,6 +1,6 @@
 """A mutation run on the library: one operator or number is changed at a time, and a test has to fail.
 
-    uv run --all-extras --with cosmic-ray==8.7.0 --with pytest-cov==7.1.0 python -m tests.mutation --count 400
+    uv run --all-extras --with cosmic-ray==8.7.0 --with pytest-cov==7.1.0 python -m tests.mutation
 
 The tests run once under coverage, which says by which of them each line is covered. Then every mutant, in a clone of
 the last commit, meets those of its line, the shortest first, up to a limit of seconds: one that outlives them survives.
@@ -55,7 +55,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovi
 class Arguments:
     """How many mutants, and what they have to outlive."""
 
-    count: int = 400
+    count: int = 200
     seed: int = 0
     tests: tuple[str, ...] = ("tests", "s2sam_jax")  # Which tests are run under coverage.
     seconds: float = 120.0  # Of tests, as they took under coverage, that a mutant has to outlive.
