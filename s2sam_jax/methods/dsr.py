@@ -54,7 +54,9 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
         planned = zip(sparse_leaves(x, x.params), sparse_leaves(x, x.sparsities), strict=True)
         live = sum(kept(p.size, sparsity) for p, sparsity in planned)
         if target >= live:
-            raise ValueError(f"dsr cannot prune target={target} of {live} live weights at a time.")
+            raise ValueError(
+                f"dsr cannot prune target={target} of {live} live weights at a time; give less, and a sparsity above 0."
+            )
         return random_init(x)._replace(state=jnp.asarray(threshold, jnp.float32))
 
     def update(x: MaskInputs, state: jax.Array) -> MaskUpdate:
