@@ -3,6 +3,7 @@
 import os
 import sys
 import textwrap
+import traceback
 from typing import Any, NoReturn
 
 import jax
@@ -35,6 +36,7 @@ def leave(error: Exception) -> NoReturn:
     """Ends this process of several after an error in what they do together, without a wait for those that have died."""
     advice = "If another process has died, start all again with the same commands: they go on from the last checkpoint."
     sys.stdout.flush()
+    traceback.print_exception(error)
     print(f"error: {textwrap.shorten(str(error), 1000)}\n{advice}", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> dict[str, Path]:
         return train(arguments, console)
     except (OSError, JaxRuntimeError) as error:
         sys.exit(f"error: {textwrap.shorten(str(error), 1000)}")
-    except jax.errors.JaxRuntimeError as error:
+    except jax.errors.JaxRuntimeError as error:  # of the runtime; that above is of checkify
         if jax.process_count() == 1:
             raise
         sharding.leave(error)

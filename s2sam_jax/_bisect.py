@@ -99,7 +99,7 @@ def _count(stacks: list[jax.Array], thresholds: jax.Array) -> jax.Array:
 
 
 def _add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Out here, as every new function would be compiled anew where nothing else is."""
+    """At module level: under ``jax.disable_jit`` a new function at each call would compile ``reduce`` each time."""
     return tuple(map(operator.add, a, b))
 
 

@@ -115,8 +115,8 @@ def _meaning(code: str) -> str | None:
         if isinstance(node, ast.arguments):  # a lone asterisk
             node.args, node.posonlyargs, node.kwonlyargs = node.posonlyargs + node.args + node.kwonlyargs, [], []
             node.defaults, node.kw_defaults = node.defaults + [x for x in node.kw_defaults if x], []
-        if isinstance(node, ast.Call):
-            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "strict"]  # of zip
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "zip":
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "strict"]
     return ast.dump(tree)
 
 
@@ -128,7 +128,7 @@ class Tests:
         data, junit = arguments.work / "coverage.sqlite", arguments.work / "tests.xml"
         if not junit.exists():
             options = ["--cov=s2sam_jax", "--cov-branch", "--cov-context=test", "--cov-report=", f"--junitxml={junit}"]
-            subprocess.run([*PYTEST, *options, *arguments.tests], cwd=ROOT, env=_environment(ROOT, data), check=False)
+            subprocess.run([*PYTEST, *options, *arguments.tests], cwd=ROOT, env=_environment(ROOT, data), check=True)
         self.data = coverage.CoverageData(str(data))
         self.data.read()
         self.seconds = {(case.get("classname"), case.get("name")): float(case.get("time", 0)) for case in _cases(junit)}
@@ -181,14 +181,17 @@ def outcome(clone: Path, module: str, code: str, tests: list[str], limit: float)
     finally:
         file.write_text(original)
     by = re.findall(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", done.stdout, flags=re.MULTILINE)
-    return ("survived" if done.returncode == 0 else "killed"), (by[0] if by else "")
+    if done.returncode and not by:
+        raise RuntimeError(f"pytest ended with {done.returncode}, and no test has failed:\n{done.stdout[-2000:]}")
+    return ("killed", by[0]) if by else ("survived", "")
 
 
 def main(arguments: Arguments) -> None:
+    commit = _commit()
+    arguments = dataclasses.replace(arguments, work=arguments.work / commit)
     console, tests = Console(), Tests(arguments)
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     done = [] if not arguments.rows.exists() else [json.loads(line) for line in arguments.rows.read_text().splitlines()]
-    known = {(row["module"], row["line"], row["operator"], row["occurrence"]) for row in done}
+    known = {(r["module"], r["line"], r["operator"], r["occurrence"]) for r in done if r["commit"] == commit}
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
@@ -202,6 +205,12 @@ def main(arguments: Arguments) -> None:
             with arguments.rows.open("a") as file:
                 file.write(json.dumps(row | {"commit": commit}) + "\n")
             console.print(found, f"{mutant.module}:{mutant.line}", row["after"], f"{row['seconds']:.0f} s", by)
+
+
+def _commit() -> str:
+    if subprocess.check_output(["git", "status", "--porcelain", "s2sam_jax", "tests"], cwd=ROOT, text=True):
+        sys.exit("error: s2sam_jax or tests have changes that are not committed; mutants are of a commit.")
+    return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
 
 
 def _change(before: str, after: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import random
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import fuzz, fuzz_cases
@@ -28,6 +29,12 @@ def test_a_sound_configuration_passes():
 
 def test_a_refusal_is_no_finding():
     assert fuzz.run(dataclasses.replace(CASE, structure="2:4", sparsity=0.9)).startswith("NM(n=2, m=4")
+
+
+def test_a_refusal_of_another_package_says_whose_it_is(monkeypatch):
+    tree = {"a": jnp.ones((4, 8), jnp.bfloat16), "b": jnp.ones((4, 8), jnp.float16)}
+    monkeypatch.setattr(fuzz_cases, "tree", lambda case, rng: tree)
+    assert fuzz.run(dataclasses.replace(CASE, optimizer="schedule_free")).startswith("optax: Cannot compare dtype")
 
 
 def test_a_broken_promise_is_found(monkeypatch):

@@ -474,6 +474,13 @@ def test_bad_input_is_told_what_was_expected(name):
         call()
 
 
+@pytest.mark.parametrize("structure", [NM(2, 4), Block((2, 2)), Channel()])
+def test_a_structure_may_be_static_in_jit(structure):
+    assert hash(structure) == hash(eval(repr(structure)))
+    with pytest.raises(AttributeError):
+        structure.pad = True
+
+
 def test_what_is_no_structure_is_a_type_error():
     for call in (lambda: build(methods.rigl(), "nm:2:4"), lambda: select(jnp.ones(4), count=1, structure=Channel)):
         with pytest.raises(TypeError, match=r"structure must be Unstructured\(\), NM\(n, m\)"):

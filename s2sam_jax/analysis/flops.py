@@ -202,7 +202,7 @@ def _product(eqn: core.JaxprEqn, operands: list[Origin], sizes: Sizes) -> Counte
 def _scan(
     eqn: core.JaxprEqn, body: core.Jaxpr, operands: list[Origin], sizes: Sizes
 ) -> tuple[Counter[str], list[Origin]]:
-    # Of what goes in and out, rows have an axis more than in the body; the parameters have changed names too often.
+    # Rows have an axis more outside than in the body; the names of scan's parameters differ between versions of jax.
     rows_in, rows_out = _longer(eqn.invars, body.invars), _longer(eqn.outvars, body.outvars)
     end = len(operands) - rows_in
     begin = end - (len(eqn.outvars) - rows_out)
@@ -216,6 +216,7 @@ def _scan(
 
 
 def _longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many variables have more axes outside of a body than in it."""
     return sum(len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True))
 
 

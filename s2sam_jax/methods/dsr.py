@@ -53,10 +53,10 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
     def init(x: MaskInputs) -> MaskUpdate:
         planned = zip(sparse_leaves(x, x.params), sparse_leaves(x, x.sparsities), strict=True)
         live = sum(kept(p.size, sparsity) for p, sparsity in planned)
+        if not live:
+            raise ValueError("dsr has no sparse weights to move; give a sparsity above 0, or leave it out.")
         if target >= live:
-            raise ValueError(
-                f"dsr cannot prune target={target} of {live} live weights at a time; give less, and a sparsity above 0."
-            )
+            raise ValueError(f"dsr cannot prune target={target} of {live} live weights at a time; give less.")
         return random_init(x)._replace(state=jnp.asarray(threshold, jnp.float32))
 
     def update(x: MaskInputs, state: jax.Array) -> MaskUpdate:
