@@ -396,6 +396,7 @@ def test_seeds_under_vmap_of_scan_equal_single_runs(name):
         (lambda: methods.mest(((0.0, 1.0),)), "mest needs 0 <= p < 1"),
         (lambda: methods.mest(lam=-1.0), "mest needs lam >= 0; got -1.0"),
         (lambda: optimizer(methods.dsr(1000)).init(start()), "dsr cannot prune target=1000 of 52 live weights"),
+        (lambda: optimizer(methods.dsr(), sparsity=0.0).init(start()), "dsr has no sparse weights to move; give a"),
         (lambda: optimizer(methods.gmp(), when=Every()).init(start()), "gmp follows the clock to its end: give when="),
         (lambda: optimizer(methods.itop(), when=Every()).init(start()), "itop follows the clock to its end"),
         (lambda: optimizer(methods.mest(), when=Every()).init(start()), "mest follows the clock to its end"),
