@@ -149,12 +149,11 @@ def test_distributions_spend_their_budget(shapes, sparsity, distribution):
 @hypothesis.given(st.randoms(use_true_random=False), st.integers(0, 999))
 def test_every_configuration_keeps_its_promises(rng, number):
     """One that fails here is made as simple as it can be; ``experiments.fuzz`` runs many thousands."""
-    fuzz.run(fuzz_cases.draw(rng, number, jitted=False))
+    outcome = fuzz.run(fuzz_cases.draw(rng, number, jitted=False))  # raises for a broken promise
+    assert outcome == "passed" or not outcome.startswith("jax: ")  # else refused, by a message that is meant for users
 
 
 ACTIONS = ("step", "step", "not finite", "zero", "overflow", "no refresh", "refresh", "set_masks")
-
-
 REFRESH = {"refresh": True, "no refresh": False}
 
 
@@ -183,7 +182,9 @@ def test_any_sequence_of_updates_keeps_the_zeros(runner, actions, seed):
     shapes = {"a": {"kernel": (6, 5), "bias": (5,)}, "b": (4, 3)}
 
     def noise(scale=1.0):
-        draw = lambda shape: jnp.asarray(scale * rng.normal(size=shape), jnp.float32)  # noqa: E731
+        def draw(shape):
+            return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
         return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
     params = noise()
@@ -223,9 +224,9 @@ def test_ten_million_weights_are_trained_sparse():
     tx = sparsify(optax.chain(s2sam(0.1), optax.sgd(0.1)), methods.rigl(0.3), sparsity=0.99, when=Every(0, 2, 9))
     params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(2500, 4000)), jnp.float32)}
     state = tx.init(params)
-    params = apply_masks(params, state)
+    params, update = apply_masks(params, state), jax.jit(tx.update)
     for _ in range(3):
-        updates, state = jax.jit(tx.update)(perturb(params, state), state, params)
+        updates, state = update(perturb(params, state), state, params)
         params = optax.apply_updates(params, updates)
         check_masks(params, state)
         assert int(get_masks(state)["kernel"].sum()) == 10**5
