@@ -17,11 +17,14 @@ ModelName = Literal[
     "resnet8", "resnet20", "resnet32", "wrn28x10", "resnet18-cifar", "resnet34-cifar", "resnet34", "resnet50", "vgg19",
     "mobilenet-v2-cifar", "efficientnet-b0", "vit-small-cifar", "vit-small", "transformer-base",
 ]  # fmt: skip
-OptimizerName = Literal["sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam", "msam", "looksam", "gsam", "esam"]
+OptimizerName = Literal[
+    "sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam", "s2sam-released", "s2sam-opposite", "msam", "looksam", "gsam",
+    "esam",
+]  # fmt: skip
 DistributionName = Literal["uniform", "er", "erk"]
 
 # What a result does not depend on, and the seed, which the name spells out.
-_NOT_HASHED = ("data", "out", "checkpoint_every", "seed")
+_NOT_HASHED = ("data", "out", "eval_every", "checkpoint_every", "seed")
 
 
 # Names of their own for the forms that papers report.
@@ -63,6 +66,9 @@ class Config:
     optimizer: OptimizerName = "s2sam"  # All of them end in the base optimizer with weight decay.
     base: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or Adam with decoupled weight decay.
     rho: float = 0.05  # Radius of the perturbation.
+    rho_schedule: Literal["constant", "warmup", "learning-rate"] = (
+        "constant"  # A rise over the first third; or with it.
+    )
     sharpness_parts: int = 1  # Parts of a batch that sam and its kin perturb for, each by its own gradient.
     eta: float = 0.01  # The constant of asam.
     ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.

@@ -6,7 +6,18 @@ import optax
 
 from experiments import sparse_methods, structures
 from experiments.config import Config
-from s2sam_jax import ChannelGroup, esam, gsam, looksam, msam, s2sam, sam, sparsify, ssam
+from s2sam_jax import (
+    ChannelGroup,
+    esam,
+    gsam,
+    looksam,
+    msam,
+    rho_from_learning_rate,
+    s2sam,
+    sam,
+    sparsify,
+    ssam,
+)
 
 
 def make(
@@ -27,6 +38,8 @@ def make(
         distribution=config.distribution,
         when=sparse_methods.clock(config, steps_per_epoch),
         structure=structures.parse(config.structure),
+        # The released code masks neither the gradient nor the momentum; the weights are masked all the same.
+        mask_grads=config.optimizer != "s2sam-released",
         seed=config.key("masks"),
     )
 
@@ -56,29 +69,47 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
     return optax.join_schedules([rising, falling], [warmup])
 
 
+def radius(config: Config, steps_per_epoch: int) -> float | optax.Schedule:
+    """The perturbation's, as the config has it: constant, rising from zero over a third, or as the learning rate."""
+    total = config.epochs * steps_per_epoch
+    match config.rho_schedule:
+        case "constant":
+            return config.rho
+        case "warmup":
+            return optax.linear_schedule(0.0, config.rho, total // 3)
+        case "learning-rate":
+            rate = learning_rate(config, steps_per_epoch)
+            return rho_from_learning_rate(rate, rho_max=config.rho, rho_min=0.0, lr_max=config.learning_rate)
+
+
 def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.GradientTransformation:
     """What the optimizer's name stands for; SGD is shared by all."""
     alpha = {} if config.alpha is None else {"alpha": config.alpha}
+    rho = radius(config, steps_per_epoch)
     match config.optimizer:
         case "sgd":
             return optax.identity()
         case "sam":
-            return sam(config.rho)
+            return sam(rho)
         case "asam":
-            return sam(config.rho, adaptive=True, eta=config.eta)
+            return sam(rho, adaptive=True, eta=config.eta)
         case "s2sam":
-            return s2sam(config.rho)
+            return s2sam(rho)
+        case "s2sam-released":
+            return s2sam(rho, adaptive=True, compat="authors", perturb_pruned=True)
+        case "s2sam-opposite":  # downhill, for comparison: no paper has it
+            return s2sam(lambda step: -rho(step) if callable(rho) else -rho)
         case "msam":
-            return msam(config.rho)
+            return msam(rho)
         case "looksam":
-            return looksam(config.rho, every=config.looksam_every, **alpha)
+            return looksam(rho, every=config.looksam_every, **alpha)
         case "gsam":
-            return gsam(config.rho, **alpha)
+            return gsam(rho, **alpha)
         case "esam":
-            return esam(config.rho, beta=config.esam_beta, seed=config.key("esam"))
+            return esam(rho, beta=config.esam_beta, seed=config.key("esam"))
         case "ssam-f" | "ssam-d":
             return ssam(
-                config.rho,
+                rho,
                 mask="fisher" if config.optimizer == "ssam-f" else "dynamic",
                 sparsity=config.ssam_sparsity,
                 update_every=sparse_methods.steps(config.ssam_update_every, steps_per_epoch),

@@ -99,6 +99,8 @@ class Line(NamedTuple):
       difference_spread: of these.
       pairs: how many.
       gradients: evaluations a step, or the like of them.
+      best: mean over seeds of the figure of each seed's best epoch.
+      best_difference: to the baseline's.
     """
 
     name: str
@@ -117,6 +119,8 @@ class Line(NamedTuple):
     difference_spread: float | None
     pairs: int
     gradients: float | None = None
+    best: float | None = None
+    best_difference: float | None = None
 
     @property
     def interval(self) -> float | None:
@@ -128,22 +132,18 @@ class Line(NamedTuple):
 
 HEADER = (
     "row", "zeros (%)", "gradients a step", "paper", "ours", "seeds", "paper: gain", "ours: gain", "95 % interval",
-    "pairs",
+    "pairs", "ours: best", "best: gain",
 )  # fmt: skip
 MISSING = "–"
 
 
 def comparison(rows: Sequence[Row]) -> list[Line]:
     """The lines of a table, from rows that hold ``recipe``, ``seed`` and ``value``, in their order."""
-    values: dict[str, dict[int, float]] = {}
-    for row in rows:
-        mine = values.setdefault(row["recipe"]["name"], {})
-        if row["value"] is not None:
-            mine[row["seed"]] = row["value"]
+    values, best = _by_seed(rows, "value"), _by_seed(rows, "best")
     lines = []
     for recipe in {row["recipe"]["name"]: row["recipe"] for row in rows}.values():
-        mine, other = values[recipe["name"]], values.get(recipe["baseline"], {})
-        paired = [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
+        name, baseline = recipe["name"], recipe["baseline"]
+        mine, paired = values[name], _paired(values, name, baseline)
         (ours, spread), (difference, difference_spread) = _mean(list(mine.values())), _mean(paired)
         lines.append(
             Line(
@@ -154,9 +154,27 @@ def comparison(rows: Sequence[Row]) -> list[Line]:
                 difference=difference,
                 difference_spread=difference_spread,
                 pairs=len(paired),
+                best=_mean(list(best[name].values()))[0],
+                best_difference=_mean(_paired(best, name, baseline))[0],
             )
         )
     return lines
+
+
+def _by_seed(rows: Sequence[Row], field: str) -> dict[str, dict[int, float]]:
+    """Of each recipe that has rows; without the seeds that lack the field."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        mine = found.setdefault(row["recipe"]["name"], {})
+        if row.get(field) is not None:
+            mine[row["seed"]] = row[field]
+    return found
+
+
+def _paired(values: Mapping[str, Mapping[int, float]], name: str, baseline: str | None) -> list[float]:
+    """Differences to the baseline, of the seeds that both have."""
+    mine, other = values[name], values.get(baseline or "", {})
+    return [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
 
 
 def comparison_table(lines: Iterable[Line], title: str) -> Table:
@@ -194,6 +212,8 @@ def _cells(line: Line) -> tuple[str, ...]:
         _figure(line.difference, line.difference_spread, sign="+"),
         MISSING if line.interval is None else f"±{line.interval:.2f}",
         str(line.pairs),
+        _figure(line.best),
+        _figure(line.best_difference, sign="+"),
     )
 
 

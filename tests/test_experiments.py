@@ -31,7 +31,17 @@ from experiments import (
 )
 from experiments.config import Config, OptimizerName
 from experiments.tasks import arrays, images
-from s2sam_jax import ChannelGroup, Every, Slice, TrainState, apply_masks, get_masks, make_train_step, methods
+from s2sam_jax import (
+    ChannelGroup,
+    Every,
+    Slice,
+    TrainState,
+    apply_masks,
+    get_masks,
+    make_train_step,
+    methods,
+    perturb,
+)
 
 TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
 
@@ -82,7 +92,7 @@ def test_run_name_is_stable_and_unique():
 def test_run_name_does_not_depend_on_where_things_lie():
     assert Config(data=Path("x.npz"), out=Path("y")).name == Config().name
     assert Config(init_from=Path("here/run")).name == Config(init_from=Path("there/run")).name
-    assert Config(seed=3).digest == Config().digest
+    assert Config(seed=3).digest == Config(eval_every=7, checkpoint_every=9).digest == Config().digest
 
 
 def test_config_survives_json():
@@ -246,6 +256,48 @@ def test_every_optimizer_goes_with_every_method(optimizer, method):
     tx = optimizers.make(Config(optimizer=optimizer, method=method), 10, [group])
     state = jax.eval_shape(lambda: TrainState.create({"kernel": jnp.ones((20, 20)), "bias": jnp.ones(20)}, tx))
     assert state.params["kernel"].shape == (20, 20)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.2] * 5),
+        ("warmup", [0.0, 0.1, 0.2, 0.2, 0.2]),  # up to step 4 of 12
+        ("learning-rate", [0.1 * (1 + np.cos(np.pi * step / 12)) for step in (0, 2, 4, 8, 12)]),
+    ],
+)
+def test_radius_over_training(schedule, expected):
+    config = Config(method="dense", epochs=3, rho=0.2, rho_schedule=schedule)
+    tx, params = optimizers.make(config, steps_per_epoch=4), {"kernel": jnp.ones(3)}
+    state = jax.jit(tx.init)(params)
+    update, radii = jax.jit(tx.update), []
+    for step in range(13):
+        if step in (0, 2, 4, 8, 12):
+            radii.append(float(state[0].rho))
+        _, state = update(params, state, params)
+    np.testing.assert_allclose(radii, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_variants_of_s2sam_perturb_as_they_say():
+    """After one gradient g at w: rho g / |g| downhill; as released rho g^3 / |w g|, on pruned weights too."""
+    params = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]])}
+    grads = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
+    moved = {}
+    for optimizer in ("s2sam", "s2sam-opposite", "s2sam-released"):
+        config = Config(optimizer=optimizer, method="static", sparsity=0.5, rho=0.1, learning_rate=0.0)
+        tx = optimizers.make(config, steps_per_epoch=4)
+        state = tx.init(params)
+        masks = get_masks(state)
+        held = {"kernel": params["kernel"] * masks["kernel"]}
+        _, state = tx.update(grads, state, held)
+        moved[optimizer] = perturb(held, state)["kernel"] - held["kernel"]
+    live, g = masks["kernel"], np.asarray(grads["kernel"], np.float64)
+    expected = 0.1 * g * live / np.linalg.norm(g * live)
+    np.testing.assert_allclose(moved["s2sam"], expected, rtol=1e-5)
+    np.testing.assert_allclose(moved["s2sam-opposite"], -expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        moved["s2sam-released"], 0.1 * g**3 / np.linalg.norm(np.asarray(held["kernel"]) * g), rtol=1e-4
+    )
 
 
 def test_a_drop_fraction_is_for_methods_that_have_one():

@@ -85,7 +85,7 @@ def test_printed_differences_are_those_of_the_figures():
             agrees = abs(gained - recipe.printed.difference) < 0.015
             assert agrees != (recipe.name in DOUBTFUL), (recipe.name, gained, recipe.printed.difference)
             checked += 1
-    assert checked == 54 + 8 + 6 + 8 + 3 + 4 * 12 + 6
+    assert checked == 54 + 8 + 6 + 8 + 3 + 4 * 12 + 6 + 11
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_cell_says_what_it_expects(text):
 
 def test_pairs_differ_in_the_optimizer_alone():
     for recipe in ALL:
-        if recipe.baseline is None or recipe.table.startswith("ssam"):
+        if recipe.baseline is None or recipe.table.startswith(("ssam", "causes")):
             continue
         other = recipes.get(recipe.baseline).config
         same = {"optimizer": other.optimizer}
@@ -202,7 +202,7 @@ def test_digits_scale():
     recipe = recipes.get("ssam-table1.ssam-d-0.9")
     expected = {
         "dataset": "digits", "model": "resnet8", "width": 8, "batch_size": 64, "cutout": 0, "epochs": 20,
-        "eval_every": 20, "ssam_update_every": 1.0,
+        "checkpoint_every": 20, "ssam_update_every": 1.0,
     }  # fmt: skip
     assert table.scaled(recipe, "digits") == dataclasses.replace(recipe.config, **expected)
     assert table.scaled(recipes.get("table1.lottery-0.9.sgd"), "digits").epochs == 10 * 12
@@ -217,6 +217,27 @@ def test_equal_gradients_are_fewer_epochs():
         assert epochs == [round(share * epochs) for epochs in (160, 20, 9)]
         same = dataclasses.replace(recipe.config, epochs=160)
         assert recipes.get(f"budget.rigl-erk-0.95.{optimizer}").config == same
+
+
+def test_causes_change_one_thing_each():
+    sgd, s2sam = (recipes.get(f"causes.{key}").config for key in ("sgd", "s2sam"))
+    assert sgd == recipes.get("table1.rigl-erk-0.95.sgd").config
+    assert s2sam == recipes.get("table1.rigl-erk-0.95.s2sam").config
+    for recipe in recipes.of_table("causes"):
+        assert recipe.baseline == (None if recipe.key == "sgd" else "causes.sgd")
+        base = sgd if recipe.config.optimizer == "sgd" else s2sam
+        changed = [f.name for f in dataclasses.fields(base) if getattr(recipe.config, f.name) != getattr(base, f.name)]
+        assert len(changed) == (recipe.key not in ("sgd", "s2sam"))
+
+
+def test_sparsities_beside_the_rebuttal_and_table_1():
+    found = {recipe.name: recipe.expected for recipe in recipes.of_table("sparsities")}
+    assert len(found) == 3 * (1 + 2 * 7)
+    assert found["sparsities.dense.s2sam"] == 94.99
+    assert found["sparsities.mest-em-0.98.s2sam"] == 91.22
+    assert found["sparsities.rigl-erk-0.95.s2sam"] == 92.81
+    assert found["sparsities.rigl-erk-0.6.sgd"] is None
+    assert not any(value for name, value in found.items() if name.endswith(".sam"))
 
 
 def test_work_a_step():
@@ -362,10 +383,10 @@ def test_command_line_writes_page_figures_and_plot(tmp_path, trained, compilatio
     table.main(["table1", *names, "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
     assert "RigL" in capsys.readouterr().out
     page = (tmp_path / "table1_cpu.md").read_text()
-    assert (
-        "| RigL (ERK) + S2-SAM | 95 | 1.00 | 92.81 ± 0.08 | 53.00 ± 1.00 | 3 | +0.42 | +2.00 ± 0.00 | ±0.00 | 3 |"
-        in page
+    line = (
+        "RigL (ERK) + S2-SAM | 95 | 1.00 | 92.81 ± 0.08 | 53.00 ± 1.00 | 3 | +0.42 | +2.00 ± 0.00 | ±0.00 | 3 | – | – |"
     )
+    assert f"| {line}\n" in page
     assert "model resnet32, width 8, subset 10000, epochs 9, batch_size 128" in page
     assert "cannot be compared" in page
     with (tmp_path / "table1_cpu.csv").open() as stream:
@@ -406,13 +427,38 @@ def test_means_deviations_and_paired_differences():
     assert (unmeasured.ours, unmeasured.seeds, unmeasured.paper) == (None, 0, 33.68)
 
 
+def test_best_epochs_stand_beside_the_last_where_each_epoch_was_evaluated():
+    rows = synthetic()
+    for row, best in zip(rows[:4], (91.0, 92.0, 93.0, None), strict=True):  # seeds 1 to 4 of SGD
+        row["best"] = best
+    for row, best in zip(rows[4:9], (None, 92.0, 94.0, 97.0, 99.0), strict=True):
+        row["best"] = best
+    sgd, s2sam, *others = report.comparison(rows)
+    assert (sgd.best, sgd.best_difference) == (92.0, None)
+    assert (s2sam.best, s2sam.best_difference) == (95.5, pytest.approx((1 + 2 + 4) / 3))
+    assert {(line.best, line.best_difference) for line in others} == {(None, None)}
+
+
+@pytest.mark.parametrize(("evaluations", "best"), [(3, 70.0), (2, None)])
+def test_best_epoch_of_a_run(tmp_path, evaluations, best):
+    recipe = recipes.get("table1.rigl-erk-0.95.sgd")
+    config = dataclasses.replace(recipe.config, epochs=3, out=tmp_path)
+    config.run_dir.mkdir()
+    for accuracy in (0.5, 0.7, 0.6)[-evaluations:]:
+        row = {"config": config.to_json(), "test_accuracy": accuracy, "test_accuracy_recalibrated": accuracy + 0.01}
+        with (config.run_dir / runs.METRICS).open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+    found = table._row(recipe, config, "full")
+    assert (found["value"], found["best"]) == (pytest.approx(61.0), best)
+
+
 def test_missing_cells_are_dashes():
     header, rule, *cells = report.markdown(report.comparison(synthetic())).splitlines()
     assert {line.count("|") for line in (header, rule, *cells)} == {len(report.HEADER) + 1}
     assert cells[0].startswith("| RigL | 90 | 1.00 | 93.07 | ")
-    assert cells[0].endswith(" | 4 | – | – | – | 0 |")
+    assert cells[0].endswith(" | 4 | – | – | – | 0 | – | – |")
     assert cells[2].startswith("| RigL + S2-SAM | 80 | 1.00 | – | ")
-    assert cells[3] == "| RigL | 80 | 1.00 | 33.68 | – | 0 | – | – | – | 0 |"
+    assert cells[3] == "| RigL | 80 | 1.00 | 33.68 | – | 0 | – | – | – | 0 | – | – |"
 
 
 def test_one_seed_has_no_deviation():

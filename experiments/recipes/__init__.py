@@ -6,10 +6,21 @@ expect nothing.
 
 import difflib
 
-from experiments.recipes import budget, channels, cifar, dense, imagenet, rebuttal, ssam, translation
+from experiments.recipes import (
+    budget,
+    causes,
+    channels,
+    cifar,
+    dense,
+    imagenet,
+    rebuttal,
+    sparsities,
+    ssam,
+    translation,
+)
 from experiments.recipes.base import ESTIMATE, Recipe
 
-_SOURCES = (cifar, imagenet, channels, dense, rebuttal, translation, ssam, budget)
+_SOURCES = (cifar, imagenet, channels, dense, rebuttal, translation, ssam, budget, sparsities, causes)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for source in _SOURCES for recipe in source.recipes()}
 TABLES: tuple[str, ...] = tuple(dict.fromkeys(recipe.table for recipe in RECIPES.values()))
 

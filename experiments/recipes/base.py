@@ -14,7 +14,8 @@ SSAM = "SSAM (Mi et al., NeurIPS 2022)"
 
 LABELS = {
     "sgd": "SGD", "sam": "SAM", "asam": "ASAM", "ssam-f": "SSAM-F", "ssam-d": "SSAM-D", "s2sam": "S2-SAM",
-    "msam": "MSAM", "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM",
+    "s2sam-released": "S2-SAM as released", "s2sam-opposite": "S2-SAM, downhill", "msam": "MSAM",
+    "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM",
 }  # fmt: skip
 
 # Forward pass of one image, two operations a multiplication and addition; convolutions and linear layers.
