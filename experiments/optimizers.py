@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import optax
 
 from experiments import sparse_methods, structures
@@ -69,12 +70,12 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
     return optax.join_schedules([rising, falling], [warmup])
 
 
-def radius(config: Config, steps_per_epoch: int) -> float | optax.Schedule:
+def radius(config: Config, steps_per_epoch: int) -> optax.Schedule:
     """The perturbation's, as the config has it: constant, rising from zero over a third, or as the learning rate."""
     total = config.epochs * steps_per_epoch
     match config.rho_schedule:
         case "constant":
-            return config.rho
+            return optax.constant_schedule(config.rho)
         case "warmup":
             return optax.linear_schedule(0.0, config.rho, total // 3)
         case "learning-rate":
@@ -98,7 +99,7 @@ def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.
         case "s2sam-released":
             return s2sam(rho, adaptive=True, compat="authors", perturb_pruned=True)
         case "s2sam-opposite":  # downhill, for comparison: no paper has it
-            return s2sam(lambda step: -rho(step) if callable(rho) else -rho)
+            return s2sam(lambda step: -jnp.asarray(rho(step)))
         case "msam":
             return msam(rho)
         case "looksam":
