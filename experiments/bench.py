@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import data, plots, runs
+from experiments import data, jsonl, plots, runs
 from experiments.benchmarks import inference, masks, steps, whole_loop
 from experiments.benchmarks.peers import Official
 from experiments.benchmarks.timing import Row, paired, ratio_row
@@ -132,10 +132,10 @@ def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
     """A log-log plot instead of rows."""
     sizes = [10**power for power in range(5, 10) if 10**power <= arguments.largest]
     points = list(masks.growth(sizes, arguments.rounds))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / f"bench_select_{_device()}"
-    file.with_suffix(".jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
-    plots.draw_growth(points, jax.devices()[0].device_kind, file.with_suffix(".png"))
+    file = arguments.out / f"bench_select_{_device()}.jsonl"
+    file.unlink(missing_ok=True)
+    jsonl.append(file, *points)
+    draw_growth(file)
     console.print(f"Growth: {file.with_suffix('.png')}", soft_wrap=True)
     largest = {point["way"]: point["seconds"] for point in points[-3:]}
     for way in ("argsort", "top_k"):
@@ -143,11 +143,15 @@ def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
         yield ratio_row(f"selection of {points[-1]['parameters']:,} scores, {way} / ours", *times)
 
 
+def draw_growth(file: Path) -> None:
+    """The figure, from the rows alone."""
+    plots.draw_growth(jsonl.read(file), file.stem.removeprefix("bench_select_"), file.with_suffix(".png"))
+
+
 def _merged(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of sections that were not run again stay."""
     fresh = {row["section"] for row in rows}
-    old = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return [row for row in old if row["section"] not in fresh] + rows
+    return [row for row in jsonl.read(file) if row["section"] not in fresh] + rows
 
 
 def _device() -> str:

@@ -7,7 +7,6 @@ Runs what is missing in the rows file, and rewrites page and figure beside it fr
 
 import dataclasses
 import inspect
-import json
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from experiments import nonconvex, runs, stability, sweep
+from experiments import jsonl, nonconvex, runs, stability
 from experiments.config import Config
 from experiments.plots import COLOURS, GREY, MARKERS
 
@@ -38,7 +37,7 @@ class Arguments:
     sizes: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)  # Of training sets.
     sets: int = 200  # Training sets drawn of each size.
     risk_radii: tuple[float, ...] = (0.0, 0.1, 1.0)  # 0 is SGD.
-    rows: Path = sweep.RESULTS / "convergence.jsonl"
+    rows: Path = jsonl.RESULTS / "convergence.jsonl"
 
 
 def gradients(name: str, rho: float, steps: int, seeds: int) -> Row:
@@ -79,18 +78,16 @@ def run(arguments: Arguments) -> None:
     cells = [("gradients", "sgd", 0.0)]
     cells += [("gradients", name, rho) for rho in arguments.radii for name in optimizers]
     cells += [("risk", n, rho) for rho in arguments.risk_radii for n in arguments.sizes]
-    done = {(row["part"], row["of"], row["rho"]) for row in sweep.read(arguments.rows)}
+    done = {(row["part"], row["of"], row["rho"]) for row in jsonl.read(arguments.rows)}
     provenance = runs.provenance(Config())
     provenance = {name: provenance[name] for name in ("device", "xla_flags", "versions", "commit")}
-    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     for part, of, rho in track([cell for cell in cells if cell not in done], description="runs"):
         row = {"part": part, "of": of, "rho": rho}
         if part == "gradients":
             row |= gradients(str(of), rho, arguments.steps, arguments.seeds)
         else:
             row |= risks(int(of), rho, arguments.sets)
-        with arguments.rows.open("a") as file:
-            file.write(json.dumps(row | provenance) + "\n")
+        jsonl.append(arguments.rows, row | provenance)
 
 
 def slope(steps: Any, values: Any) -> float:
@@ -226,11 +223,16 @@ def _finish(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def write(file: Path) -> None:
+    """Page and figure, from the rows alone."""
+    rows = jsonl.read(file)
+    file.with_suffix(".md").write_text(page(rows, file.name))
+    draw(rows, file.with_suffix(".png"))
+
+
 def main(arguments: Arguments) -> None:
     run(arguments)
-    rows = sweep.read(arguments.rows)
-    arguments.rows.with_suffix(".md").write_text(page(rows, arguments.rows.name))
-    draw(rows, arguments.rows.with_suffix(".png"))
+    write(arguments.rows)
 
 
 if __name__ == "__main__":

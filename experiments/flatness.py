@@ -16,7 +16,7 @@ import jax
 import tyro
 from rich.progress import track
 
-from experiments import landscapes, loop, runs, solution, spectrum, surface, sweep, tasks
+from experiments import jsonl, landscapes, loop, runs, solution, spectrum, surface, sweep, tasks
 from experiments.config import Config, OptimizerName
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
@@ -42,7 +42,7 @@ class Arguments:
     n: int = 15
     steps: int = 30  # Of Lanczos.
     samples: int = 10  # For the trace.
-    rows: Path = sweep.RESULTS / "flatness_digits.jsonl"
+    rows: Path = jsonl.RESULTS / "flatness_digits.jsonl"
     cache: Path = Path("runs/compiled")  # Compiled programs: the seeds of a cell share them.
 
 
@@ -78,7 +78,7 @@ def looked_at(found: solution.Solution, config: Config, arguments: Arguments) ->
 
 def run(arguments: Arguments) -> None:
     """Each row is written as soon as it is there."""
-    done = {sweep.cell_of(row) for row in sweep.read(arguments.rows)}
+    done = {sweep.cell_of(row) for row in jsonl.read(arguments.rows)}
     if arguments.runs:
         _run_on_folders(arguments, done)
     else:
@@ -113,7 +113,7 @@ def _store(cell: sweep.Cell, config: Config, figures: dict[str, Any], file: Path
     row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | figures | runs.provenance(config)
     # Where things lie is of this machine alone.
     row["config"] = {field: value for field, value in row["config"].items() if field not in ("data", "out")}
-    sweep.append(file, row)
+    jsonl.append(file, row)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -179,7 +179,7 @@ def _spread(values: list[float]) -> str:
 
 def write(file: Path) -> None:
     """Page and figures, from the rows alone."""
-    rows = sweep.read(file)
+    rows = jsonl.read(file)
     first, config = rows[0], rows[0]["config"]
     head = (
         f"# Flatness of sparse solutions on {config['dataset']}\n\n"

@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import fuzz_cases, runs, sweep
+from experiments import fuzz_cases, jsonl, runs
 from experiments.config import Config
 from experiments.fuzz_cases import Case
 from s2sam_jax import SparseState, _select, apply_masks, get_masks, perturb
@@ -45,7 +45,7 @@ class Arguments:
     first: int = 0  # The number of the first; processes that share the cases need --rows of their own.
     chunk: int = 250
     jit_every: int = 50  # One case in so many is compiled as a whole; the others run operation by operation.
-    rows: Path = sweep.RESULTS / "fuzz.jsonl"
+    rows: Path = jsonl.RESULTS / "fuzz.jsonl"
 
 
 def run(case: Case) -> str:
@@ -187,11 +187,11 @@ def _check_inner(inner_state: Any, masks: dict[Any, np.ndarray], finite: bool) -
 def main(arguments: Arguments) -> None:
     jax.config.update("jax_enable_x64", True)
     console = Console()
-    done, end = sum(row["cases"] for row in sweep.read(arguments.rows)), arguments.first + arguments.count
+    done, end = sum(row["cases"] for row in jsonl.read(arguments.rows)), arguments.first + arguments.count
     for first in range(arguments.first + done, end, arguments.chunk):
         numbers = range(first, min(first + arguments.chunk, end))
         row = chunk(numbers, arguments.jit_every)
-        sweep.append(arguments.rows, row)
+        jsonl.append(arguments.rows, row)
         console.print(f"{row['cases']} cases from {first}: {row['passed']} passed, {len(row['findings'])} findings")
         for finding in row["findings"]:
             console.print_json(data=finding)

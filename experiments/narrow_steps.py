@@ -14,7 +14,7 @@ import jax
 import tyro
 from rich.progress import track
 
-from experiments import models, one_step, recipes, runs
+from experiments import jsonl, models, one_step, recipes, runs
 from experiments.config import Config
 from experiments.one_step import RESULTS
 
@@ -62,8 +62,7 @@ def run(arguments: Arguments) -> None:
         config = narrowed(recipes.get(name).config)
         row = {"model": model, "method": method, "optimizer": optimizer, "recipe": name}
         row |= one_step.two_steps(config) | runs.provenance(config)
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        jsonl.append(arguments.out, row)
         jax.clear_caches()
 
 

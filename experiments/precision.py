@@ -7,7 +7,6 @@ Runs what is missing in the rows file, and rewrites the page beside it from the 
 
 import dataclasses
 import itertools
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import optax
 import tyro
 from rich.progress import track
 
-from experiments import loop, runs, solution, sweep, tasks
+from experiments import jsonl, loop, runs, solution, sweep, tasks
 from experiments.config import Config
 from experiments.record import Row
 from experiments.solution import Solution
@@ -45,7 +44,7 @@ class Arguments:
     epochs: int = 20
     examples: int = 256  # Training images that gradients are the mean of.
     draws: int = 4  # Of rounding at random.
-    rows: Path = sweep.RESULTS / "precision.jsonl"
+    rows: Path = jsonl.RESULTS / "precision.jsonl"
     cache: Path = Path("runs/compiled")
 
 
@@ -130,7 +129,7 @@ def measure(found: Solution, opt_state: Any, arguments: Arguments) -> list[Row]:
 
 def run(arguments: Arguments) -> None:
     """Trains what has no rows yet; the rows of a network are written together."""
-    done = {(row["method"], row["seed"]) for row in sweep.read(arguments.rows)}
+    done = {(row["method"], row["seed"]) for row in jsonl.read(arguments.rows)}
     loaded = tasks.load(Config())
     cells = [cell for cell in itertools.product(arguments.methods, arguments.seeds) if cell not in done]
     for method, seed in track(cells, description="networks"):
@@ -141,10 +140,7 @@ def run(arguments: Arguments) -> None:
         live = jax.tree.leaves(found.masks or jax.tree.map(jnp.ones_like, found.params))
         common = {"method": method, "live_parameters": int(sum(jnp.sum(mask) for mask in live))}
         common |= runs.provenance(config) | {"test_accuracy": last.last["test_accuracy_recalibrated"]}
-        rows = [json.dumps(common | row) + "\n" for row in measure(found, state.opt_state, arguments)]
-        arguments.rows.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.rows.open("a") as file:
-            file.write("".join(rows))
+        jsonl.append(arguments.rows, *(common | row for row in measure(found, state.opt_state, arguments)))
 
 
 def table(rows: list[Row]) -> str:
@@ -215,11 +211,16 @@ with changes averaged over draws. Device: {", ".join(sorted({row["device"] for r
     return "\n\n".join([head, conclusion(rows), *tables])
 
 
+def write(file: Path) -> None:
+    """The page, from the rows alone."""
+    file.with_suffix(".md").write_text(page(jsonl.read(file), file.name) + "\n")
+
+
 def main(arguments: Arguments) -> None:
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache.resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     run(arguments)
-    arguments.rows.with_suffix(".md").write_text(page(sweep.read(arguments.rows), arguments.rows.name) + "\n")
+    write(arguments.rows)
 
 
 if __name__ == "__main__":

@@ -1,229 +1,50 @@
-"""What is shown of runs: a progress bar, the final table, and a paper's table with ours beside it."""
+"""Makes every page and figure of results anew, from the rows beside them alone; nothing is trained.
 
-import csv
-import io
-import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+python -m experiments.report
+"""
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from scipy import stats
+import dataclasses
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
 
-from experiments.record import Row
+import tyro
 
+from experiments import bench, convergence, flatness, jsonl, precision, sweep, table
 
-class ProgressBar:
-    """Counts steps, and shows the newest row. A context manager."""
-
-    def __init__(self, console: Console, title: str, epochs: int, steps_per_epoch: int):
-        self._epochs = epochs
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
-            TextColumn("{task.fields[news]}"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=console)
-        self._task = self._progress.add_task(title, total=epochs * steps_per_epoch, news="compiling")
-
-    def __enter__(self) -> "ProgressBar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._progress.stop()
-
-    def steps(self, count: int) -> None:
-        self._progress.advance(self._task, count)
-
-    def row(self, row: Row) -> None:
-        news = (
-            f"{row['epoch']}/{self._epochs} loss {row['train_loss']:.3f} test {row['test_accuracy']:.1%} "
-            f"zeros {row['sparsity']:.0%} {row['images_per_second']:,.0f} img/s"
-        )
-        self._progress.update(self._task, news=news)
+# What makes the pages of which rows; the first that fits.
+WRITERS: tuple[tuple[str, Callable[[Path], Any]], ...] = (
+    ("methods_*", sweep.write),
+    ("flatness_*", flatness.write),
+    ("precision", precision.write),
+    ("convergence", convergence.write),
+    ("bench_select_*", bench.draw_growth),
+)
 
 
-def result_table(finals: Mapping[str, Row]) -> Table:
-    """One column per run: accuracy, speed, and the sparsity of every kernel."""
-    table = Table()
-    table.add_column("")
-    for name in finals:
-        table.add_column(name, justify="right")
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Where."""
 
-    def line(label: str, cells: list[str], **style: Any) -> None:
-        table.add_row(label, *cells, **style)
-
-    rows = list(finals.values())
-    line("test accuracy", [f"{row['test_accuracy_recalibrated']:.2%}" for row in rows], style="bold")
-    line("  with running BatchNorm statistics", [f"{row['test_accuracy']:.2%}" for row in rows])
-    line("training loss", [f"{row['train_loss']:.4f}" for row in rows])
-    line("seconds", [f"{row['seconds']:.1f}" for row in rows])
-    line("images/s", [f"{row['images_per_second']:,.0f}" for row in rows], end_section=True)
-    names = list(dict.fromkeys(name for row in rows for name in row["layers"]))
-    if not names:
-        line("sparsity", ["dense" for _ in rows])
-        return table
-    totals = [_fraction([sum(column) for column in zip(*row["layers"].values(), strict=True)]) for row in rows]
-    line("sparsity of all kernels", totals, style="bold")
-    for name in names:
-        line(f"  {name}", [_fraction(row["layers"].get(name)) for row in rows])
-    return table
+    results: Path = jsonl.RESULTS
 
 
-def _fraction(zeros_and_size: list[int] | None) -> str:
-    return "-" if not zeros_and_size else f"{zeros_and_size[0] / zeros_and_size[1]:.2%}"
+def writer(file: Path) -> Callable[[Path], Any] | None:
+    """Of the pages and figures of these rows; None where a page written by hand speaks of them."""
+    for pattern, write in WRITERS:
+        if fnmatch(file.stem, pattern):
+            return write
+    return table.write if "scale" in jsonl.read(file)[0] else None
 
 
-class Line(NamedTuple):
-    """A row of a paper's table beside ours; None where there is nothing. Spreads of ours are sample deviations.
-
-    Attributes:
-      name: of the recipe.
-      row: the paper's label.
-      sparsity: fraction of zeros.
-      optimizer: ours.
-      metric: what the figures are of.
-      paper: as printed.
-      paper_spread: as printed.
-      paper_difference: to the baseline, of the printed figures.
-      baseline: the recipe that differences are to.
-      ours: mean over seeds.
-      spread: over seeds.
-      seeds: how many.
-      difference: to the baseline, mean of the differences seed by seed.
-      difference_spread: of these.
-      pairs: how many.
-      gradients: evaluations a step, or the like of them.
-      best: mean over seeds of the figure of each seed's best epoch.
-      best_difference: to the baseline's.
-    """
-
-    name: str
-    row: str
-    sparsity: float | None
-    optimizer: str
-    metric: str
-    paper: float | None
-    paper_spread: float | None
-    paper_difference: float | None
-    baseline: str | None
-    ours: float | None
-    spread: float | None
-    seeds: int
-    difference: float | None
-    difference_spread: float | None
-    pairs: int
-    gradients: float | None = None
-    best: float | None = None
-    best_difference: float | None = None
-
-    @property
-    def interval(self) -> float | None:
-        """Half the width of the 95 % confidence interval of the difference, by Student's distribution."""
-        if self.difference_spread is None:
-            return None
-        return float(stats.t.ppf(0.975, self.pairs - 1)) * self.difference_spread / math.sqrt(self.pairs)
+def main(arguments: Arguments) -> None:
+    for file in sorted(arguments.results.glob("*.jsonl")):
+        write = writer(file)
+        if write is not None:
+            write(file)
+            print(f"from {file.name}")
 
 
-HEADER = (
-    "row", "zeros (%)", "gradients a step", "paper", "ours", "seeds", "paper: gain", "ours: gain", "95 % interval",
-    "pairs", "ours: best", "best: gain",
-)  # fmt: skip
-MISSING = "–"
-
-
-def comparison(rows: Sequence[Row]) -> list[Line]:
-    """The lines of a table, from rows that hold ``recipe``, ``seed`` and ``value``, in their order."""
-    values, best = _by_seed(rows, "value"), _by_seed(rows, "best")
-    lines = []
-    for recipe in {row["recipe"]["name"]: row["recipe"] for row in rows}.values():
-        name, baseline = recipe["name"], recipe["baseline"]
-        mine, paired = values[name], _paired(values, name, baseline)
-        (ours, spread), (difference, difference_spread) = _mean(list(mine.values())), _mean(paired)
-        lines.append(
-            Line(
-                **recipe,
-                ours=ours,
-                spread=spread,
-                seeds=len(mine),
-                difference=difference,
-                difference_spread=difference_spread,
-                pairs=len(paired),
-                best=_mean(list(best[name].values()))[0],
-                best_difference=_mean(_paired(best, name, baseline))[0],
-            )
-        )
-    return lines
-
-
-def _by_seed(rows: Sequence[Row], field: str) -> dict[str, dict[int, float]]:
-    """Of each recipe that has rows; without the seeds that lack the field."""
-    found: dict[str, dict[int, float]] = {}
-    for row in rows:
-        mine = found.setdefault(row["recipe"]["name"], {})
-        if row.get(field) is not None:
-            mine[row["seed"]] = row[field]
-    return found
-
-
-def _paired(values: Mapping[str, Mapping[int, float]], name: str, baseline: str | None) -> list[float]:
-    """Differences to the baseline, of the seeds that both have."""
-    mine, other = values[name], values.get(baseline or "", {})
-    return [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
-
-
-def comparison_table(lines: Iterable[Line], title: str) -> Table:
-    """For the terminal."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column(HEADER[0], no_wrap=True)
-    for column in HEADER[1:]:
-        table.add_column(column, justify="right")
-    for line in lines:
-        table.add_row(*_cells(line))
-    return table
-
-
-def markdown(lines: Iterable[Line]) -> str:
-    body = [HEADER, ("---",) * len(HEADER), *(_cells(line) for line in lines)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in body)
-
-
-def comma_separated(lines: Iterable[Line]) -> str:
-    """CSV of the bare figures."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([Line._fields, *lines])
-    return text.getvalue()
-
-
-def _cells(line: Line) -> tuple[str, ...]:
-    return (
-        line.row,
-        MISSING if line.sparsity is None else f"{100 * line.sparsity:g}",
-        MISSING if line.gradients is None else f"{line.gradients:.2f}",
-        _figure(line.paper, line.paper_spread),
-        _figure(line.ours, line.spread),
-        str(line.seeds),
-        _figure(line.paper_difference, sign="+"),
-        _figure(line.difference, line.difference_spread, sign="+"),
-        MISSING if line.interval is None else f"±{line.interval:.2f}",
-        str(line.pairs),
-        _figure(line.best),
-        _figure(line.best_difference, sign="+"),
-    )
-
-
-def _figure(value: float | None, spread: float | None = None, sign: str = "") -> str:
-    if value is None:
-        return MISSING
-    return f"{value:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-
-
-def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """And the standard deviation, which takes two values."""
-    mean = statistics.mean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 else None
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))

@@ -6,7 +6,6 @@ Runs what is missing in the rows file and rewrites the table beside it.
 """
 
 import dataclasses
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -17,11 +16,10 @@ import jax
 import tyro
 from rich.progress import track
 
-from experiments import loop, runs, tasks
+from experiments import jsonl, loop, runs, tasks
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
 
-RESULTS = Path(__file__).parent / "results"
 Cell = tuple[str, OptimizerName, float, int]  # method, optimizer, sparsity, seed
 
 METHODS = (
@@ -39,7 +37,7 @@ class Sweep:
     optimizers: tuple[Literal["sgd", "s2sam"], ...] = ("sgd", "s2sam")
     sparsities: tuple[float, ...] = (0.9, 0.95)
     seeds: tuple[int, ...] = (0, 1, 2)
-    rows: Path = RESULTS / "methods_digits.jsonl"
+    rows: Path = jsonl.RESULTS / "methods_digits.jsonl"
     cache: Path = Path("runs/compiled")  # Compiled programs: the seeds of a cell share them.
 
 
@@ -67,7 +65,7 @@ class Last:
 
 def run(sweep: Sweep) -> None:
     """Trains what has no row yet; each row is written as soon as it is there."""
-    done = {cell_of(row) for row in read(sweep.rows)}
+    done = {cell_of(row) for row in jsonl.read(sweep.rows)}
     cells: list[Cell] = [
         (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds
     ]
@@ -78,17 +76,7 @@ def run(sweep: Sweep) -> None:
         method, optimizer, sparsity, _ = cell
         row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity}
         row |= runs.provenance(config) | last.last
-        append(sweep.rows, row)
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def append(file: Path, row: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as stream:
-        stream.write(json.dumps(row) + "\n")
+        jsonl.append(sweep.rows, row)
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
@@ -127,11 +115,9 @@ def _spread(values: Any, signed: bool = False) -> str:
     return f"{statistics.mean(values):{'+' if signed else ''}.2f} ± {deviation:.2f}"
 
 
-def main(sweep: Sweep) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(sweep.cache.resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    run(sweep)
-    rows = read(sweep.rows)
+def write(file: Path) -> None:
+    """The page, from the rows alone."""
+    rows = jsonl.read(file)
     head = (
         "# Every method on digits, with SGD and with S2-SAM\n\n"
         "scikit-learn's digits (1437 training, 360 test images), ResNet-8 of width 8, 20 epochs, batch 64, SGD with "
@@ -141,10 +127,17 @@ def main(sweep: Sweep) -> None:
         "recalibrated for both; one image is 0.28 points. Mean ± standard deviation over seeds.\n\n"
         f"Device: {', '.join(sorted({row['device'] for row in rows}))}; XLA flags: "
         f"`{', '.join(sorted({row['xla_flags'] for row in rows})) or 'none'}`. Made by "
-        f"`python -m experiments.sweep` from `{sweep.rows.name}`, which holds config, versions and commit of "
+        f"`python -m experiments.sweep` from `{file.name}`, which holds config, versions and commit of "
         "each run.\n\n"
     )
-    sweep.rows.with_suffix(".md").write_text(head + table(rows) + "\n")
+    file.with_suffix(".md").write_text(head + table(rows) + "\n")
+
+
+def main(sweep: Sweep) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(sweep.cache.resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    run(sweep)
+    write(sweep.rows)
 
 
 if __name__ == "__main__":

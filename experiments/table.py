@@ -17,14 +17,12 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import plots, recipes, report, runs, train, tune
+from experiments import comparison, jsonl, plots, recipes, runs, train, tune
 from experiments.config import Config, OptimizerName
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.record import Row
 from experiments.scales import Scale, scaled
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Arguments:
     tuned: Path | None = None  # Rows of experiments.tune: each recipe with the rho that was best there.
     data: Path | None = None  # As in experiments.train.
     out: Path = Path("runs")  # The folder that run folders are made in.
-    results: Path = RESULTS
+    results: Path = jsonl.RESULTS
 
 
 def chosen(arguments: Arguments) -> list[Recipe]:
@@ -78,7 +76,7 @@ def run(arguments: Arguments) -> list[Row]:
     """
     best = {} if arguments.tuned is None else tune.best(arguments.tuned)
     pairs = [(r, _config(r, seed, arguments, best)) for r in chosen(arguments) for seed in arguments.seeds]
-    stored = {(row["recipe"]["name"], row["seed"]): row for row in read(rows_file(arguments))}
+    stored = {(row["recipe"]["name"], row["seed"]): row for row in jsonl.read(rows_file(arguments))}
     rows = []
     for recipe, config in track(pairs, description="runs"):
         row = stored.get((recipe.name, config.seed))
@@ -97,10 +95,6 @@ def run(arguments: Arguments) -> list[Row]:
 
 def rows_file(arguments: Arguments) -> Path:
     return arguments.results / f"{arguments.table}_{arguments.scale}.jsonl"
-
-
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def _config(recipe: Recipe, seed: int, arguments: Arguments, best: dict[str, float]) -> Config:
@@ -152,7 +146,7 @@ def _difference(value: float | None, baseline: float | None) -> float | None:
 def store(rows: list[Row], file: Path) -> list[Row]:
     """Adds rows to the file, in place of older ones of the same recipe and seed; returns all, in the table's order."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    old = read(file)
+    old = jsonl.read(file)
     order = {name: place for place, name in enumerate(recipes.names())}
     merged = {(row["recipe"]["name"], row["seed"]): row for row in [*old, *rows]}
     kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
@@ -160,13 +154,17 @@ def store(rows: list[Row], file: Path) -> list[Row]:
     return kept
 
 
-def write(rows: list[Row], file: Path) -> list[report.Line]:
+def write(file: Path) -> list[comparison.Line]:
     """Page, figures and plot beside the rows' file, from the rows alone."""
-    lines, title = report.comparison(rows), file.stem.replace("_", ", ")
-    file.with_suffix(".md").write_text(f"# {title}\n\n{_head(rows, file)}\n\n{report.markdown(lines)}\n")
-    file.with_suffix(".csv").write_text(report.comma_separated(lines))
+    rows = jsonl.read(file)
+    lines, title = comparison.compare(rows), file.stem.replace("_", ", ")
+    file.with_suffix(".md").write_text(f"# {title}\n\n{_head(rows, file)}\n\n{comparison.markdown(lines)}\n")
+    file.with_suffix(".csv").write_text(comparison.comma_separated(lines))
     plots.draw_comparison(lines, title, file.with_suffix(".png"))
     return lines
+
+
+BEST = "Best is of the epoch that is best on the test set, without recalibration: chosen on test images, so too high."
 
 
 def _head(rows: list[Row], file: Path) -> str:
@@ -175,12 +173,13 @@ def _head(rows: list[Row], file: Path) -> str:
     size = ", ".join(
         f"{field} {_all(configs, field)}" for field in ("model", "width", "subset", "epochs", "batch_size")
     )
+    has_best = any(row.get("best") is not None for row in rows)
+    best = f" {BEST}" if has_best else ""
     small = "" if scale == "full" else " That is smaller than the paper's, so that the figures cannot be compared."
     return (
         f"Ours: {size} (None is the model's own, or all).{small} After the last epoch, BatchNorm recalibrated; mean ± "
         "standard deviation over seeds. Gains are over the same row without S2-SAM or SAM, of SSAM over SAM; ours "
-        "are paired by seed, with the 95 % interval. Best is of the epoch that is best on the test set, without "
-        "recalibration, of runs that were evaluated at each: chosen on test images, so too high.\n\n"
+        f"are paired by seed.{best}\n\n"
         f"Device: {_all(rows, 'device')}; XLA flags: `{_all(rows, 'xla_flags') or 'none'}`; "
         f"versions: {', '.join(sorted(versions))}. Made by `python -m experiments.table {table} --scale {scale}` from "
         f"`{file.name}`, which holds config, versions and commit of each run."
@@ -201,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
     file = rows_file(arguments)
-    console.print(report.comparison_table(write(read(file), file), file.stem.replace("_", ", ")))
+    console.print(comparison.terminal(write(file), file.stem.replace("_", ", ")))
     console.print(f"Files: {file.with_suffix('')}.jsonl, .md, .csv, .png", soft_wrap=True)
 
 

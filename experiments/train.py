@@ -15,7 +15,7 @@ from jax.experimental.checkify import JaxRuntimeError
 from rich.console import Console
 from rich.table import Table
 
-from experiments import flops, loop, plots, recipes, report, runs, seeds, sharding, tasks
+from experiments import display, flops, loop, plots, recipes, runs, seeds, sharding, tasks
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
@@ -48,7 +48,7 @@ class Arguments:
 class _Recorder:
     """Writes every row to the run's folder, and passes it on to the progress bar if that is the run's."""
 
-    def __init__(self, config: Config, folder: Path, bar: report.ProgressBar | None, arguments: Arguments):
+    def __init__(self, config: Config, folder: Path, bar: display.ProgressBar | None, arguments: Arguments):
         options = {"mesh": arguments.mesh, "debug": arguments.debug}
         self._provenance = runs.provenance(config) | {name: value for name, value in options.items() if value}
         self._folder, self._bar = folder, bar
@@ -95,7 +95,7 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     folders = {name: config.run_dir for name, config in configs.items()}
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
     console.print(_title(arguments), soft_wrap=True)
-    console.print(report.result_table({name: rows[name][-1] for name in rows}))
+    console.print(display.result_table({name: rows[name][-1] for name in rows}))
     if len(fresh) < len(configs):
         console.print("Shown from stored runs where they exist; add --overwrite to train anew.")
     for folder in folders.values():
@@ -136,7 +136,7 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
     with (
         contextlib.ExitStack() as claims,
         contextlib.ExitStack() as stack,
-        report.ProgressBar(console, configs[0].optimizer, configs[0].epochs, steps) as bar,
+        display.ProgressBar(console, configs[0].optimizer, configs[0].epochs, steps) as bar,
     ):
         for config in configs:
             claims.enter_context(runs.claim(config))

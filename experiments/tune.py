@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import data, loop, recipes, runs, sweep, tasks
+from experiments import data, jsonl, loop, recipes, runs, sweep, tasks
 from experiments.config import Config
 from experiments.recipes import Recipe
 from experiments.scales import Scale, scaled
@@ -50,7 +50,7 @@ def best(file: Path) -> dict[str, float]:
     if not file.is_file():
         raise FileNotFoundError(f"There are no rows in {file}; python -m experiments.tune makes them.")
     found: dict[str, dict[str, Any]] = {}
-    for row in sorted(sweep.read(file), key=lambda row: row["config"]["rho"]):
+    for row in sorted(jsonl.read(file), key=lambda row: row["config"]["rho"]):
         if row["accuracy"] > found.get(row["setting"], {"accuracy": -1.0})["accuracy"]:
             found[row["setting"]] = row
     return {name: row["config"]["rho"] for name, row in found.items()}
@@ -80,7 +80,7 @@ def configs(arguments: Arguments) -> list[tuple[str, Config]]:
 
 def run(arguments: Arguments, file: Path) -> None:
     """Each row is written as soon as it is there; what broke down has an accuracy of zero."""
-    done = {(row["setting"], row["config"]["rho"]) for row in sweep.read(file)}
+    done = {(row["setting"], row["config"]["rho"]) for row in jsonl.read(file)}
     missing = [(name, config) for name, config in configs(arguments) if (name, config.rho) not in done]
     load = functools.cache(lambda dataset, subset: data.load(dataset, arguments.data, subset))
     for name, config in track(missing, description="runs"):
@@ -92,7 +92,7 @@ def run(arguments: Arguments, file: Path) -> None:
         except FloatingPointError:  # a radius that is too large for this optimizer: never the best one
             accuracy = 0.0
         row = {"setting": name, "accuracy": accuracy} | runs.provenance(config)
-        sweep.append(file, row)
+        jsonl.append(file, row)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -108,11 +108,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     arguments = tyro.cli(Arguments, args=argv)
-    file = arguments.rows or sweep.RESULTS / f"{arguments.table}_{arguments.scale}_tuning.jsonl"
+    file = arguments.rows or jsonl.RESULTS / f"{arguments.table}_{arguments.scale}_tuning.jsonl"
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache.resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     run(arguments, file)
-    Console().print(table(sweep.read(file)))
+    Console().print(table(jsonl.read(file)))
 
 
 if __name__ == "__main__":

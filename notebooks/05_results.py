@@ -21,13 +21,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
 
-from experiments import flatness, report, sweep
+from experiments import comparison, flatness, jsonl
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 
 
 def rows_of(name):
-    rows = sweep.read(sweep.RESULTS / name)
+    rows = jsonl.read(jsonl.RESULTS / name)
     print(f"{name}: {len(rows)} rows" if rows else f"{name} is not there yet.")
     return rows
 
@@ -127,9 +127,11 @@ if rows:
 
 # %%
 tables = ("table*", "ssam-table*", "budget_digits", "budget_cpu", "budget-gradients_digits")
-for file in itertools.chain.from_iterable(sorted(sweep.RESULTS.glob(f"{name}.jsonl")) for name in tables):
+for file in itertools.chain.from_iterable(sorted(jsonl.RESULTS.glob(f"{name}.jsonl")) for name in tables):
     display(
-        Markdown(f"**{file.stem.replace('_', ', ')}**\n\n" + report.markdown(report.comparison(rows_of(file.name))))
+        Markdown(
+            f"**{file.stem.replace('_', ', ')}**\n\n" + comparison.markdown(comparison.compare(rows_of(file.name)))
+        )
     )
 
 # %% [markdown]

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from experiments import plots, recipes, report, runs, sparse_methods, table
+from experiments import comparison, plots, recipes, runs, sparse_methods, table
 from experiments.recipes import base
 from experiments.recipes.ssam import DOUBTFUL
 from s2sam_jax import ChannelGroup, Every, Slice
@@ -383,9 +383,7 @@ def test_command_line_writes_page_figures_and_plot(tmp_path, trained, compilatio
     table.main(["table1", *names, "--out", str(tmp_path / "runs"), "--results", str(tmp_path)])
     assert "RigL" in capsys.readouterr().out
     page = (tmp_path / "table1_cpu.md").read_text()
-    line = (
-        "RigL (ERK) + S2-SAM | 95 | 1.00 | 92.81 ± 0.08 | 53.00 ± 1.00 | 3 | +0.42 | +2.00 ± 0.00 | ±0.00 | 3 | – | – |"
-    )
+    line = "RigL (ERK) + S2-SAM | 95 | 1.00 | 92.81 ± 0.08 | 53.00 ± 1.00 | 3 | +0.42 | +2.00 ± 0.00 | ±0.00 | 3 |"
     assert f"| {line}\n" in page
     assert "model resnet32, width 8, subset 10000, epochs 9, batch_size 128" in page
     assert "cannot be compared" in page
@@ -411,7 +409,7 @@ def synthetic():
 
 def test_means_deviations_and_paired_differences():
     rows = synthetic()
-    sgd, s2sam, alone, unmeasured = report.comparison(rows)
+    sgd, s2sam, alone, unmeasured = comparison.compare(rows)
     a = np.array([row["value"] for row in rows[:4]])
     b = np.array([row["value"] for row in rows[4:9]])
     np.testing.assert_allclose((sgd.ours, sgd.spread), (a.mean(), a.std(ddof=1)))
@@ -433,10 +431,13 @@ def test_best_epochs_stand_beside_the_last_where_each_epoch_was_evaluated():
         row["best"] = best
     for row, best in zip(rows[4:9], (None, 92.0, 94.0, 97.0, 99.0), strict=True):
         row["best"] = best
-    sgd, s2sam, *others = report.comparison(rows)
+    sgd, s2sam, *others = comparison.compare(rows)
     assert (sgd.best, sgd.best_difference) == (92.0, None)
     assert (s2sam.best, s2sam.best_difference) == (95.5, pytest.approx((1 + 2 + 4) / 3))
     assert {(line.best, line.best_difference) for line in others} == {(None, None)}
+    header, _, *cells = comparison.markdown([sgd, s2sam]).splitlines()
+    assert header.endswith("| pairs | ours: best | best: gain |")
+    assert [line.split(" | ", 10)[-1] for line in cells] == ["92.00 | – |", "95.50 | +2.33 |"]
 
 
 @pytest.mark.parametrize(("evaluations", "best"), [(3, 70.0), (2, None)])
@@ -453,27 +454,27 @@ def test_best_epoch_of_a_run(tmp_path, evaluations, best):
 
 
 def test_missing_cells_are_dashes():
-    header, rule, *cells = report.markdown(report.comparison(synthetic())).splitlines()
-    assert {line.count("|") for line in (header, rule, *cells)} == {len(report.HEADER) + 1}
+    header, rule, *cells = comparison.markdown(comparison.compare(synthetic())).splitlines()
+    assert {line.count("|") for line in (header, rule, *cells)} == {len(comparison.HEADER) + 1}
     assert cells[0].startswith("| RigL | 90 | 1.00 | 93.07 | ")
-    assert cells[0].endswith(" | 4 | – | – | – | 0 | – | – |")
+    assert cells[0].endswith(" | 4 | – | – | – | 0 |")
     assert cells[2].startswith("| RigL + S2-SAM | 80 | 1.00 | – | ")
-    assert cells[3] == "| RigL | 80 | 1.00 | 33.68 | – | 0 | – | – | – | 0 | – | – |"
+    assert cells[3] == "| RigL | 80 | 1.00 | 33.68 | – | 0 | – | – | – | 0 |"
 
 
 def test_one_seed_has_no_deviation():
     rows = [row for row in synthetic() if row["seed"] == 1]
-    assert " ± " not in report.markdown(report.comparison(rows)).replace("93.55 ± 0.14", "")
+    assert " ± " not in comparison.markdown(comparison.compare(rows)).replace("93.55 ± 0.14", "")
 
 
 def test_terminal_table_and_plot(tmp_path):
-    lines = report.comparison(synthetic())
+    lines = comparison.compare(synthetic())
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(report.comparison_table(lines, "table1, cpu"))
+        console.print(comparison.terminal(lines, "table1, cpu"))
     text = captured.get()
     assert "table1, cpu" in text
     assert all(line.row in text for line in lines)
-    assert all(column in text for column in report.HEADER)
+    assert all(column in text for column in comparison.HEADER)
     plots.draw_comparison(lines, "table1, cpu", tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000

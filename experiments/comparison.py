@@ -1,0 +1,174 @@
+"""A paper's table with ours beside it, from rows: means, paired differences and their intervals."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from scipy import stats
+
+from experiments.record import Row
+
+
+class Line(NamedTuple):
+    """A row of a paper's table beside ours; None where there is nothing. Spreads of ours are sample deviations.
+
+    Attributes:
+      name: of the recipe.
+      row: the paper's label.
+      sparsity: fraction of zeros.
+      optimizer: ours.
+      metric: what the figures are of.
+      paper: as printed.
+      paper_spread: as printed.
+      paper_difference: to the baseline, of the printed figures.
+      baseline: the recipe that differences are to.
+      ours: mean over seeds.
+      spread: over seeds.
+      seeds: how many.
+      difference: to the baseline, mean of the differences seed by seed.
+      difference_spread: of these.
+      pairs: how many.
+      gradients: evaluations a step, or the like of them.
+      best: mean over seeds of the figure of each seed's best epoch.
+      best_difference: to the baseline's.
+    """
+
+    name: str
+    row: str
+    sparsity: float | None
+    optimizer: str
+    metric: str
+    paper: float | None
+    paper_spread: float | None
+    paper_difference: float | None
+    baseline: str | None
+    ours: float | None
+    spread: float | None
+    seeds: int
+    difference: float | None
+    difference_spread: float | None
+    pairs: int
+    gradients: float | None = None
+    best: float | None = None
+    best_difference: float | None = None
+
+    @property
+    def interval(self) -> float | None:
+        """Half the width of the 95 % confidence interval of the difference, by Student's distribution."""
+        if self.difference_spread is None:
+            return None
+        return float(stats.t.ppf(0.975, self.pairs - 1)) * self.difference_spread / math.sqrt(self.pairs)
+
+
+HEADER = (
+    "row", "zeros (%)", "gradients a step", "paper", "ours", "seeds", "paper: gain", "ours: gain", "95 % interval",
+    "pairs",
+)  # fmt: skip
+BEST = ("ours: best", "best: gain")  # further columns, where each epoch was evaluated
+MISSING = "–"
+
+
+def compare(rows: Sequence[Row]) -> list[Line]:
+    """The lines of a table, from rows that hold ``recipe``, ``seed`` and ``value``, in their order."""
+    values, best = _by_seed(rows, "value"), _by_seed(rows, "best")
+    lines = []
+    for recipe in {row["recipe"]["name"]: row["recipe"] for row in rows}.values():
+        name, baseline = recipe["name"], recipe["baseline"]
+        mine, paired = values[name], _paired(values, name, baseline)
+        (ours, spread), (difference, difference_spread) = _mean(list(mine.values())), _mean(paired)
+        lines.append(
+            Line(
+                **recipe,
+                ours=ours,
+                spread=spread,
+                seeds=len(mine),
+                difference=difference,
+                difference_spread=difference_spread,
+                pairs=len(paired),
+                best=_mean(list(best[name].values()))[0],
+                best_difference=_mean(_paired(best, name, baseline))[0],
+            )
+        )
+    return lines
+
+
+def _by_seed(rows: Sequence[Row], field: str) -> dict[str, dict[int, float]]:
+    """Of each recipe that has rows; without the seeds that lack the field."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        mine = found.setdefault(row["recipe"]["name"], {})
+        if row.get(field) is not None:
+            mine[row["seed"]] = row[field]
+    return found
+
+
+def _paired(values: Mapping[str, Mapping[int, float]], name: str, baseline: str | None) -> list[float]:
+    """Differences to the baseline, of the seeds that both have."""
+    mine, other = values[name], values.get(baseline or "", {})
+    return [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
+
+
+def terminal(lines: Sequence[Line], title: str) -> Table:
+    """For the terminal."""
+    header, *body = _cells(lines)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column(header[0], no_wrap=True)
+    for column in header[1:]:
+        table.add_column(column, justify="right")
+    for cells in body:
+        table.add_row(*cells)
+    return table
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    header, *body = _cells(lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ("---",) * len(header), *body])
+
+
+def comma_separated(lines: Iterable[Line]) -> str:
+    """CSV of the bare figures."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([Line._fields, *lines])
+    return text.getvalue()
+
+
+def _cells(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """The header, and the cells of each line."""
+    with_best = any(line.best is not None for line in lines)
+    return [HEADER + BEST * with_best, *(_line_cells(line) + _best_cells(line) * with_best for line in lines)]
+
+
+def _line_cells(line: Line) -> tuple[str, ...]:
+    return (
+        line.row,
+        MISSING if line.sparsity is None else f"{100 * line.sparsity:g}",
+        MISSING if line.gradients is None else f"{line.gradients:.2f}",
+        _figure(line.paper, line.paper_spread),
+        _figure(line.ours, line.spread),
+        str(line.seeds),
+        _figure(line.paper_difference, sign="+"),
+        _figure(line.difference, line.difference_spread, sign="+"),
+        MISSING if line.interval is None else f"±{line.interval:.2f}",
+        str(line.pairs),
+    )
+
+
+def _best_cells(line: Line) -> tuple[str, ...]:
+    return _figure(line.best), _figure(line.best_difference, sign="+")
+
+
+def _figure(value: float | None, spread: float | None = None, sign: str = "") -> str:
+    if value is None:
+        return MISSING
+    return f"{value:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+
+def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """And the standard deviation, which takes two values."""
+    mean = statistics.mean(values) if values else None
+    return mean, statistics.stdev(values) if len(values) > 1 else None
