@@ -60,9 +60,23 @@ class Line(NamedTuple):
     @property
     def interval(self) -> float | None:
         """Half the width of the 95 % confidence interval of the difference, by Student's distribution."""
-        if self.difference_spread is None:
-            return None
-        return float(stats.t.ppf(0.975, self.pairs - 1)) * self.difference_spread / math.sqrt(self.pairs)
+        return interval(self.difference_spread, self.pairs)
+
+
+def interval(spread: float | None, count: int) -> float | None:
+    """Half the width of a mean's 95 % confidence interval, by Student's distribution; None without a spread."""
+    if spread is None:
+        return None
+    return float(stats.t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
+
+
+def paired(differences: Sequence[float]) -> str:
+    """Their mean with its 95 % interval, as far as there are enough of them."""
+    mean, spread = _mean(differences)
+    if mean is None:
+        return MISSING
+    half = interval(spread, len(differences))
+    return f"{mean:+.2f}" + ("" if half is None else f" (±{half:.2f})")
 
 
 HEADER = (

@@ -11,12 +11,13 @@ from typing import Any
 
 import tyro
 
-from experiments import bench, convergence, flatness, jsonl, precision, sweep, table
+from experiments import bench, convergence, corrupted, flatness, jsonl, precision, sweep, table
 
 # What makes the pages of which rows; the first that fits.
 WRITERS: tuple[tuple[str, Callable[[Path], Any]], ...] = (
     ("methods_*", sweep.write),
     ("flatness_*", flatness.write),
+    ("corruptions_*", corrupted.write),
     ("precision", precision.write),
     ("convergence", convergence.write),
     ("bench_select_*", bench.draw_growth),
