@@ -17,10 +17,12 @@ from s2sam_jax._tree import find_states
 
 
 def kinds() -> dict[str, Config]:
-    """Recipes whose programs differ: not in their sparsity, seed or schedule alone."""
+    """Recipes whose programs differ, not in their sparsity, seed or schedule alone; digits are no full size."""
     found = {}
-    for name in recipes.names(""):
-        config = recipes.get(name).config
+    configs = {name: recipes.get(name).config for name in recipes.names("")}
+    for name, config in configs.items():
+        if config.dataset == "digits":
+            continue
         found.setdefault(
             (config.model, config.dataset, config.method, config.optimizer, config.distribution, config.base), name
         )

@@ -13,6 +13,7 @@ from experiments.recipes import (
     cifar,
     dense,
     imagenet,
+    overfit,
     rebuttal,
     sparsities,
     ssam,
@@ -20,7 +21,7 @@ from experiments.recipes import (
 )
 from experiments.recipes.base import ESTIMATE, Recipe
 
-_SOURCES = (cifar, imagenet, channels, dense, rebuttal, translation, ssam, budget, sparsities, causes)
+_SOURCES = (cifar, imagenet, channels, dense, rebuttal, translation, ssam, budget, sparsities, causes, overfit)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for source in _SOURCES for recipe in source.recipes()}
 TABLES: tuple[str, ...] = tuple(dict.fromkeys(recipe.table for recipe in RECIPES.values()))
 
