@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, ScalarFormatter
 
 from experiments.record import Row
 
@@ -110,4 +110,39 @@ def draw_comparison(lines: Sequence[Any], title: str, file: Path) -> None:
     for axes in panels:
         tidy(axes)
     figure.suptitle(f"{title}: filled ours, ± over seeds; hollow the paper's")
+    figure.savefig(file, dpi=120)
+
+
+def draw_gains(lines: Sequence[Any], title: str, file: Path) -> None:
+    """Paired differences to the baseline against the share of zeros, with 95 % intervals; hollow the paper's.
+
+    A panel for each method; a line without zeros belongs to all of them.
+    """
+    labels = {line.name: line.row for line in lines}
+    gains = [line for line in lines if line.difference is not None]
+    methods = list(dict.fromkeys(labels[line.baseline] for line in gains if line.sparsity))
+    figure = Figure(figsize=(5 * len(methods), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    for axes, method in zip(panels, methods, strict=True):
+        mine = [line for line in gains if not line.sparsity or labels[line.baseline] == method]
+        optimizers = list(dict.fromkeys(line.optimizer for line in mine))
+        for index, (optimizer, colour) in enumerate(zip(optimizers, cycle(COLOURS))):
+            points = [(100 * (line.sparsity or 0), line) for line in mine if line.optimizer == optimizer]
+            # Side by side, so that intervals do not hide each other.
+            places = [zeros + 1.0 * (index - (len(optimizers) - 1) / 2) for zeros, _ in points]
+            values, halves = [line.difference for _, line in points], [line.interval for _, line in points]
+            style: dict[str, Any] = {"fmt": "o-", "color": colour, "markersize": 4, "capsize": 2, "linewidth": 1}
+            axes.errorbar(places, values, yerr=[half or 0.0 for half in halves], label=optimizer, **style)
+            printed = [(zeros, line.paper_difference) for zeros, line in points if line.paper_difference is not None]
+            if printed:
+                axes.plot(*zip(*printed, strict=True), "D", color=colour, markerfacecolor="none", markersize=5)
+        axes.axhline(0.0, color=GREY, linewidth=0.8)
+        axes.set(title=method, xlabel="zeros (%)")
+        axes.set_yscale("symlog", linthresh=2.0)
+        axes.yaxis.set_major_locator(FixedLocator([-20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20]))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        tidy(axes)
+    panels[0].set(ylabel="gain (points)")
+    panels[0].legend(frameon=False)
+    figure.suptitle(f"{title}: gain over SGD, paired by seed, 95 % intervals; hollow the paper's")
     figure.savefig(file, dpi=120)

@@ -161,9 +161,12 @@ def write(file: Path) -> list[comparison.Line]:
     file.with_suffix(".md").write_text(f"# {title}\n\n{_head(rows, file)}\n\n{comparison.markdown(lines)}\n")
     file.with_suffix(".csv").write_text(comparison.comma_separated(lines))
     plots.draw_comparison(lines, title, file.with_suffix(".png"))
+    if file.stem.startswith(SWEEPS):
+        plots.draw_gains(lines, title, file.with_name(f"{file.stem}_gains.png"))
     return lines
 
 
+SWEEPS = ("sparsities", "rebuttal-sweep")  # Tables whose gains are drawn against the share of zeros as well.
 BEST = "Best is of the epoch that is best on the test set, without recalibration: chosen on test images, so too high."
 
 

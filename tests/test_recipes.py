@@ -462,6 +462,29 @@ def test_missing_cells_are_dashes():
     assert cells[3] == "| RigL | 80 | 1.00 | 33.68 | – | 0 | – | – | – | 0 |"
 
 
+def test_gains_are_drawn_against_the_share_of_zeros(tmp_path, monkeypatch):
+    """Of each method with what belongs to all; with intervals, and the paper's where there are some."""
+    figures = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, file, dpi: figures.append(figure))
+    rng, rows = np.random.default_rng(0), []
+    for recipe in recipes.of_table("sparsities"):
+        if recipe.sparsity in (None, 0.9, 0.98) and recipe.config.optimizer != "sam":
+            rows += [{"recipe": table.described(recipe), "seed": s, "value": rng.normal(90, 1)} for s in range(3)]
+    lines = comparison.compare(rows)
+    plots.draw_gains(lines, "sparsities", tmp_path / "gains.png")
+    panels = figures[0].axes
+    assert [axes.get_title() for axes in panels] == ["MEST (EM)", "RigL (ERK)"]
+    found = {line.name: line for line in lines}
+    (bars,) = panels[1].containers
+    names = ["sparsities.dense.s2sam", "sparsities.rigl-erk-0.9.s2sam", "sparsities.rigl-erk-0.98.s2sam"]
+    np.testing.assert_allclose(bars.lines[0].get_ydata(orig=False), [found[name].difference for name in names])
+    np.testing.assert_allclose(bars.lines[0].get_xdata(orig=False), [0, 90, 98])
+    ends = np.array(bars.lines[2][0].get_segments())[:, :, 1]
+    np.testing.assert_allclose((ends[:, 1] - ends[:, 0]) / 2, [found[name].interval for name in names])
+    (printed,) = [line for line in panels[1].lines if line.get_markerfacecolor() == "none"]
+    np.testing.assert_allclose(printed.get_ydata(), [0.41, 0.20, 0.94])
+
+
 def test_one_seed_has_no_deviation():
     rows = [row for row in synthetic() if row["seed"] == 1]
     assert " ± " not in comparison.markdown(comparison.compare(rows)).replace("93.55 ± 0.14", "")
