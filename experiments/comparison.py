@@ -90,6 +90,8 @@ MISSING = "–"
 def compare(rows: Sequence[Row]) -> list[Line]:
     """The lines of a table, from rows that hold ``recipe``, ``seed`` and ``value``, in their order."""
     values, best = _by_seed(rows, "value"), _by_seed(rows, "best")
+    # Means are of the same seeds, or none.
+    best = {name: found if found.keys() == values[name].keys() else {} for name, found in best.items()}
     lines = []
     for recipe in {row["recipe"]["name"]: row["recipe"] for row in rows}.values():
         name, baseline = recipe["name"], recipe["baseline"]

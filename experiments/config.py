@@ -21,9 +21,11 @@ OptimizerName = Literal[
     "sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam", "s2sam-released", "s2sam-opposite", "msam", "looksam", "gsam",
     "esam",
 ]  # fmt: skip
+ScheduleName = Literal["constant", "warmup", "learning-rate"]
 DistributionName = Literal["uniform", "er", "erk"]
 
-# What a result does not depend on, and the seed, which the name spells out.
+# What the trained weights do not depend on, and the seed, which the name spells out. (A row's losses and speeds are
+# means since the row before it, so that they do depend on eval_every.)
 _NOT_HASHED = ("data", "out", "eval_every", "checkpoint_every", "seed")
 
 
@@ -66,9 +68,7 @@ class Config:
     optimizer: OptimizerName = "s2sam"  # All of them end in the base optimizer with weight decay.
     base: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or Adam with decoupled weight decay.
     rho: float = 0.05  # Radius of the perturbation.
-    rho_schedule: Literal["constant", "warmup", "learning-rate"] = (
-        "constant"  # A rise over the first third; or with it.
-    )
+    rho_schedule: ScheduleName = "constant"  # Or a rise over the first third; or as the learning rate.
     sharpness_parts: int = 1  # Parts of a batch that sam and its kin perturb for, each by its own gradient.
     eta: float = 0.01  # The constant of asam.
     ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.
@@ -115,6 +115,7 @@ class Config:
         _check_name("model", self.model, get_args(ModelName))
         _check_name("optimizer", self.optimizer, get_args(OptimizerName))
         _check_name("method", self.method, method_names())
+        _check_name("rho_schedule", self.rho_schedule, get_args(ScheduleName))
         _check_name("distribution", self.distribution, (None, *get_args(DistributionName)))
         for name in (
             "width", "image_size", "vocabulary", "max_length", "epochs", "batch_size", "accumulate", "sharpness_parts",

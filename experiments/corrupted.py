@@ -15,8 +15,8 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-from experiments import comparison, data, jsonl, runs, sweep, tasks
-from experiments.config import Config
+from experiments import comparison, data, jsonl, runs, tasks
+from experiments.config import Config, choices
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
 from experiments.recipes.base import LABELS
@@ -43,29 +43,43 @@ def run(arguments: Arguments) -> None:
     """Adds a row for each run that has none.
 
     Raises:
-      ValueError: for a run on another data set.
+      ValueError: for runs that are not on CIFAR-10, or that do not belong into one table with the others.
     """
-    done = {sweep.cell_of(row) for row in jsonl.read(arguments.rows)}
+    old = jsonl.read(arguments.rows)
+    done = {(Config.from_json(row["config"]).digest, row["seed"]) for row in old}
     configs = {folder: runs.read_config(folder) for folder in arguments.runs}
     if foreign := {config.dataset for config in configs.values()} - {"cifar10"}:
         raise ValueError(f"There are corrupted forms of cifar10 alone; there are runs of {', '.join(foreign)}.")
-    missing = {folder: config for folder, config in configs.items() if _cell(config) not in done}
+    missing = {folder: config for folder, config in configs.items() if (config.digest, config.seed) not in done}
     if not missing:
         return
-    loaded = tasks.load(dataclasses.replace(next(iter(missing.values())), data=arguments.data))
+    first = next(iter(missing.values()))
+    loaded = tasks.load(dataclasses.replace(first, data=arguments.data or first.data))
     pixels, labels = (np.asarray(x[: arguments.examples]) for x in (loaded.test_images, loaded.test_labels))
     cells = list(corruptions.computed(pixels, labels, BATCH, names=arguments.corruptions))
     for folder, config in track(missing.items(), description="runs"):
-        row = figures(folder, config, (pixels, labels), cells)
-        method, optimizer, sparsity, _ = _cell(config)
-        row |= {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | runs.provenance(config)
+        row: Row = {"optimizer": config.optimizer} | figures(folder, config, (pixels, labels), cells)
+        row |= runs.provenance(config)
         # Where things lie is of this machine alone.
         row["config"] = {field: value for field, value in row["config"].items() if field not in ("data", "out")}
+        check([*old, row])
         jsonl.append(arguments.rows, row)
 
 
-def _cell(config: Config) -> sweep.Cell:
-    return config.method, config.optimizer, config.sparsity, config.seed
+def check(rows: Sequence[Row]) -> None:
+    """What stands in one table differs in optimizer and seed alone, and is of the same images and corruptions.
+
+    Raises:
+      ValueError: naming what else differs.
+    """
+    chosen = [{"examples": row["examples"], "corruptions": list(row["by_corruption"])} for row in rows]
+    chosen = [choices(row["config"]) | images for row, images in zip(rows, chosen, strict=True)]
+    fields = [field for field in (chosen[0] if chosen else ()) if field != "optimizer"]
+    if different := [field for field in fields if any(other[field] != chosen[0][field] for other in chosen)]:
+        raise ValueError(
+            f"Runs of one table must differ in optimizer and seed alone; these also differ in {', '.join(different)}. "
+            "Leave some out, or give other --rows."
+        )
 
 
 def figures(folder: Path, config: Config, clean: tuple[np.ndarray, np.ndarray], cells: Sequence[Cell]) -> Row:
@@ -112,6 +126,7 @@ def accuracies(row: Row) -> dict[str, float]:
 def write(file: Path) -> None:
     """The page, from the rows alone."""
     rows = jsonl.read(file)
+    check(rows)
     first = rows[0]
     config = first["config"]
     page = (

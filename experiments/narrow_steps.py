@@ -7,7 +7,6 @@ soon as it is there, and what has a row is skipped, so that the same command goe
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -16,7 +15,6 @@ from rich.progress import track
 
 from experiments import jsonl, models, one_step, recipes, runs
 from experiments.config import Config
-from experiments.one_step import RESULTS
 
 Key = tuple[str, str, str]  # model, method, optimizer
 
@@ -26,7 +24,7 @@ class Arguments:
     """Which combinations, and where their rows go."""
 
     recipes: tuple[str, ...] = ()  # Only the combinations of these; default: of all.
-    out: Path = RESULTS / "narrow_steps.jsonl"
+    out: Path = jsonl.RESULTS / "narrow_steps.jsonl"
     cache: Path = Path("runs/compiled")  # Compiled programs: methods with one optimizer share the gradient.
 
 
@@ -54,9 +52,7 @@ def narrowed(config: Config) -> Config:
 
 def run(arguments: Arguments) -> None:
     """Takes the steps of what has no row yet."""
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    stored = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
-    done = {(row["model"], row["method"], row["optimizer"]) for row in map(json.loads, stored)}
+    done = {(row["model"], row["method"], row["optimizer"]) for row in jsonl.read(arguments.out)}
     missing = {key: name for key, name in combinations(arguments.recipes).items() if key not in done}
     for (model, method, optimizer), name in track(missing.items(), description="combinations"):
         config = narrowed(recipes.get(name).config)

@@ -15,12 +15,10 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, models, optimizers, runs, tasks
+from experiments import data, jsonl, models, optimizers, runs, tasks
 from experiments.config import Config
 from experiments.tasks import images, text
 from s2sam_jax import TrainState, check_masks, get_masks, make_train_step
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Arguments:
 
     models: tuple[str, ...] = tuple(models.MODELS)
     batch_size: int = 2
-    out: Path = RESULTS / "one_step.jsonl"
+    out: Path = jsonl.RESULTS / "one_step.jsonl"
 
 
 def config_of(name: str, batch_size: int) -> Config:
@@ -106,8 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; each row is written as soon as it is there."""
     arguments, console = tyro.cli(Arguments, args=argv), Console()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    old = arguments.out.read_text().splitlines() if arguments.out.is_file() else []
-    rows = {row["model"]: row for row in map(json.loads, old)}
+    rows = {row["model"]: row for row in jsonl.read(arguments.out)}
     for name in arguments.models:
         config = config_of(name, arguments.batch_size)
         rows[name] = {"model": name} | two_steps(config) | runs.provenance(config)

@@ -71,13 +71,13 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
 
 
 def radius(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """The perturbation's, as the config has it: constant, rising from zero over a third, or as the learning rate."""
-    total = config.epochs * steps_per_epoch
+    """Of the perturbation: constant, rising over a third, or as the learning rate; anew in each round of a lottery."""
+    total = sparse_methods.round_steps(config, steps_per_epoch)
     match config.rho_schedule:
         case "constant":
             return optax.constant_schedule(config.rho)
         case "warmup":
-            return optax.linear_schedule(0.0, config.rho, total // 3)
+            return optax.linear_schedule(0.0, config.rho, max(1, total // 3))
         case "learning-rate":
             rate = learning_rate(config, steps_per_epoch)
             return rho_from_learning_rate(rate, rho_max=config.rho, rho_min=0.0, lr_max=config.learning_rate)

@@ -1,5 +1,6 @@
 """One figure per run or comparison: training loss, test accuracy, and what is left of each layer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -121,18 +122,21 @@ def draw_gains(lines: Sequence[Any], title: str, file: Path) -> None:
     labels = {line.name: line.row for line in lines}
     gains = [line for line in lines if line.difference is not None]
     methods = list(dict.fromkeys(labels[line.baseline] for line in gains if line.sparsity))
+    if not methods:
+        return
+    optimizers = list(dict.fromkeys(line.optimizer for line in gains))
     figure = Figure(figsize=(5 * len(methods), 3.8), layout="constrained")
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     for axes, method in zip(panels, methods, strict=True):
         mine = [line for line in gains if not line.sparsity or labels[line.baseline] == method]
-        optimizers = list(dict.fromkeys(line.optimizer for line in mine))
         for index, (optimizer, colour) in enumerate(zip(optimizers, cycle(COLOURS))):
             points = [(100 * (line.sparsity or 0), line) for line in mine if line.optimizer == optimizer]
             # Side by side, so that intervals do not hide each other.
             places = [zeros + 1.0 * (index - (len(optimizers) - 1) / 2) for zeros, _ in points]
-            values, halves = [line.difference for _, line in points], [line.interval for _, line in points]
+            values = [line.difference for _, line in points]
+            halves = [math.nan if line.interval is None else line.interval for _, line in points]
             style: dict[str, Any] = {"fmt": "o-", "color": colour, "markersize": 4, "capsize": 2, "linewidth": 1}
-            axes.errorbar(places, values, yerr=[half or 0.0 for half in halves], label=optimizer, **style)
+            axes.errorbar(places, values, yerr=halves, label=optimizer, **style)
             printed = [(zeros, line.paper_difference) for zeros, line in points if line.paper_difference is not None]
             if printed:
                 axes.plot(*zip(*printed, strict=True), "D", color=colour, markerfacecolor="none", markersize=5)

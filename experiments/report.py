@@ -1,9 +1,10 @@
-"""Makes every page and figure of results anew, from the rows beside them alone; nothing is trained.
+"""Makes all pages and figures that follow from rows anew, from the rows alone; nothing is trained.
 
 python -m experiments.report
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,15 +33,20 @@ class Arguments:
 
 
 def writer(file: Path) -> Callable[[Path], Any] | None:
-    """Of the pages and figures of these rows; None where a page written by hand speaks of them."""
+    """Of the pages and figures of these rows; None where a page written by hand speaks of them, or there are none."""
+    if not jsonl.read(file):
+        return None
     for pattern, write in WRITERS:
         if fnmatch(file.stem, pattern):
             return write
-    return table.write if "scale" in jsonl.read(file)[0] else None
+    return table.write if any("scale" in row for row in jsonl.read(file)) else None
 
 
 def main(arguments: Arguments) -> None:
-    for file in sorted(arguments.results.glob("*.jsonl")):
+    files = sorted(arguments.results.glob("*.jsonl"))
+    if not files:
+        sys.exit(f"error: there are no rows in {arguments.results}.")
+    for file in files:
         write = writer(file)
         if write is not None:
             write(file)

@@ -23,10 +23,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import runs
+from experiments import jsonl, runs
 from experiments.config import Config, OptimizerName
 
-RESULTS = Path(__file__).parent / "results"
 TIMES = ("seconds", "images_per_second", "config")
 
 
@@ -39,7 +38,7 @@ class Arguments:
     kills: int = 3
     epochs: int = 8
     seed: int = 0  # Of the moments.
-    out: Path = RESULTS / "resume.jsonl"
+    out: Path = jsonl.RESULTS / "resume.jsonl"
 
 
 def main(arguments: Arguments) -> None:

@@ -114,6 +114,8 @@ def _configs(arguments: Arguments) -> dict[str, Config]:
         raise ValueError(f"--vmap trains several seeds side by side: give them as --seeds; got {arguments.seeds}.")
     if arguments.vmap and arguments.debug:
         raise ValueError("--debug checks one run at a time; leave out --vmap.")
+    if arguments.debug and "s2sam-opposite" in (arguments.config.optimizer, *arguments.compare):
+        raise ValueError("--debug takes a perturbation of length -rho for a fault; s2sam-opposite has no other.")
     configs = {}
     for optimizer in arguments.compare or (arguments.config.optimizer,):
         for seed in arguments.seeds or (arguments.config.seed,):

@@ -68,8 +68,14 @@ def of(recipe: Recipe, radii: dict[str, float]) -> float:
 
 
 def configs(arguments: Arguments) -> list[tuple[str, Config]]:
-    """A run for each setting and radius."""
+    """A run for each setting and radius.
+
+    Raises:
+      ValueError: for a table whose rows are themselves of several radii.
+    """
     rows = [recipe for recipe in recipes.of_table(arguments.table) if recipe.config.optimizer != "sgd"]
+    if len({recipe.config.rho for recipe in rows}) > 1:
+        raise ValueError(f"{arguments.table} compares radii, so there is none to choose for it.")
     found = [(setting(recipe), scaled(recipe, arguments.scale)) for recipe in rows]
     return [
         (name, dataclasses.replace(config, rho=rho, seed=arguments.seed, data=arguments.data))

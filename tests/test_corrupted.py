@@ -9,6 +9,7 @@ from scipy import stats
 from test_robustness import NAMES, ROWS, cifar_run, pictures
 
 from experiments import corrupted, jsonl, robustness, runs
+from experiments.config import Config
 from experiments.datasets.corruptions import CORRUPTIONS
 
 __all__ = ["cifar_run", "pictures"]
@@ -20,8 +21,7 @@ def arguments_of(tmp_path, *folders):
 
 def test_a_row_is_what_the_whole_benchmark_finds(cifar_run, tmp_path):
     arguments = arguments_of(tmp_path, cifar_run)
-    data = runs.read_config(cifar_run).data
-    corrupted.main(dataclasses.replace(arguments, data=data))
+    corrupted.main(arguments)
     (row,) = jsonl.read(arguments.rows)
     summary = robustness.main([str(cifar_run), "--rows", str(ROWS), "--corruptions", *NAMES])
     assert {name: row[name] for name in summary} == summary
@@ -57,6 +57,23 @@ def test_gains_are_paired_by_seed_with_their_interval():
     assert sam[9] == f"{value['sam', 0] - value['sgd', 0]:+.2f}"  # one pair has no interval
     weather = [np.mean([row["by_corruption"][n] for n in ("snow", "fog", "brightness")]) for row in rows[:4]]
     assert sgd[6] == f"{100 * np.mean(weather):.1f}"
+
+
+def test_a_table_is_of_runs_that_differ_in_optimizer_and_seed(tmp_path):
+    config = Config(dataset="cifar10", optimizer="sgd").to_json()
+    row = {**synthetic()[0], "config": config, "examples": 60}
+    corrupted.check([row, {**row, "config": {**config, "optimizer": "sam", "seed": 3}}])
+    for other, named in (
+        ({"config": {**config, "rho": 0.1, "width": 3}}, "width, rho"),
+        ({"examples": 61}, "examples"),
+        ({"by_corruption": {"fog": 0.5}}, "corruptions"),
+    ):
+        with pytest.raises(ValueError, match=f"these also differ in {named}. Leave some out"):
+            corrupted.check([row, {**row, **other}])
+    file = tmp_path / "rows.jsonl"
+    jsonl.append(file, row, {**row, "examples": 61})
+    with pytest.raises(ValueError, match="differ in examples"):
+        corrupted.write(file)
 
 
 def test_only_cifar10(cifar_run, tmp_path, monkeypatch):

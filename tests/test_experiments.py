@@ -42,6 +42,7 @@ from s2sam_jax import (
     methods,
     perturb,
 )
+from s2sam_jax._tree import find_states
 
 TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
 
@@ -283,6 +284,7 @@ def test_variants_of_s2sam_perturb_as_they_say():
     params = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]])}
     grads = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
     moved = {}
+    momentum = {}
     for optimizer in ("s2sam", "s2sam-opposite", "s2sam-released"):
         config = Config(optimizer=optimizer, method="static", sparsity=0.5, rho=0.1, learning_rate=0.0)
         tx = optimizers.make(config, steps_per_epoch=4)
@@ -291,7 +293,11 @@ def test_variants_of_s2sam_perturb_as_they_say():
         held = {"kernel": params["kernel"] * masks["kernel"]}
         _, state = tx.update(grads, state, held)
         moved[optimizer] = perturb(held, state)["kernel"] - held["kernel"]
+        (trace,) = find_states(state, optax.TraceState)
+        momentum[optimizer] = np.asarray(trace.trace["kernel"])
     live, g = masks["kernel"], np.asarray(grads["kernel"], np.float64)
+    assert (momentum["s2sam"][~live] == 0).all()
+    assert (momentum["s2sam-released"] != 0).all()  # dense, as the released code has it
     expected = 0.1 * g * live / np.linalg.norm(g * live)
     np.testing.assert_allclose(moved["s2sam"], expected, rtol=1e-5)
     np.testing.assert_allclose(moved["s2sam-opposite"], -expected, rtol=1e-5)

@@ -238,6 +238,19 @@ def test_sparsities_beside_the_rebuttal_and_table_1():
     assert found["sparsities.rigl-erk-0.95.s2sam"] == 92.81
     assert found["sparsities.rigl-erk-0.6.sgd"] is None
     assert not any(value for name, value in found.items() if name.endswith(".sam"))
+    sources = {recipe.expected is None: recipe.paper for recipe in recipes.of_table("sparsities")}
+    assert sources == {True: "none: ours", False: f"{base.REBUTTAL}, and Table 1 of the paper"}
+
+
+def test_overfitting_is_compared_at_equal_steps():
+    found = recipes.of_table("overfit")
+    assert len(found) == 15
+    for recipe in found:
+        config, base = recipe.config, recipes.get(recipe.baseline or recipe.name).config
+        steps = config.subset // config.batch_size * config.epochs
+        assert steps == pytest.approx(440, rel=0.01)
+        assert config.update_every * (config.subset // config.batch_size) == pytest.approx(22, rel=0.01)
+        assert dataclasses.replace(config, optimizer="sgd", rho=0.05) == base
 
 
 def test_work_a_step():
@@ -445,12 +458,20 @@ def test_best_epoch_of_a_run(tmp_path, evaluations, best):
     recipe = recipes.get("table1.rigl-erk-0.95.sgd")
     config = dataclasses.replace(recipe.config, epochs=3, out=tmp_path)
     config.run_dir.mkdir()
-    for accuracy in (0.5, 0.7, 0.6)[-evaluations:]:
+    for accuracy, zeros in ((0.5, 0.9), (0.7, 0.95), (0.6, 0.95))[-evaluations:]:
         row = {"config": config.to_json(), "test_accuracy": accuracy, "test_accuracy_recalibrated": accuracy + 0.01}
+        row |= {"sparsity": zeros}
         with (config.run_dir / runs.METRICS).open("a") as stream:
             stream.write(json.dumps(row) + "\n")
     found = table._row(recipe, config, "full")
     assert (found["value"], found["best"]) == (pytest.approx(61.0), best)
+
+
+def test_the_best_epoch_is_one_of_the_final_sparsity():
+    figures = ((0.9, 0.0), (0.8, 0.9), (0.7, 0.9), (0.75, 0.95), (0.72, 0.95))
+    rows = [{"test_accuracy": accuracy, "sparsity": zeros} for accuracy, zeros in figures]
+    assert table.best_accuracy(rows) == 0.75
+    assert table.best_accuracy(rows[:3]) == 0.8
 
 
 def test_missing_cells_are_dashes():
@@ -483,6 +504,20 @@ def test_gains_are_drawn_against_the_share_of_zeros(tmp_path, monkeypatch):
     np.testing.assert_allclose((ends[:, 1] - ends[:, 0]) / 2, [found[name].interval for name in names])
     (printed,) = [line for line in panels[1].lines if line.get_markerfacecolor() == "none"]
     np.testing.assert_allclose(printed.get_ydata(), [0.41, 0.20, 0.94])
+
+
+def test_no_gains_no_figure_and_no_interval_no_bar(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, file, dpi: drawn.append(figure))
+    rows = [
+        {"recipe": table.described(recipes.get(f"sparsities.rigl-erk-0.9.{name}")), "seed": 0, "value": 90.0}
+        for name in ("sgd", "s2sam")
+    ]
+    plots.draw_gains(comparison.compare(rows[:1]), "sparsities", tmp_path / "gains.png")
+    assert drawn == []
+    plots.draw_gains(comparison.compare(rows), "sparsities", tmp_path / "gains.png")
+    (bars,) = drawn[0].axes[0].containers
+    assert all(np.isnan(segment).any() or not len(segment) for segment in bars.lines[2][0].get_segments())
 
 
 def test_one_seed_has_no_deviation():

@@ -42,6 +42,14 @@ def test_rows_are_added_and_read(tmp_path):
     assert [json.loads(line) for line in file.read_text().splitlines()] == jsonl.read(file)
 
 
+def test_rows_that_are_not_there(tmp_path):
+    with pytest.raises(SystemExit, match="there are no rows in"):
+        report.main(report.Arguments(results=tmp_path))
+    (tmp_path / "table1_cpu.jsonl").touch()
+    report.main(report.Arguments(results=tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["table1_cpu.jsonl"]
+
+
 def test_the_command_makes_what_there_are_rows_for(tmp_path, capsys):
     shutil.copy(jsonl.RESULTS / "table1_cpu.jsonl", tmp_path)
     shutil.copy(jsonl.RESULTS / "fuzz.jsonl", tmp_path)

@@ -88,6 +88,13 @@ def test_side_by_side_needs_seeds_and_one_device(toy, tmp_path):
         start(tmp_path, "--seeds", "0", "1", "--vmap", "--mesh", "data=2")
 
 
+def test_debugging_is_of_one_run_and_of_perturbations_uphill(toy, tmp_path):
+    with pytest.raises(ValueError, match="leave out --vmap"):
+        start(tmp_path, "--vmap", "--debug", "--seeds", "0", "1")
+    with pytest.raises(ValueError, match="s2sam-opposite has no other"):
+        start(tmp_path, "--debug", "--compare", "sgd", "s2sam-opposite")
+
+
 def test_optimizers_and_seeds_have_labels():
     base = train.Arguments(seeds=(0, 1))
     configs = train._configs(dataclasses.replace(base, compare=("sgd", "s2sam")))

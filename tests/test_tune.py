@@ -111,3 +111,8 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     for name, value in before.items():
         jax.config.update(name, value)
     assert "87.50" in capsys.readouterr().out
+
+
+def test_a_table_that_compares_radii_has_none_to_choose():
+    with pytest.raises(ValueError, match="causes compares radii"):
+        tune.configs(tune.Arguments("causes", scale="digits"))

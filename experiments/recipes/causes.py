@@ -1,7 +1,9 @@
 """What makes the difference between SGD and S2-SAM? RigL-ERK at 95 %, one thing changed at a time.
 
-The released scripts compare SGD of weight decay 1e-4 with S2-SAM of 5e-4, and perturb by less than float32 holds. Each
-row here is compared with SGD of weight decay 5e-4.
+The released scripts compare SGD of weight decay 1e-4 with S2-SAM of 5e-4, and perturb by far less than rho. Each row
+is compared with SGD of weight decay 5e-4. "As released" is a bundle of three: the cube of the gradient in the
+perturbation, which makes it tiny; pruned weights perturbed; dense gradients in the momentum. What it differs by from
+SGD is mostly the last.
 """
 
 import dataclasses

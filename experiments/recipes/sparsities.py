@@ -12,7 +12,8 @@ from experiments.recipes.base import REBUTTAL, Printed, Recipe, cell, lines
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "s2sam", "sam")
 SPARSITIES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
-PAPER = f"{REBUTTAL}, and its Table 1"
+PAPER = f"{REBUTTAL}, and Table 1 of the paper"
+KNOWN = "Nothing: no paper has this row."
 
 
 def recipes() -> Iterator[Recipe]:
@@ -21,7 +22,8 @@ def recipes() -> Iterator[Recipe]:
         for sparsity in sparsities:
             for optimizer in OPTIMIZERS:
                 value = printed.get((key, sparsity, optimizer), Printed())
-                yield cifar.row("sparsities", key, sparsity, optimizer, value, paper=PAPER)
+                source = {} if value.value is not None else {"known": KNOWN, "paper": "none: ours"}
+                yield cifar.row("sparsities", key, sparsity, optimizer, value, **{"paper": PAPER} | source)
 
 
 def _printed() -> dict[tuple[str, float, OptimizerName], Printed]:
