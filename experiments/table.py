@@ -190,8 +190,9 @@ def _head(rows: list[Row], file: Path) -> str:
         f"Ours: {size} (None is the model's own, or all).{small} After the last epoch, BatchNorm recalibrated; mean ± "
         f"standard deviation over seeds. Gains are over {_baselines(rows)}; ours are paired by seed.{best}\n\n"
         f"Device: {_all(rows, 'device')}; XLA flags: `{_all(rows, 'xla_flags') or 'none'}`; "
-        f"versions: {', '.join(sorted(versions))}. Made by `python -m experiments.table {table} --scale {scale}` from "
-        f"`{file.name}`, which holds config, versions and commit of each run."
+        f"versions: {', '.join(sorted(versions))}. {_effort(rows)}"
+        f"Made by `python -m experiments.table {table} --scale {scale}` from `{file.name}`, which holds config, versions "
+        "and commit of each run."
     )
 
 
@@ -199,6 +200,15 @@ def _baselines(rows: list[Row]) -> str:
     optimizers = {row["recipe"]["name"]: row["recipe"]["optimizer"] for row in rows}
     found = {optimizers.get(row["recipe"]["baseline"], "sgd") for row in rows}
     return "the row of SGD" if found == {"sgd"} else "the row of SGD, of SSAM over that of SAM"
+
+
+def _effort(rows: list[Row]) -> str:
+    """Commits and time, as far as the rows have them."""
+    if not all({"commit", "seconds"} <= row.keys() for row in rows):
+        return ""
+    commits = dict.fromkeys(str(row["commit"])[:7] for row in rows)
+    hours = sum(row["seconds"] for row in rows) / 3600
+    return f"{len(rows)} runs, {hours:.1f} hours in all; commits {', '.join(commits)}. "
 
 
 def _all(rows: list[dict[str, Any]], field: str) -> str:
