@@ -191,8 +191,8 @@ def _head(rows: list[Row], file: Path) -> str:
         f"standard deviation over seeds. Gains are over {_baselines(rows)}; ours are paired by seed.{best}\n\n"
         f"Device: {_all(rows, 'device')}; XLA flags: `{_all(rows, 'xla_flags') or 'none'}`; "
         f"versions: {', '.join(sorted(versions))}. {_effort(rows)}"
-        f"Made by `python -m experiments.table {table} --scale {scale}` from `{file.name}`, which holds config, versions "
-        "and commit of each run."
+        f"Made by `python -m experiments.table {table} --scale {scale}` from `{file.name}`, which holds config, "
+        "versions and commit of each run."
     )
 
 
