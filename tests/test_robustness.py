@@ -47,7 +47,7 @@ def stored(folder):
     return rows, last["summary"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cifar_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar")
     arrays = {f"{split}_{what}": x for split in ("train", "test") for what, x in zip(
