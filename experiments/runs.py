@@ -142,7 +142,7 @@ def read_config(folder: Path) -> Config:
 
 
 def restore(folder: Path, which: Which = "last") -> TrainState:
-    """The final state of a finished run, or that after the epoch of the best test accuracy."""
+    """The final state of a finished run, or that of the best test accuracy among its checkpoints."""
     config = read_config(folder)
     # Only the structure is needed here, which does not depend on the number of steps, if only they are enough.
     network = tasks.build(config)
