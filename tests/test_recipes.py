@@ -440,17 +440,18 @@ def test_means_deviations_and_paired_differences():
 
 def test_best_epochs_stand_beside_the_last_where_each_epoch_was_evaluated():
     rows = synthetic()
-    for row, best in zip(rows[:4], (91.0, 92.0, 93.0, None), strict=True):  # seeds 1 to 4 of SGD
-        row["best"] = best
-    for row, best in zip(rows[4:9], (None, 92.0, 94.0, 97.0, 99.0), strict=True):
-        row["best"] = best
+    for row, best in zip(rows[:9], (91.0, 92.0, 93.0, 96.0, 90.0, 92.0, 94.0, 97.0, 99.0), strict=True):
+        row["best"] = best  # seeds 1 to 4 of SGD, 0 to 4 of S2-SAM
     sgd, s2sam, *others = comparison.compare(rows)
-    assert (sgd.best, sgd.best_difference) == (92.0, None)
-    assert (s2sam.best, s2sam.best_difference) == (95.5, pytest.approx((1 + 2 + 4) / 3))
+    assert (sgd.best, sgd.best_difference) == (93.0, None)
+    assert (s2sam.best, s2sam.best_difference) == (94.4, pytest.approx((1 + 2 + 4 + 3) / 4))
     assert {(line.best, line.best_difference) for line in others} == {(None, None)}
     header, _, *cells = comparison.markdown([sgd, s2sam]).splitlines()
     assert header.endswith("| pairs | ours: best | best: gain |")
-    assert [line.split(" | ", 10)[-1] for line in cells] == ["92.00 | – |", "95.50 | +2.33 |"]
+    assert [line.split(" | ", 10)[-1] for line in cells] == ["93.00 | – |", "94.40 | +2.50 |"]
+    rows[0]["best"] = None  # a mean over other seeds than the last epoch's would be no comparison
+    sgd, s2sam, *_ = comparison.compare(rows)
+    assert (sgd.best, s2sam.best, s2sam.best_difference) == (None, 94.4, None)
 
 
 @pytest.mark.parametrize(("evaluations", "best"), [(3, 70.0), (2, None)])
