@@ -57,12 +57,13 @@ def run(arguments: Arguments) -> None:
     loaded = tasks.load(dataclasses.replace(first, data=arguments.data or first.data))
     pixels, labels = (np.asarray(x[: arguments.examples]) for x in (loaded.test_images, loaded.test_labels))
     cells = list(corruptions.computed(pixels, labels, BATCH, names=arguments.corruptions))
+    same = {"examples": len(labels), "by_corruption": dict.fromkeys(cell.corruption for cell in cells)}
+    check([*old, *({"config": config.to_json()} | same for config in missing.values())])
     for folder, config in track(missing.items(), description="runs"):
         row: Row = {"optimizer": config.optimizer} | figures(folder, config, (pixels, labels), cells)
         row |= runs.provenance(config)
         # Where things lie is of this machine alone.
         row["config"] = {field: value for field, value in row["config"].items() if field not in ("data", "out")}
-        check([*old, row])
         jsonl.append(arguments.rows, row)
 
 
@@ -72,8 +73,8 @@ def check(rows: Sequence[Row]) -> None:
     Raises:
       ValueError: naming what else differs.
     """
-    chosen = [{"examples": row["examples"], "corruptions": list(row["by_corruption"])} for row in rows]
-    chosen = [choices(row["config"]) | images for row, images in zip(rows, chosen, strict=True)]
+    measured = [{"examples": row["examples"], "corruptions": list(row["by_corruption"])} for row in rows]
+    chosen = [choices(row["config"]) | how for row, how in zip(rows, measured, strict=True)]
     fields = [field for field in (chosen[0] if chosen else ()) if field != "optimizer"]
     if different := [field for field in fields if any(other[field] != chosen[0][field] for other in chosen)]:
         raise ValueError(

@@ -132,7 +132,7 @@ def draw_gains(lines: Sequence[Any], title: str, file: Path) -> None:
         for index, (optimizer, colour) in enumerate(zip(optimizers, cycle(COLOURS))):
             points = [(100 * (line.sparsity or 0), line) for line in mine if line.optimizer == optimizer]
             # Side by side, so that intervals do not hide each other.
-            places = [zeros + 1.0 * (index - (len(optimizers) - 1) / 2) for zeros, _ in points]
+            places = [zeros + (index - (len(optimizers) - 1) / 2) for zeros, _ in points]
             values = [line.difference for _, line in points]
             halves = [math.nan if line.interval is None else line.interval for _, line in points]
             style: dict[str, Any] = {"fmt": "o-", "color": colour, "markersize": 4, "capsize": 2, "linewidth": 1}

@@ -34,12 +34,13 @@ class Arguments:
 
 def writer(file: Path) -> Callable[[Path], Any] | None:
     """Of the pages and figures of these rows; None where a page written by hand speaks of them, or there are none."""
-    if not jsonl.read(file):
+    rows = jsonl.read(file)
+    if not rows:
         return None
     for pattern, write in WRITERS:
         if fnmatch(file.stem, pattern):
             return write
-    return table.write if any("scale" in row for row in jsonl.read(file)) else None
+    return table.write if any("scale" in row for row in rows) else None
 
 
 def main(arguments: Arguments) -> None:
