@@ -16,7 +16,7 @@ import tyro
 from rich.progress import track
 
 from experiments import comparison, data, jsonl, runs, tasks
-from experiments.config import Config, choices
+from experiments.config import Config, choices, portable
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
 from experiments.recipes.base import LABELS
@@ -62,8 +62,7 @@ def run(arguments: Arguments) -> None:
     for folder, config in track(missing.items(), description="runs"):
         row: Row = {"optimizer": config.optimizer} | figures(folder, config, (pixels, labels), cells)
         row |= runs.provenance(config)
-        # Where things lie is of this machine alone.
-        row["config"] = {field: value for field, value in row["config"].items() if field not in ("data", "out")}
+        row["config"] = portable(row["config"])
         jsonl.append(arguments.rows, row)
 
 

@@ -17,7 +17,7 @@ import tyro
 from rich.progress import track
 
 from experiments import jsonl, landscapes, loop, runs, solution, spectrum, surface, sweep, tasks
-from experiments.config import Config, OptimizerName
+from experiments.config import Config, OptimizerName, portable
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
 FIGURES = (
@@ -111,8 +111,7 @@ def _run_on_digits(arguments: Arguments, done: set[sweep.Cell]) -> None:
 def _store(cell: sweep.Cell, config: Config, figures: dict[str, Any], file: Path) -> None:
     method, optimizer, sparsity, _ = cell
     row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | figures | runs.provenance(config)
-    # Where things lie is of this machine alone.
-    row["config"] = {field: value for field, value in row["config"].items() if field not in ("data", "out")}
+    row["config"] = portable(row["config"])
     jsonl.append(file, row)
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import comparison, jsonl, plots, recipes, runs, train, tune
-from experiments.config import Config, OptimizerName
+from experiments.config import Config, OptimizerName, portable
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.record import Row
@@ -111,10 +111,9 @@ def _row(recipe: Recipe, config: Config, scale: Scale) -> Row:
     value = metric.scale * last[metric.field] if metric.field in last else None
     if metric is CORRUPTED and last.get("missing"):
         value = None  # a mean over some corruptions is not the paper's
-    # Where things lie is of this machine alone.
-    choices = {field: choice for field, choice in last["config"].items() if field not in ("data", "out")}
     best = metric.scale * best_accuracy(rows) if metric is ACCURACY and len(rows) == config.epochs else None
-    return {"recipe": described(recipe), "scale": scale, "value": value, "best": best} | last | {"config": choices}
+    mine = {"recipe": described(recipe), "scale": scale, "value": value, "best": best}
+    return mine | last | {"config": portable(last["config"])}
 
 
 def best_accuracy(rows: list[Row]) -> float:
