@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import data, jsonl, plots, runs
+from experiments import cli, data, jsonl, plots, runs
 from experiments.benchmarks import inference, masks, steps, whole_loop
 from experiments.benchmarks.peers import Official
 from experiments.benchmarks.timing import Row, paired, ratio_row
@@ -38,6 +38,7 @@ class Arguments:
     out: Path = Path("experiments/results")  # Folder of bench_DEVICE.jsonl and the growth curve.
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     console, arguments = Console(), tyro.cli(Arguments, args=argv)

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-from experiments import comparison, data, jsonl, runs, tasks
+from experiments import cli, comparison, data, jsonl, runs, tasks
 from experiments.config import Config, choices, portable
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
@@ -142,6 +142,7 @@ def write(file: Path) -> None:
     file.with_suffix(".md").write_text(page)
 
 
+@cli.one_line()
 def main(arguments: Arguments) -> None:
     run(arguments)
     write(arguments.rows)

@@ -9,7 +9,6 @@ python -m experiments.draw surfaces runs/ONE_RUN runs/ANOTHER            # also 
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from experiments import curves, landscapes, mask_plots, ratio, runs, spectrum, surface
+from experiments import cli, curves, landscapes, mask_plots, ratio, runs, spectrum, surface
 from experiments.flatness import FIGURES
 from experiments.record import Row
 
@@ -96,12 +95,10 @@ def _read(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> Path:
     arguments = tyro.cli(Arguments, args=argv)
-    try:
-        file = run(arguments)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    file = run(arguments)
     Console().print(f"File: {file}", soft_wrap=True)
     return file
 

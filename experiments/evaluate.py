@@ -1,13 +1,12 @@
 """Evaluates a finished run from its folder alone, and checks its masks."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
-from experiments import record, runs, tasks
+from experiments import cli, record, runs, tasks
 from s2sam_jax import check_masks, eval_params
 
 
@@ -38,12 +37,10 @@ def evaluate(arguments: Arguments, console: Console) -> tuple[float, float]:
     return accuracy, sparsity
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> tuple[float, float]:
     arguments = tyro.cli(Arguments, args=argv)
-    try:
-        return evaluate(arguments, Console())
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+    return evaluate(arguments, Console())
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 from rich.progress import track
 
-from experiments import jsonl, landscapes, loop, runs, solution, spectrum, surface, sweep, tasks
+from experiments import cli, jsonl, landscapes, loop, runs, solution, spectrum, surface, sweep, tasks
 from experiments.config import Config, OptimizerName, portable
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
@@ -196,9 +195,9 @@ def write(file: Path) -> None:
         landscapes.draw_against_sparsity(rows, field, label, title, figure, scale=scale, logarithmic=logarithmic)
 
 
+@cli.one_line()
 def main(arguments: Arguments) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(arguments.cache.resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    cli.keep_compiled(arguments.cache)
     run(arguments)
     write(arguments.rows)
 

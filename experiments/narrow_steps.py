@@ -13,7 +13,7 @@ import jax
 import tyro
 from rich.progress import track
 
-from experiments import jsonl, models, one_step, recipes, runs
+from experiments import cli, jsonl, models, one_step, recipes, runs
 from experiments.config import Config
 
 Key = tuple[str, str, str]  # model, method, optimizer
@@ -65,8 +65,7 @@ def run(arguments: Arguments) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     arguments = tyro.cli(Arguments, args=argv)
-    jax.config.update("jax_compilation_cache_dir", str(arguments.cache.resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    cli.keep_compiled(arguments.cache, 0.0)
     run(arguments)
 
 

@@ -18,7 +18,7 @@ import optax
 import tyro
 from rich.progress import track
 
-from experiments import jsonl, loop, runs, solution, sweep, tasks
+from experiments import cli, jsonl, loop, runs, solution, sweep, tasks
 from experiments.config import Config
 from experiments.record import Row
 from experiments.solution import Solution
@@ -217,8 +217,7 @@ def write(file: Path) -> None:
 
 
 def main(arguments: Arguments) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(arguments.cache.resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    cli.keep_compiled(arguments.cache)
     run(arguments)
     write(arguments.rows)
 

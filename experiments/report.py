@@ -4,7 +4,6 @@ python -m experiments.report
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from experiments import bench, convergence, corrupted, flatness, jsonl, precision, sweep, table
+from experiments import bench, cli, convergence, corrupted, flatness, jsonl, precision, sweep, table
 
 # What makes the pages of which rows; the first that fits.
 WRITERS: tuple[tuple[str, Callable[[Path], Any]], ...] = (
@@ -43,10 +42,11 @@ def writer(file: Path) -> Callable[[Path], Any] | None:
     return table.write if any("scale" in row for row in rows) else None
 
 
+@cli.one_line()
 def main(arguments: Arguments) -> None:
     files = sorted(arguments.results.glob("*.jsonl"))
     if not files:
-        sys.exit(f"error: there are no rows in {arguments.results}.")
+        raise FileNotFoundError(f"there are no rows in {arguments.results}.")
     for file in files:
         write = writer(file)
         if write is not None:

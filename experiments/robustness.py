@@ -7,7 +7,6 @@ Corruptions that are computed lack frost, and their mean is over the other fourt
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import data, models, runs, tasks
+from experiments import cli, data, models, runs, tasks
 from experiments.config import Config
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import Cell
@@ -40,13 +39,11 @@ class Arguments:
     rows: int | None = None  # Only the first so many test images; for corruptions that are computed.
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """The command line; returns the summary."""
     arguments = tyro.cli(Arguments, args=argv)
-    try:
-        return evaluate(arguments, Console())
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+    return evaluate(arguments, Console())
 
 
 def evaluate(arguments: Arguments, console: Console) -> dict[str, object]:

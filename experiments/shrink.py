@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import tyro
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
-from experiments import data, runs, tasks
+from experiments import cli, data, runs, tasks
 from experiments.config import Config
 from experiments.models import Network
 from s2sam_jax import eval_params, get_masks, materialize
@@ -52,13 +51,11 @@ class Comparison(NamedTuple):
     small_parameters: int
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> Comparison:
     """The command line."""
     arguments = tyro.cli(Arguments, args=argv)
-    try:
-        return shrink(arguments, Console())
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    return shrink(arguments, Console())
 
 
 def shrink(arguments: Arguments, console: Console) -> Comparison:

@@ -4,7 +4,6 @@ python -m experiments.surface runs/SOME_RUN
 """
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments import landscapes, solution
+from experiments import cli, landscapes, solution
 from experiments.solution import Solution
 from s2sam_jax import analysis
 
@@ -68,12 +67,10 @@ def run(arguments: Arguments, console: Console) -> dict[str, Any]:
     return row
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = tyro.cli(Arguments, args=argv)
-    try:
-        return run(arguments, Console())
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+    return run(arguments, Console())
 
 
 if __name__ == "__main__":

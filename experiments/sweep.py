@@ -12,11 +12,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import tyro
 from rich.progress import track
 
-from experiments import jsonl, loop, runs, tasks
+from experiments import cli, jsonl, loop, runs, tasks
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
 
@@ -133,9 +132,9 @@ def write(file: Path) -> None:
     file.with_suffix(".md").write_text(head + table(rows) + "\n")
 
 
+@cli.one_line()
 def main(sweep: Sweep) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(sweep.cache.resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    cli.keep_compiled(sweep.cache)
     run(sweep)
     write(sweep.rows)
 

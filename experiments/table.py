@@ -8,16 +8,14 @@ goes on after an interruption.
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import comparison, jsonl, plots, recipes, runs, train, tune
+from experiments import cli, comparison, jsonl, plots, recipes, runs, train, tune
 from experiments.config import Config, OptimizerName, portable
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
@@ -214,15 +212,12 @@ def _all(rows: list[dict[str, Any]], field: str) -> str:
     return ", ".join(sorted({str(row[field]) for row in rows}))
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     arguments, console = tyro.cli(Arguments, args=argv), Console()
-    jax.config.update("jax_compilation_cache_dir", str((arguments.out / "compiled").resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    try:
-        run(arguments)
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+    cli.keep_compiled(arguments.out / "compiled")
+    run(arguments)
     file = rows_file(arguments)
     console.print(comparison.terminal(write(file), file.stem.replace("_", ", ")))
     console.print(f"Files: {file.with_suffix('')}.*", soft_wrap=True)

@@ -15,7 +15,7 @@ from jax.experimental.checkify import JaxRuntimeError
 from rich.console import Console
 from rich.table import Table
 
-from experiments import display, flops, loop, plots, recipes, runs, seeds, sharding, tasks
+from experiments import cli, display, flops, loop, plots, recipes, runs, seeds, sharding, tasks
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
@@ -194,6 +194,7 @@ def _recipe(argv: list[str] | None) -> tuple["recipes.Recipe | None", list[str]]
     return None if known.recipe is None else recipes.get(known.recipe), rest
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> dict[str, Path]:
     """The command line; returns the folders of the runs, by optimizer."""
     recipe, argv = _recipe(argv)

@@ -10,13 +10,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import data, jsonl, loop, recipes, runs, sweep, tasks
+from experiments import cli, data, jsonl, loop, recipes, runs, sweep, tasks
 from experiments.config import Config
 from experiments.recipes import Recipe
 from experiments.scales import Scale, scaled
@@ -44,6 +43,8 @@ def setting(recipe: Recipe) -> str:
 def best(file: Path) -> dict[str, float]:
     """The radius of the highest accuracy on held-out images, by setting; of equal ones the smaller.
 
+    A setting that broke down at every radius has none.
+
     Raises:
       FileNotFoundError: when there is no such file.
     """
@@ -51,7 +52,7 @@ def best(file: Path) -> dict[str, float]:
         raise FileNotFoundError(f"There are no rows in {file}; python -m experiments.tune makes them.")
     found: dict[str, dict[str, Any]] = {}
     for row in sorted(jsonl.read(file), key=lambda row: row["config"]["rho"]):
-        if row["accuracy"] > found.get(row["setting"], {"accuracy": -1.0})["accuracy"]:
+        if row["accuracy"] > found.get(row["setting"], {"accuracy": 0.0})["accuracy"]:
             found[row["setting"]] = row
     return {name: row["config"]["rho"] for name, row in found.items()}
 
@@ -63,7 +64,9 @@ def of(recipe: Recipe, radii: dict[str, float]) -> float:
       ValueError: when none was chosen.
     """
     if setting(recipe) not in radii:
-        raise ValueError(f"No rho was tuned for {setting(recipe)}; there are {', '.join(radii)}.")
+        raise ValueError(
+            f"No rho was tuned for {setting(recipe)}, or each broke down; there are {', '.join(radii) or 'none'}."
+        )
     return radii[setting(recipe)]
 
 
@@ -111,12 +114,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return result
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     arguments = tyro.cli(Arguments, args=argv)
     file = arguments.rows or jsonl.RESULTS / f"{arguments.table}_{arguments.scale}_tuning.jsonl"
-    jax.config.update("jax_compilation_cache_dir", str(arguments.cache.resolve()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    cli.keep_compiled(arguments.cache)
     run(arguments, file)
     Console().print(table(jsonl.read(file)))
 

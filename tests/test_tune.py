@@ -28,6 +28,11 @@ def test_the_best_radius_of_each_setting_and_of_equal_ones_the_smaller(tmp_path)
         tune.best(tmp_path / "none")
 
 
+def test_a_setting_that_broke_down_at_every_radius_has_no_best_one(tmp_path):
+    file = rows(tmp_path / "rows", ("a.sam", 0.1, 0.0), ("a.sam", 1.0, 0.0), ("b.sam", 1.0, 0.1))
+    assert tune.best(file) == {"b.sam": 1.0}
+
+
 def test_held_out_images_are_the_last_training_rows_and_the_test_set_is_out_of_sight():
     whole = data.load("digits")
     part = data.hold_out(whole, 287)
@@ -75,7 +80,7 @@ def test_what_is_missing_is_tried_and_a_table_takes_the_best(toy, tmp_path, monk
     common = {"seeds": (0,), "out": tmp_path, "results": tmp_path, "tuned": file}
     table.run(table.Arguments("budget", optimizers=("sgd", "sam"), **common))
     assert [config.rho for config in ran] == [0.05, 0.3]
-    with pytest.raises(ValueError, match=r"No rho was tuned for dense\.s2sam; there are rigl-erk-0\.95\.sam"):
+    with pytest.raises(ValueError, match=r"No rho was tuned for dense\.s2sam, .*; there are rigl-erk-0\.95\.sam"):
         table.run(table.Arguments("budget", optimizers=("s2sam",), **common))
 
 

@@ -1,0 +1,45 @@
+"""What the command lines share: how a user's mistake ends, and where compiled programs are kept."""
+
+import contextlib
+import dis
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+PACKAGES = ("s2sam_jax", "experiments", "__main__")
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """Ends a mistake of the user in its message and exit code 1; what nobody foresaw keeps its traceback.
+
+    A mistake is a missing file, or an error that our own code raises, rather than a library that it calls.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    except (ValueError, TypeError, FloatingPointError) as error:
+        if not _raised_by_us(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether a ``raise`` of ours made it: Python's own ``not enough values to unpack`` is a bug, in whatever file."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_lasti < 0:
+        return False
+    code = trace.tb_frame.f_code.co_code
+    ours = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES
+    return ours and dis.opname[code[trace.tb_lasti]] == "RAISE_VARARGS"
+
+
+def keep_compiled(folder: Path, min_seconds: float = 0.5) -> None:
+    """Programs that took longer to compile are kept there, for the next run."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", min_seconds)

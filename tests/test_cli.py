@@ -1,0 +1,81 @@
+"""A user's mistake ends in one line and exit code 1; a bug keeps its traceback."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from experiments import cli, draw, evaluate, table, train, tune
+from s2sam_jax import sam
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sparsity", "1.5"], "sparsity must be"),
+        (["--model", "resnet99"], "resnet99"),
+        (["--recipe", "table1.rigl-erk-0.95.s2sma"], "Unknown recipe"),
+        (["--dataset", "cifar10"], "--data"),
+        (["--dataset", "cifar10", "--data", "nowhere.npz"], "nowhere.npz"),
+        (["--structure", "nm:2"], "nm:2"),
+        (["--init-from", "nowhere"], "nowhere"),
+        (["--rho", "-1"], "rho must be"),
+        (["--epochs", "0"], "epochs must be"),
+        (["--batch-size", "100000"], "batch"),
+    ],
+)
+def test_a_mistake_ends_in_a_message_that_names_it(options, message, tmp_path, monkeypatch, capsys):
+    """What a config refuses tyro says, with exit code 2; what a run refuses, we."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^(error: .*|2)$") as stop:
+        train.main(options)
+    assert message in str(stop.value) + capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "message"),
+    [
+        (evaluate.main, ["nowhere"], "nowhere"),
+        (draw.main, ["sparsity", "nowhere.jsonl"], "nowhere.jsonl"),
+        (table.main, ["table9"], "table9"),
+        (table.main, ["table1", "--methods", "riggle", "--scale", "smoke"], "riggle"),
+        (tune.main, ["causes", "--rows", "rows.jsonl"], "compares radii"),
+    ],
+)
+def test_so_do_the_other_commands(main, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: ") as stop:
+        main(options)
+    assert message in str(stop.value)
+
+
+def test_in_a_process_of_its_own_the_line_is_all_there_is(tmp_path):
+    run = [sys.executable, "-m", "experiments.report", "--results", str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"error: there are no rows in {tmp_path}.\n")
+
+
+def test_an_error_that_our_code_raises_within_a_compiled_function_is_a_mistake():
+    tx = optax.chain(sam(), optax.sgd(0.1))
+    params = {"w": jnp.ones(3)}
+    with pytest.raises(SystemExit, match=r"^error: .*grad_fn"), cli.one_line():
+        jax.jit(tx.update)(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(
+    ("bug", "error"),
+    [
+        (lambda: jnp.ones(3) + jnp.ones(4), TypeError),  # a library raises it
+        (lambda: cli.PACKAGES.index("other"), ValueError),  # Python raises it, for our line
+        (lambda: {}["other"], KeyError),
+        (lambda: next(iter(zip([1], [1, 2], strict=True))) and list(zip([1], [], strict=True)), ValueError),
+    ],
+)
+def test_a_bug_keeps_its_traceback(bug, error, monkeypatch):
+    monkeypatch.setattr(cli, "PACKAGES", (*cli.PACKAGES, __name__.partition(".")[0]))
+    with pytest.raises(error), cli.one_line():
+        bug()
