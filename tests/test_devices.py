@@ -63,7 +63,7 @@ def test_a_mesh_that_cannot_be_read(text):
 def test_a_mesh_must_fit_the_devices_and_the_batch(toy, tmp_path):
     with pytest.raises(ValueError, match="The mesh data=3,fsdp=3 needs 9 devices; there are 8"):
         sharding.parse("data=3,fsdp=3")
-    with pytest.raises(ValueError, match="batch_size=64 does not divide among the 3 devices of the mesh"):
+    with pytest.raises(SystemExit, match="batch_size=64 does not divide among the 3 devices of the mesh"):
         start(tmp_path, "--mesh", "data=3")
     assert not list(tmp_path.iterdir())
 
@@ -255,7 +255,7 @@ def test_processes_that_cannot_find_each_other_are_told_how(monkeypatch):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(ValueError, match=r"should be defined.\) Outside of .* give each --coordinator HOST:PORT"):
+    with pytest.raises(SystemExit, match=r"should be defined.\) Outside of .* give each --coordinator HOST:PORT"):
         train.main(["--distributed"])
 
 

@@ -429,7 +429,7 @@ def test_a_run_can_start_from_another(run_dir, out, tmp_path, monkeypatch):
         folder = train.main(arguments)["sgd"]
         jax.tree.map(np.testing.assert_array_equal, runs.restore(folder).params, runs.restore(first).params)
         assert evaluate.main([str(folder)])[1] == 0
-    with pytest.raises(ValueError, match="has width=4, and this run 8; they must agree"):
+    with pytest.raises(SystemExit, match="has width=4, and this run 8; they must agree"):
         train.main(["--width", "8", "--init-from", str(run_dir), "--out", str(out)])
 
 

@@ -81,7 +81,7 @@ def test_surface_of_a_run(folder):
     assert row["examples"] == 64
     assert json.loads((folder / surface.ROWS).read_text()) == row
     assert imread(folder / surface.FIGURE).std() > 0.05
-    with pytest.raises(ValueError, match="at least one batch of 32"):
+    with pytest.raises(SystemExit, match="at least one batch of 32"):
         surface.main([str(folder), "--examples", "8"])
     with pytest.raises(SystemExit, match="not the folder of a finished run"):
         surface.main([str(folder.parent)])

@@ -1,5 +1,6 @@
 """Every method through the same invariants, and RigL against its equations."""
 
+import functools
 import pkgutil
 
 import jax
@@ -45,13 +46,20 @@ def with_grad_fn(tx):
     )
 
 
-def walk(tx, steps, seed=0, ties=False):
-    """Random gradients; yields the state and the parameters after each step."""
-    params = tree(seed)
+@functools.cache
+def compiled(name):
+    """The transformation and its update, compiled once for all tests."""
+    tx = make(next(row for row in METHODS if row.name == name))
+    return tx, jax.jit(with_grad_fn(tx))
+
+
+def walk(row, steps, ties=False):
+    """Random gradients; yields the state before and after each step, and the parameters after it."""
+    tx, update = compiled(row.name)
+    params = tree(0)
     state = tx.init(params)
-    update = jax.jit(with_grad_fn(tx))
     for step in range(steps):
-        updates, new = update(tree(seed + step + 1, ties), state, params)
+        updates, new = update(tree(step + 1, ties), state, params)
         params = optax.apply_updates(params, updates)
         yield state, new, params
         state = new
@@ -66,12 +74,11 @@ def test_folder_and_rows_agree():
 @rows
 @pytest.mark.parametrize("ties", [False, True])
 def test_invariants_over_many_updates(row, ties):
-    tx = make(row)
     plan = jax.tree.map(lambda p, s: p.size - int(np.floor(round(s * p.size, 6))), tree(0), uniform(
         tree(0), 0.6, prunable=lambda path, p: p.size > 1 and p.ndim > 1))  # fmt: skip
     promise = row.make().invariant
     before = jax.tree.map(jnp.size, tree(0))
-    for old, new, params in walk(tx, 200, ties=ties):
+    for old, new, params in walk(row, 200, ties):
         check_masks(params, new)
         counts = jax.tree.map(lambda m: int(m.sum()), new.masks)
         assert jax.tree.structure(counts) == jax.tree.structure(plan)
@@ -91,8 +98,8 @@ def test_invariants_over_many_updates(row, ties):
 
 @rows
 def test_key_matters_only_where_a_method_draws(row):
-    tx, params = make(row), tree(0)
-    first, update = tx.init(params), jax.jit(with_grad_fn(tx))
+    (tx, update), params = compiled(row.name), tree(0)
+    first = tx.init(params)
 
     def final(seed):
         state = jax.tree.map(jnp.array, first)._replace(key=jax.random.key(seed))
@@ -108,13 +115,13 @@ def test_key_matters_only_where_a_method_draws(row):
 
 @rows
 def test_nan_in_a_masked_gradient_cannot_leak(row):
-    tx, params = make(row), tree(0)
+    (tx, update), params = compiled(row.name), tree(0)
     state = tx.init(params)
     params = optax.apply_updates(params, jax.tree.map(lambda m, p: jnp.where(m, 0, -p), state.masks, params))
     step = 1 if row.make().update else 0  # not a mask update
     state = state._replace(step=jnp.int32(step))
     grads = jax.tree.map(lambda m, g: jnp.where(m, g, jnp.nan), state.masks, tree(1))
-    updates, state = with_grad_fn(tx)(grads, state, params)
+    updates, state = update(grads, state, params)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, state.inner_state)))
 
 

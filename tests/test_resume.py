@@ -207,7 +207,7 @@ def test_another_config_is_refused_and_named(interrupted):
     ]:
         file.write_text(json.dumps(json.loads(original) | change))
         before = snapshot(interrupted)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(SystemExit, match=message):
             start(interrupted.parent)
         assert snapshot(interrupted) == before
     file.write_text(original[: len(original) // 2])
@@ -239,7 +239,7 @@ def test_a_damaged_checkpoint_is_refused_and_named(interrupted):
     newest = interrupted / "checkpoints" / "2"
     (newest / "state" / "manifest.ocdbt").unlink()
     before = snapshot(interrupted)
-    with pytest.raises(ValueError, match=r"checkpoints/2 is damaged.*Remove that folder to go on from the one before"):
+    with pytest.raises(SystemExit, match=r"checkpoints/2 is damaged.*Remove that folder to go on from the one before"):
         start(interrupted.parent)
     gc.collect()
     assert snapshot(interrupted) == before

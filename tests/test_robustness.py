@@ -130,12 +130,12 @@ def test_imagenet_c_from_a_run_to_the_figure_of_a_table(tmp_path):
 )
 def test_what_cannot_be_evaluated_is_refused(dataset, options, message, tmp_path):
     (tmp_path / runs.CONFIG).write_text(json.dumps(Config(dataset=dataset).to_json()))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SystemExit, match=message):
         robustness.main([str(tmp_path), *options])
 
 
 def test_missing_corruptions_are_named(cifar_run, tmp_path):
-    with pytest.raises(ValueError, match=r"no corruptions \['frost'\] here; there are gaussian_noise, .*, snow, fog,"):
+    with pytest.raises(SystemExit, match=r"no corruptions \['frost'\] here; there are gaussian_noise, .*, snow, fog,"):
         robustness.main([str(cifar_run), "--corruptions", "frost"])
     with pytest.raises(ValueError, match=r"no corruptions \['rain'\] here; there are gaussian_noise, .*, frost, fog,"):
         corruptions.from_npy(tmp_path, 5, names=["rain"])

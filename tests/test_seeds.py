@@ -75,23 +75,23 @@ def test_seeds_at_different_epochs_are_refused_and_go_on_alone(toy, tmp_path, mo
         with pytest.raises(TypeError):
             start(tmp_path, "--seed", "1")
     with pytest.raises(
-        ValueError, match=r"no common epoch to go on from together: \{0: \[\], 1: \[1, 2\]\}. Train them"
+        SystemExit, match=r"no common epoch to go on from together: \{0: \[\], 1: \[1, 2\]\}. Train them"
     ):
         start(tmp_path, "--seeds", "0", "1", "--vmap")
     assert list(start(tmp_path, "--seeds", "0", "1")) == ["seed 0", "seed 1"]
 
 
 def test_side_by_side_needs_seeds_and_one_device(toy, tmp_path):
-    with pytest.raises(ValueError, match="give them as --seeds; got \\(\\)"):
+    with pytest.raises(SystemExit, match="give them as --seeds; got \\(\\)"):
         start(tmp_path, "--vmap")
-    with pytest.raises(ValueError, match="--vmap trains seeds on one device, and the mesh has 2"):
+    with pytest.raises(SystemExit, match="--vmap trains seeds on one device, and the mesh has 2"):
         start(tmp_path, "--seeds", "0", "1", "--vmap", "--mesh", "data=2")
 
 
 def test_debugging_is_of_one_run_and_of_perturbations_uphill(toy, tmp_path):
-    with pytest.raises(ValueError, match="leave out --vmap"):
+    with pytest.raises(SystemExit, match="leave out --vmap"):
         start(tmp_path, "--vmap", "--debug", "--seeds", "0", "1")
-    with pytest.raises(ValueError, match="s2sam-opposite has no other"):
+    with pytest.raises(SystemExit, match="s2sam-opposite has no other"):
         start(tmp_path, "--debug", "--compare", "sgd", "s2sam-opposite")
 
 
