@@ -39,13 +39,15 @@ def config_of(name: str, batch_size: int) -> Config:
 
 def batch_of(config: Config) -> Any:
     """Noise in the shapes of the data."""
-    rng, spec = np.random.default_rng(0), models.MODELS[config.model]
-    if spec.text:
+    rng = np.random.default_rng(0)
+    if models.MODELS[config.model].text:
         tokens = rng.integers(4, config.vocabulary, (2, config.batch_size, config.max_length), np.int32)
         return {"sources": jnp.asarray(tokens[0]), "targets": jnp.asarray(tokens[1])}
-    side, classes = config.image_size or spec.image_size or 0, data.KINDS[config.dataset].classes
-    pixels = rng.integers(0, 256, (config.batch_size, side, side, 3), np.uint8)
-    return jnp.asarray(pixels), jnp.asarray(rng.integers(0, classes, config.batch_size))
+    kind = data.KINDS[config.dataset]
+    side, _, channels = kind.shape
+    side = config.image_size or side
+    pixels = rng.integers(0, 256, (config.batch_size, side, side, channels), np.uint8)
+    return jnp.asarray(pixels), jnp.asarray(rng.integers(0, kind.classes, config.batch_size))
 
 
 def step_and_state(config: Config, steps_per_epoch: int = 100) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, models, narrow_steps, one_step, recipes, tasks
+from experiments import data, jsonl, models, narrow_steps, one_step, recipes, tasks
 from experiments.config import Config
 from s2sam_jax import SparseState
 from s2sam_jax._tree import find_states
@@ -93,6 +93,20 @@ def test_combinations_are_those_of_all_recipes_once():
     assert narrow_steps.combinations(("table1.rigl-0.9.sgd", "table1.rigl-erk-0.95.sgd")) == {
         ("resnet32", "rigl", "sgd"): "table1.rigl-0.9.sgd"
     }
+
+
+def test_every_combination_has_a_row():
+    rows = jsonl.read(jsonl.RESULTS / "narrow_steps.jsonl")
+    assert {(row["model"], row["method"], row["optimizer"]) for row in rows} >= set(narrow_steps.combinations())
+    assert all(row["finite"] and row["moved"] for row in rows)
+
+
+@pytest.mark.parametrize(("dataset", "shape"), [("digits", (8, 8, 1)), ("cifar100", (32, 32, 3))])
+def test_a_batch_has_the_shape_of_its_data(dataset, shape):
+    images, labels = one_step.batch_of(Config(dataset=dataset, batch_size=2))
+    assert (images.shape, labels.shape) == ((2, *shape), (2,))
+    images, _ = one_step.batch_of(Config(dataset="imagenet2012", model="resnet50", batch_size=2, image_size=32))
+    assert images.shape == (2, 32, 32, 3)
 
 
 def test_only_sizes_and_warm_up_are_changed():
