@@ -45,7 +45,11 @@ def run(arguments: Arguments) -> None:
     Raises:
       ValueError: for runs that are not on CIFAR-10, or that do not belong into one table with the others.
     """
-    old = jsonl.read(arguments.rows)
+    old = jsonl.read(arguments.rows, ("examples", "by_corruption"))
+    if not (arguments.runs or old):
+        raise ValueError("There is nothing to look at: give the folders of runs.")
+    if arguments.examples < 1:
+        raise ValueError(f"examples must be at least 1; got {arguments.examples}.")
     done = {(Config.from_json(row["config"]).digest, row["seed"]) for row in old}
     configs = {folder: runs.read_config(folder) for folder in arguments.runs}
     if foreign := {config.dataset for config in configs.values()} - {"cifar10"}:

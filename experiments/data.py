@@ -1,6 +1,7 @@
 """Image data sets that fit on the device: loading, order, augmentation, and exact evaluation batches."""
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,17 +134,26 @@ def _from_npz(name: str, path: Path) -> tuple[np.ndarray, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. {_how_to_get(name)}")
     fields = ("train_images", "train_labels", "test_images", "test_labels")
-    with np.load(path) as stored:
-        if missing := set(fields) - set(stored.files):
-            raise ValueError(f"{path} lacks the arrays {sorted(missing)}; it has {sorted(stored.files)}.")
-        arrays = tuple(stored[field] for field in fields)
+    try:
+        with np.load(path) as stored:
+            names = sorted(stored.files)
+            arrays = tuple(stored[field] for field in fields if field in names)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as an .npz of plain arrays ({error}).") from error
+    if missing := sorted(set(fields) - set(names)):
+        raise ValueError(f"{path} lacks the arrays {missing}; it has {names}.")
     for field, images in zip(fields[::2], arrays[::2], strict=True):
         if images.shape[1:] != KINDS[name].shape or images.dtype != np.uint8:
             raise ValueError(
                 f"{field} in {path} must be uint8 with shape (n, {', '.join(map(str, KINDS[name].shape))}) for {name}; "
                 f"got {images.dtype} with shape {images.shape}."
             )
-    for field, labels in zip(fields[1::2], arrays[1::2], strict=True):
+    for field, images, labels in zip(fields[1::2], arrays[::2], arrays[1::2], strict=True):
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
+            raise ValueError(
+                f"{field} in {path} must be whole numbers, one for each of its {len(images)} images, and not none; "
+                f"got {labels.dtype} with shape {labels.shape}."
+            )
         if labels.min() < 0 or labels.max() >= KINDS[name].classes:
             raise ValueError(
                 f"{field} in {path} must lie in [0, {KINDS[name].classes}) for {name}; "

@@ -8,19 +8,22 @@ python -m experiments.draw surfaces runs/ONE_RUN runs/ANOTHER            # also 
 """
 
 import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
 
-from experiments import cli, curves, landscapes, mask_plots, ratio, runs, spectrum, surface
+from experiments import cli, curves, jsonl, landscapes, mask_plots, ratio, runs, spectrum, surface
 from experiments.flatness import FIGURES
 from experiments.record import Row
 
 FILES = {"surfaces": surface.ROWS, "spectra": spectrum.ROWS, "ratios": ratio.ROWS}
+SHOWN = {  # What a row must have, beside its config and seed.
+    "curves": ("epoch", "train_loss", "test_accuracy"),
+    "surfaces": ("surface", "span", "n", "roughness"),
+}
 DRAW: dict[str, Callable[[dict[str, Row], Path], None]] = {
     "surfaces": landscapes.draw_surfaces,
     "spectra": landscapes.draw_spectra,
@@ -46,7 +49,8 @@ def run(arguments: Arguments) -> Path:
       ValueError: where the rows do not hold what the figure shows.
     """
     file, name = arguments.out or Path(f"{arguments.kind}.png"), FILES.get(arguments.kind, runs.METRICS)
-    rows = [row for path in arguments.rows for row in _read(path / name if path.is_dir() else path)]
+    fields = ("config", "seed", *SHOWN.get(arguments.kind, ()))
+    rows = [row for path in arguments.rows for row in _read(path / name if path.is_dir() else path, fields)]
     if not rows:
         raise ValueError(f"There are no rows in {', '.join(map(str, arguments.rows)) or 'nothing'}.")
     groups = curves.grouped(rows)
@@ -91,8 +95,10 @@ def _common(rows: list[Row]) -> str:
     return "; ".join(found)
 
 
-def _read(file: Path) -> list[Any]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def _read(file: Path, fields: Sequence[str]) -> list[Row]:
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}.")
+    return jsonl.read(file, fields)
 
 
 @cli.one_line()

@@ -77,7 +77,7 @@ def looked_at(found: solution.Solution, config: Config, arguments: Arguments) ->
 
 def run(arguments: Arguments) -> None:
     """Each row is written as soon as it is there."""
-    done = {sweep.cell_of(row) for row in jsonl.read(arguments.rows)}
+    done = {sweep.cell_of(row) for row in jsonl.read(arguments.rows, (*sweep.CELL, "examples"))}
     if arguments.runs:
         _run_on_folders(arguments, done)
     else:

@@ -1,15 +1,31 @@
 """Rows: a JSON object a line, added as soon as it is known. Pages and figures of results are made from them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """All rows; none if there is no such file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+def read(file: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """All rows; none if there is no such file.
+
+    Raises:
+      ValueError: naming the first line that is no row, or none that has these fields.
+    """
+    rows = []
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}, is not a row: one JSON object was expected ({error}).") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number}, is not a row: one JSON object was expected; got {row!r}.")
+        if lacking := [field for field in fields if field not in row]:
+            raise ValueError(f"{file}, line {number}, is a row of another kind: it lacks {', '.join(lacking)}.")
+        rows.append(row)
+    return rows
 
 
 def append(file: Path, *rows: dict[str, Any]) -> None:

@@ -75,6 +75,8 @@ def _check(arguments: Arguments, config: Config) -> None:
         raise ValueError(f"There are corrupted forms of cifar10 and imagenet2012; the run is of {config.dataset}.")
     if arguments.corrupted is None and config.dataset != "cifar10":
         raise ValueError("ImageNet-C cannot be computed here: pass --corrupted with the TFDS folder that has it.")
+    if arguments.rows is not None and arguments.rows < 1:
+        raise ValueError(f"rows must be at least 1; got {arguments.rows}.")
     if arguments.corrupted is not None and arguments.rows is not None:
         raise ValueError(f"rows={arguments.rows} is for corruptions that are computed; leave it out with --corrupted.")
 

@@ -134,11 +134,15 @@ def read_config(folder: Path) -> Config:
 
     Raises:
       FileNotFoundError: when the folder holds none.
+      ValueError: when it is not the config of a run.
     """
     file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {CONFIG}.")
-    return Config.from_json(json.loads(file.read_text()))
+    try:
+        return Config.from_json(json.loads(file.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not the config of a run ({error}).") from error
 
 
 def restore(folder: Path, which: Which = "last") -> TrainState:

@@ -34,6 +34,14 @@ ROUNDS = ("lottery", "lrr")
 ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # no clock, or one of their own
 
 
+def check_dense(config: Config) -> None:
+    """Raises a ValueError that names what only a sparse network has."""
+    if given := [option for option in OPTIONS if getattr(config, option) is not None]:
+        raise ValueError(f"{', '.join(given)} given, but dense has no such option; leave it out.")
+    if config.structure != "unstructured":
+        raise ValueError(f"structure={config.structure} given, but a dense network has none; leave it out.")
+
+
 def make(config: Config, groups: Sequence[ChannelGroup] = ()) -> SparseMethod:
     """The method of that name, with the options that the config gives; on the network's channels, if it has any."""
     name, options = VARIANTS.get(config.method, (config.method, {}))

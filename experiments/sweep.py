@@ -19,7 +19,8 @@ from experiments import cli, jsonl, loop, runs, tasks
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
 
-Cell = tuple[str, OptimizerName, float, int]  # method, optimizer, sparsity, seed
+Cell = tuple[str, OptimizerName, float, int]
+CELL = ("method", "optimizer", "sparsity_asked", "seed")
 
 METHODS = (
     "static", "magnitude", "gmp", "snip", "grasp", "set", "dsr", "rigl", "itop", "mest-em", "mest-ems",
@@ -64,7 +65,7 @@ class Last:
 
 def run(sweep: Sweep) -> None:
     """Trains what has no row yet; each row is written as soon as it is there."""
-    done = {cell_of(row) for row in jsonl.read(sweep.rows)}
+    done = {cell_of(row) for row in jsonl.read(sweep.rows, CELL)}
     cells: list[Cell] = [
         (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds
     ]
@@ -79,7 +80,8 @@ def run(sweep: Sweep) -> None:
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
-    return row["method"], row["optimizer"], row["sparsity_asked"], row["seed"]
+    method, optimizer, sparsity, seed = (row[field] for field in CELL)
+    return method, optimizer, sparsity, seed
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -72,7 +72,7 @@ def run(arguments: Arguments) -> list[Row]:
 
     Each row is stored as soon as it is there, so that an interrupted table goes on where it was, on any machine.
     """
-    best = {} if arguments.tuned is None else tune.best(arguments.tuned)
+    best = None if arguments.tuned is None else tune.best(arguments.tuned)
     pairs = [(r, _config(r, seed, arguments, best)) for r in chosen(arguments) for seed in arguments.seeds]
     stored = {(row["recipe"]["name"], row["seed"]): row for row in jsonl.read(rows_file(arguments))}
     rows = []
@@ -95,9 +95,9 @@ def rows_file(arguments: Arguments) -> Path:
     return arguments.results / f"{arguments.table}_{arguments.scale}.jsonl"
 
 
-def _config(recipe: Recipe, seed: int, arguments: Arguments, best: dict[str, float]) -> Config:
+def _config(recipe: Recipe, seed: int, arguments: Arguments, best: dict[str, float] | None) -> Config:
     config = scaled(recipe, arguments.scale)
-    if best and config.optimizer != "sgd":
+    if best is not None and config.optimizer != "sgd":
         config = dataclasses.replace(config, rho=tune.of(recipe, best))
     return dataclasses.replace(config, seed=seed, data=arguments.data, out=arguments.out)
 

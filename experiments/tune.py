@@ -51,7 +51,7 @@ def best(file: Path) -> dict[str, float]:
     if not file.is_file():
         raise FileNotFoundError(f"There are no rows in {file}; python -m experiments.tune makes them.")
     found: dict[str, dict[str, Any]] = {}
-    for row in sorted(jsonl.read(file), key=lambda row: row["config"]["rho"]):
+    for row in sorted(jsonl.read(file, ("setting", "accuracy", "config")), key=lambda row: row["config"]["rho"]):
         if row["accuracy"] > found.get(row["setting"], {"accuracy": 0.0})["accuracy"]:
             found[row["setting"]] = row
     return {name: row["config"]["rho"] for name, row in found.items()}

@@ -79,3 +79,39 @@ def test_a_bug_keeps_its_traceback(bug, error, monkeypatch):
     monkeypatch.setattr(cli, "PACKAGES", (*cli.PACKAGES, __name__.partition(".")[0]))
     with pytest.raises(error), cli.one_line():
         bug()
+
+
+def write(file, text):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "message"),
+    [
+        (draw.main, ["curves", "{text}"], "line 1, is not a row"),
+        (draw.main, ["curves", "{rows}"], "line 1, is a row of another kind: it lacks config, seed, epoch"),
+        (draw.main, ["surfaces", "{rows}"], "it lacks config, seed, surface"),
+        (evaluate.main, ["{run}"], "config.json is not the config of a run"),
+        (table.main, ["budget", "--tuned", "{rows}"], "it lacks setting, accuracy"),
+        (table.main, ["budget", "--tuned", "{none}"], "No rho was tuned for dense.sam"),
+        (train.main, ["--dataset", "cifar10", "--data", "{text}"], "cannot be read as an .npz of plain arrays"),
+        (train.main, ["--method", "dense", "--drop-fraction", "0.3"], "dense has no such option"),
+        (train.main, ["--method", "dense", "--structure", "channel"], "a dense network has none"),
+    ],
+)
+def test_so_do_files_of_another_kind_and_options_without_effect(main, options, message, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    files = {
+        "text": write(tmp_path / "text.npz", "no row\n"),
+        "rows": write(tmp_path / "rows.jsonl", "{}\n"),
+        "none": write(tmp_path / "none.jsonl", ""),
+        "run": str(tmp_path / "run"),
+    }
+    write(tmp_path / "run" / "config.json", "[1, 2]")
+    with pytest.raises(SystemExit, match=r"^error: ") as stop:
+        main([option.format(**files) for option in options])
+    assert message in str(stop.value)
+    assert not list((tmp_path / "work").rglob("metrics.jsonl"))
