@@ -67,7 +67,7 @@ def esam(
       [3.3 4.4]
     """
     check_non_negative(eps, "eps")
-    if not 0 < beta <= 1:
+    if isinstance(beta, int | float) and not 0 < beta <= 1:  # inject_hyperparams passes arrays
         raise ValueError(f"esam's beta is the probability of perturbing a leaf and must lie in (0, 1]; got {beta}.")
     rho_at = schedule(rho, "rho")
 

@@ -55,13 +55,14 @@ def averaged_gradient(
             total, model_state = carry
             index, part = index_and_batch
             out, model_state = one(params, model_state, part, jax.random.fold_in(key, index))
-            return (jax.tree.map(lambda t, x: t + x / parts, total, out), model_state), None
+            return (jax.tree.map(lambda t, x: t + x.astype(t.dtype) / parts, total, out), model_state), None
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        # In float32 or wider: in bfloat16 many small parts would be lost beside their sum.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), first)
         # Unrolled on CPU, where XLA is slow at convolution gradients inside loops.
         unroll = parts if jax.default_backend() == "cpu" else 1
         (total, new), _ = jax.lax.scan(body, (zeros, model_state), (jnp.arange(parts), micro), unroll=unroll)
-        grads, loss, metrics = total
+        grads, loss, metrics = jax.tree.map(lambda t, x: t.astype(x.dtype), total, first)
         return Gradient(grads, loss, new, metrics)
 
     return averaged

@@ -36,6 +36,11 @@ def cosine(fraction: float, step: jax.Array, end: int) -> jax.Array:
     return 0.5 * fraction * (1.0 + jnp.cos(jnp.pi * progress))
 
 
+def rounded_up(amount: jax.Array) -> jax.Array:
+    """To int32; the slack is for products that float32 puts a few ulps above a whole number."""
+    return jnp.ceil(amount * (1 - 2**-21)).astype(jnp.int32)
+
+
 def sparse_leaves(x: MaskInputs, tree: Any) -> list[Any]:
     """The leaves of a tree like the parameters that are to be sparse."""
     planned = zip(jax.tree.leaves(tree), jax.tree.leaves(x.sparsities), strict=True)

@@ -38,25 +38,26 @@ class HostClock:
         self._last: list[Callable[[], Any]] = []
         self._clocks: dict[str, tuple[int, int]] = {}
 
-    def flags(self, opt_state: Any) -> tuple[tuple[str, bool], ...]:
+    def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
+        """What is due at this call. ``beside`` are arrays that tell, with the state, that nobody has exchanged it."""
         owners = self._owners(opt_state)
-        if not self._knows(owners):
+        if not self._knows([*(state.step for state in owners.values()), *beside]):
             self._clocks = self._read(owners)
         return tuple((name, now == due) for name, (now, due) in self._clocks.items())
 
-    def advance(self, opt_state: Any, flags: tuple[tuple[str, bool], ...]) -> None:
+    def advance(self, flags: tuple[tuple[str, bool], ...], opt_state: Any, *beside: Any) -> None:
         owners = self._owners(opt_state) if flags else {}
         if any(due for _, due in flags):
             self._clocks = self._read(owners)
         else:
             self._clocks = {name: (now + 1, due) for name, (now, due) in self._clocks.items()}
-        self._last = [weakref.ref(state.step) for state in owners.values()]
+        self._last = [weakref.ref(array) for array in (*(state.step for state in owners.values()), *beside)]
 
-    def _knows(self, owners: dict[str, Any]) -> bool:
-        """Whether these are the very states that the last step has handed out."""
-        if len(self._last) != len(owners):
+    def _knows(self, arrays: list[Any]) -> bool:
+        """Whether these are the very arrays that the last step has handed out."""
+        if len(self._last) != len(arrays):
             return False
-        return all(last() is state.step for last, state in zip(self._last, owners.values(), strict=True))
+        return all(last() is array for last, array in zip(self._last, arrays, strict=True))
 
     def _owners(self, opt_state: Any) -> dict[str, Any]:
         """The states with a clock, by the name of their flag; none where calls and updates may differ."""

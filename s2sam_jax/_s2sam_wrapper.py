@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._masks import SparseState
+from s2sam_jax._masks import SparseState, get_masks
 from s2sam_jax._msam import MSAMState
 from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
 from s2sam_jax._s2sam import S2SAMState
-from s2sam_jax._tree import align, find_states, increment, masked
+from s2sam_jax._tree import find_states, increment, masked
 from s2sam_jax._types import Params, ScalarOrSchedule
 
 
@@ -57,8 +57,8 @@ def s2sam_wrapper(
       A transformation whose updates move the loop's parameters from one perturbed point to the next.
 
     Raises:
-      ValueError: for a negative ``rho`` or ``eps``, an ``inner`` with :func:`s2sam` in it, or an update without
-        ``params``.
+      ValueError: for a negative ``rho`` or ``eps``, an ``inner`` with :func:`s2sam`, :func:`msam`,
+        ``optax.MultiSteps`` or ``optax.apply_if_finite`` in it, or an update without ``params``.
 
     Reference:
       As :func:`s2sam`.
@@ -82,6 +82,12 @@ def s2sam_wrapper(
         inner_state = inner.init(clean)
         if find_states(inner_state, S2SAMState) or find_states(inner_state, MSAMState):
             raise ValueError("s2sam_wrapper around s2sam() or msam() would perturb twice; use one of them.")
+        for kind, name in ((optax.MultiStepsState, "MultiSteps"), (optax.ApplyIfFiniteState, "apply_if_finite")):
+            if find_states(inner_state, kind):
+                raise ValueError(
+                    f"s2sam_wrapper(optax.{name}(...)) would perturb along gradients that {name} holds back; put "
+                    f"{name} outside: optax.{name}(s2sam_wrapper(...))."
+                )
         return S2SAMWrapperState(jnp.zeros((), jnp.int32), clean, inner_state)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -134,6 +140,4 @@ def eval_params(params: Params, opt_state: Any) -> Params:
 
 def _on_masks(inner_state: Any, tree: Any) -> Any:
     """Zero off the masks of the wrapped optimizer, if it has any."""
-    for sparse in find_states(inner_state, SparseState):
-        tree = masked(align(sparse.masks, tree), tree)
-    return tree
+    return masked(get_masks(inner_state, tree), tree) if find_states(inner_state, SparseState) else tree

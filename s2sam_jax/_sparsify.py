@@ -180,10 +180,11 @@ def sparsify(
             inner_state = map_states(lambda s: mask_mirrored(new.masks, s), inner_state, S2SAMState)
 
         steps = jax.tree.map(jnp.zeros_like, updates)
-        if new.skip is not True:
+        skip = new.skip if isinstance(new.skip, jax.Array) else bool(new.skip)
+        if skip is not True:
             moved = run_inner(updates, inner_state, weights, new.masks, grad_fn, extra_args)
             stayed = (steps, inner_state)
-            steps, inner_state = where(new.skip, stayed, moved) if isinstance(new.skip, jax.Array) else moved
+            steps, inner_state = where(skip, stayed, moved) if isinstance(skip, jax.Array) else moved
 
         step = increment(state.step)
         next_update = state.next_update if due is False else _next_update(method, when, step)

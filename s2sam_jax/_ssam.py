@@ -14,7 +14,7 @@ from s2sam_jax._sam import climber
 from s2sam_jax._select import random_scores
 from s2sam_jax._sparsity import check_sparsity
 from s2sam_jax._structure import NM, UNSTRUCTURED, Unstructured, same
-from s2sam_jax._tree import align, copy_key, increment
+from s2sam_jax._tree import align, at_least_f32, copy_key, increment
 from s2sam_jax._types import NEVER, Compat, Every, Masks, Params, ScalarOrSchedule
 
 
@@ -197,11 +197,11 @@ def empirical_fisher(
 
     def fisher(params, batch):
         size = jax.tree.leaves(batch)[0].shape[0]
-        total = jax.tree.map(jnp.zeros_like, params)
+        total = jax.tree.map(lambda p: jnp.zeros_like(at_least_f32(p)), params)  # squares are small numbers
         # A Python loop: XLA's CPU backend is slow at convolution gradients inside a scan.
         for start in range(0, size, chunk_size):
             grads = per_example(params, jax.tree.map(lambda x, s=start: x[s : s + chunk_size], batch))
-            total = jax.tree.map(lambda t, g: t + jnp.sum(jnp.square(g), axis=0), total, grads)
+            total = jax.tree.map(lambda t, g: t + jnp.sum(jnp.square(at_least_f32(g)), axis=0), total, grads)
         return total
 
     return fisher

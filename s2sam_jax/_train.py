@@ -25,7 +25,7 @@ from s2sam_jax._masks import SparseState
 from s2sam_jax._ssam import empirical_fisher
 from s2sam_jax._train_checks import check_climbs, check_options, check_state, climbing
 from s2sam_jax._train_state import TrainState
-from s2sam_jax._tree import find_states, norm
+from s2sam_jax._tree import find_states, norm, where
 from s2sam_jax._types import Params
 
 Flags = tuple[tuple[str, bool], ...]
@@ -176,9 +176,10 @@ def _two_programs(differentiate: Callable[..., Gradient], update: Callable[..., 
     clock = HostClock()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        flags = clock.flags(state.opt_state)
+        # A step that is refused moves no clock: whoever lifts the freeze exchanges first_bad_step.
+        flags = clock.flags(state.opt_state, state.first_bad_step)
         new_state, metrics = update(state, differentiate(state, batch), batch, flags)
-        clock.advance(new_state.opt_state, flags)
+        clock.advance(flags, new_state.opt_state, new_state.first_bad_step)
         return new_state, metrics
 
     return step
@@ -210,18 +211,26 @@ def _freeze_if_bad(
 ) -> TrainState:
     """Takes the step, unless its loss or update, or that of an earlier one, was not finite.
 
-    Not the gradient: what it holds behind a mask does not matter. Under ``apply_if_finite`` a bad loss does not either.
+    Not the gradient: what it holds behind a mask does not matter. Where tx itself passes over bad steps a bad loss does
+    not either, but for the statistics that come with it.
     """
-    finite = jnp.isfinite(update_norm)
-    if not find_states(state.opt_state, optax.ApplyIfFiniteState):
-        finite &= jnp.isfinite(loss)
+    passed_over = _passes_over(state.opt_state)
+    finite = jnp.isfinite(update_norm) & (passed_over | jnp.isfinite(loss))
     first_bad_step = jnp.where(finite | (state.first_bad_step >= 0), state.first_bad_step, state.step)
     old = (state.params, state.model_state, state.opt_state)
     good = first_bad_step < 0
     params, model_state, opt_state = jax.tree.map(
         lambda new, was: new if new is was else jnp.where(good, new, was), proposal, old
     )
+    if passed_over:
+        model_state = where(jnp.isfinite(loss), model_state, state.model_state)
     return TrainState(state.step + 1, params, model_state, opt_state, state.key, first_bad_step)
+
+
+def _passes_over(opt_state: Any) -> bool:
+    """Whether a wrapper leaves out the steps whose gradients are not finite."""
+    skipping = any(outer.skip_state for outer in find_states(opt_state, optax.MultiStepsState))
+    return skipping or bool(find_states(opt_state, optax.ApplyIfFiniteState))
 
 
 def _rho(before: Any, after: Any) -> Metrics:

@@ -8,6 +8,7 @@ import optax
 from s2sam_jax._esam import ESAMState, check_fraction
 from s2sam_jax._gsam import GSAMState
 from s2sam_jax._looksam import LookSAMState
+from s2sam_jax._masks import SparseState
 from s2sam_jax._sam import SAMState
 from s2sam_jax._ssam import SSAMState
 from s2sam_jax._train_state import TrainState
@@ -67,6 +68,12 @@ def check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
             "opt_state is not a state of this tx; restore checkpoints into the structure of "
             "TrainState.create(params, tx)"
             f":\n  expected {want}\n  got      {have}"
+        )
+    sparse = find_states(expected, SparseState)
+    if sparse and len(climbing(expected)) > sum(len(climbing(one.inner_state)) for one in sparse):
+        raise ValueError(
+            f"{KIN} outside sparsify would perturb pruned weights, along their dense gradients; put it inside: "
+            "sparsify(chain(sam(), ...))."
         )
     if any(climbing(outer) for outer in find_states(expected, optax.MultiStepsState)):
         raise ValueError(

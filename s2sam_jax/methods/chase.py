@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._channels import ChannelGroup, group_sizes
 from s2sam_jax._exploration import check_groups, filters, keep_channels, masks_of, total_width, whole
-from s2sam_jax._growth import cosine, first_and_last, random_init, replace_sparse, sparse_leaves
+from s2sam_jax._growth import cosine, first_and_last, random_init, replace_sparse, rounded_up, sparse_leaves
 from s2sam_jax._pruning import sparse_size
 from s2sam_jax._select import kept, ones, select
 from s2sam_jax._sparsity import check_sparsity
@@ -154,7 +154,7 @@ def chase(
         more = whole(cosine(extra, x.step, round(exploration_end * last)) * sparse_size(x))
         share = cosine(1.0, x.step, last)
         fraction = drop_fraction * share + final_fraction * (1.0 - share)  # exact at both ends
-        left = live - jnp.ceil(live * fraction).astype(jnp.int32)
+        left = live - rounded_up(live * fraction)
         return jnp.where(exploring, budget, jnp.minimum(budget, left)), budget + jnp.where(exploring, more, 0)
 
     def update(x: MaskInputs, state: ChaseState) -> MaskUpdate:

@@ -56,7 +56,8 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
             raise TypeError(
                 "grasp needs grad_fn for its Hessian product: tx.update(grads, state, params, grad_fn=grad_fn)."
             )
-        scores = jax.tree.map(jnp.multiply, x.params, _hvp(x.grad_fn, x.params, x.grads))
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), x.grads, x.params)
+        scores = jax.tree.map(jnp.multiply, x.params, _hvp(x.grad_fn, x.params, grads))
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
         if not keep_at_least:
             warn_if_collapsed(masks, "grasp")

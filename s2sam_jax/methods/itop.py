@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import cosine, first_and_last, grow, random_init, sparse_leaves
+from s2sam_jax._growth import cosine, first_and_last, grow, random_init, rounded_up, sparse_leaves
 from s2sam_jax._select import random_scores, select
 from s2sam_jax._tree import find_states
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
@@ -76,7 +76,7 @@ def itop(
         share = cosine(1.0, x.step, first_and_last(x, "itop")[1])
         fraction = drop_fraction * share + final_fraction * (1.0 - share)  # exact at both ends
         old, live = sparse_leaves(x, x.masks), sparse_leaves(x, x.nnz)
-        moved = [jnp.ceil(n * fraction).astype(jnp.int32) for n in live]
+        moved = [rounded_up(n * fraction) for n in live]
         weights = sparse_leaves(x, x.params)
         survivors = [n - k for n, k in zip(live, moved, strict=True)]
         keep = select([jnp.abs(w) for w in weights], count=survivors, among=old)
