@@ -139,6 +139,9 @@ class Config:
         for name in ("update_every", "ssam_update_every"):
             value = getattr(self, name)
             _check(value is None or value > 0, name, "above 0 epochs", value)
+        _check(self.rounds is None or self.rounds >= 1, "rounds", "at least 1", self.rounds)
+        rewinds = self.method in ("lottery", "lrr") and self.prune_fraction is not None
+        _check(not rewinds or 0 < (self.prune_fraction or 0) < 1, "prune_fraction", "in (0, 1)", self.prune_fraction)
         _check(self.validation >= 0, "validation", "at least 0", self.validation)
         streamed = self.dataset in ("imagenet2012", "wmt14")
         _check(not (self.validation and streamed), "validation", f"0 for {self.dataset}", self.validation)

@@ -31,7 +31,6 @@ def make(
     total_steps = config.epochs * steps_per_epoch
     optimizer = optax.chain(_sharpness(config, steps_per_epoch, total_steps), *_base(config, steps_per_epoch))
     if config.method == "dense":
-        sparse_methods.check_dense(config)
         return optimizer
     return sparsify(
         optimizer,

@@ -79,7 +79,7 @@ def begin(config: Config, overwrite: bool = False) -> Path:
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
+        write(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
     sharding.wait_for_all("begin")
     return folder
 
@@ -94,7 +94,7 @@ def append(folder: Path, row: Row) -> None:
         file = folder / METRICS
         lines = file.read_text().splitlines() if file.is_file() else []
         kept = [line for line in lines if _epoch(line) < row["epoch"]]
-        _write(file, "".join(line + "\n" for line in [*kept, json.dumps(row)]))
+        write(file, "".join(line + "\n" for line in [*kept, json.dumps(row)]))
 
 
 def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
@@ -198,7 +198,7 @@ def _epoch(line: str) -> float:
         return float("inf")
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, text: str) -> None:
     """The file is replaced at once or not at all."""
     partial = file.with_suffix(".partial")
     partial.write_text(text)

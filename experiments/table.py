@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, comparison, jsonl, plots, recipes, runs, train, tune
-from experiments.config import Config, OptimizerName, portable
+from experiments.config import Config, OptimizerName, choices, portable
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.record import Row
@@ -75,10 +75,12 @@ def run(arguments: Arguments) -> list[Row]:
     best = None if arguments.tuned is None else tune.best(arguments.tuned)
     pairs = [(r, _config(r, seed, arguments, best)) for r in chosen(arguments) for seed in arguments.seeds]
     stored = {(row["recipe"]["name"], row["seed"]): row for row in jsonl.read(rows_file(arguments))}
+    for recipe, config in pairs:
+        _check_same(stored.get((recipe.name, config.seed)), config, rows_file(arguments))
     rows = []
     for recipe, config in track(pairs, description="runs"):
         row = stored.get((recipe.name, config.seed))
-        if row is None or Config.from_json(row["config"]).digest != config.digest:
+        if row is None:
             try:
                 if not config.run_dir.is_dir():
                     train.train(train.Arguments(config), Console(quiet=True))
@@ -89,6 +91,18 @@ def run(arguments: Arguments) -> list[Row]:
             store([row], rows_file(arguments))
         rows.append(row)
     return rows
+
+
+def _check_same(row: Row | None, config: Config, file: Path) -> None:
+    """Raises a ValueError that names in what a stored row is of another run: it is not to be replaced unasked."""
+    if row is None or Config.from_json(row["config"]).digest == config.digest:
+        return
+    there, here = choices(row["config"]), choices(config.to_json())
+    differing = ", ".join(f"{k}={there.get(k)} there, {here.get(k)} here" for k in here if there.get(k) != here.get(k))
+    raise ValueError(
+        f"{file} has a row of {row['recipe']['name']}, seed {row['seed']}, from another config: {differing}. Pass "
+        "--tuned if it was made so, give another folder as --results, or take the row out of the file."
+    )
 
 
 def rows_file(arguments: Arguments) -> Path:
@@ -151,7 +165,7 @@ def store(rows: list[Row], file: Path) -> list[Row]:
     order = {name: place for place, name in enumerate(recipes.names())}
     merged = {(row["recipe"]["name"], row["seed"]): row for row in [*old, *rows]}
     kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
-    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    runs.write(file, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
 
 

@@ -15,7 +15,7 @@ from jax.experimental.checkify import JaxRuntimeError
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, display, flops, loop, plots, recipes, runs, seeds, sharding, tasks
+from experiments import cli, display, flops, loop, plots, recipes, runs, seeds, sharding, sparse_methods, tasks
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
@@ -112,6 +112,8 @@ def _configs(arguments: Arguments) -> dict[str, Config]:
     """Of every run asked for, by what tells it from the others."""
     if arguments.vmap and len(set(arguments.seeds)) < 2:
         raise ValueError(f"--vmap trains several seeds side by side: give them as --seeds; got {arguments.seeds}.")
+    if arguments.config.method == "dense":
+        sparse_methods.check_dense(arguments.config)
     if arguments.vmap and arguments.debug:
         raise ValueError("--debug checks one run at a time; leave out --vmap.")
     if arguments.debug and "s2sam-opposite" in (arguments.config.optimizer, *arguments.compare):

@@ -89,12 +89,14 @@ def configs(arguments: Arguments) -> list[tuple[str, Config]]:
 
 def run(arguments: Arguments, file: Path) -> None:
     """Each row is written as soon as it is there; what broke down has an accuracy of zero."""
-    done = {(row["setting"], row["config"]["rho"]) for row in jsonl.read(file)}
+    done = {(row["setting"], row["config"]["rho"]) for row in jsonl.read(file, ("setting", "accuracy", "config"))}
     missing = [(name, config) for name, config in configs(arguments) if (name, config.rho) not in done]
+    if not arguments.held_out > 0:
+        raise ValueError(f"held_out is the share of the training images to choose by; got {arguments.held_out}.")
     load = functools.cache(lambda dataset, subset: data.load(dataset, arguments.data, subset))
     for name, config in track(missing, description="runs"):
         dataset, reporter = load(config.dataset, config.subset), sweep.Last()
-        config = dataclasses.replace(config, validation=round(arguments.held_out * len(dataset.train_labels)))
+        config = dataclasses.replace(config, validation=max(1, round(arguments.held_out * len(dataset.train_labels))))
         try:
             loop.train(config, tasks.make(config, dataset), reporter)
             accuracy = reporter.last["test_accuracy_recalibrated"]

@@ -1,5 +1,7 @@
 """A user's mistake ends in one line and exit code 1; a bug keeps its traceback."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 
@@ -8,7 +10,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from experiments import cli, draw, evaluate, table, train, tune
+from experiments import cli, draw, evaluate, recipes, table, train, tune
+from experiments.scales import scaled
 from s2sam_jax import sam
 
 
@@ -23,6 +26,8 @@ from s2sam_jax import sam
         (["--structure", "nm:2"], "nm:2"),
         (["--init-from", "nowhere"], "nowhere"),
         (["--rho", "-1"], "rho must be"),
+        (["--method", "lottery", "--rounds", "0"], "rounds must be at least 1"),
+        (["--method", "lottery", "--prune-fraction", "1"], "prune_fraction must be in (0, 1)"),
         (["--epochs", "0"], "epochs must be"),
         (["--batch-size", "100000"], "batch"),
     ],
@@ -98,6 +103,7 @@ def write(file, text):
         (table.main, ["budget", "--tuned", "{none}"], "No rho was tuned for dense.sam"),
         (train.main, ["--dataset", "cifar10", "--data", "{text}"], "cannot be read as an .npz of plain arrays"),
         (train.main, ["--method", "dense", "--drop-fraction", "0.3"], "dense has no such option"),
+        (tune.main, ["budget", "--held-out", "0", "--scale", "digits", "--rows", "new.jsonl"], "share of the training"),
         (train.main, ["--method", "dense", "--structure", "channel"], "a dense network has none"),
     ],
 )
@@ -114,4 +120,20 @@ def test_so_do_files_of_another_kind_and_options_without_effect(main, options, m
     with pytest.raises(SystemExit, match=r"^error: ") as stop:
         main([option.format(**files) for option in options])
     assert message in str(stop.value)
-    assert not list((tmp_path / "work").rglob("metrics.jsonl"))
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_row_of_another_run_is_not_replaced(tmp_path):
+    """Rows made with a tuned radius outlive the command without it."""
+    recipe = recipes.get("budget.dense.s2sam")
+    config = dataclasses.replace(scaled(recipe, "digits"), rho=0.2)
+    row = {"recipe": {"name": recipe.name}, "seed": 0, "config": config.to_json()}
+    file = tmp_path / "budget_digits.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    options = ["--scale", "digits", "--methods", "dense", "--optimizers", "s2sam", "--results", str(tmp_path)]
+    with pytest.raises(
+        SystemExit, match=r"row of budget\.dense\.s2sam, seed 0, .* rho=0\.2 there, 0\.05 here"
+    ):
+        table.main(["budget", *options, "--out", str(tmp_path / "runs")])
+    assert json.loads(file.read_text()) == row
+    assert not (tmp_path / "runs").exists()

@@ -376,8 +376,11 @@ def test_rows_are_enough_to_go_on_from_unless_the_config_differs(tmp_path, train
     file = tmp_path / "results" / "table1_cpu.jsonl"
     older = {**first[1], "config": first[1]["config"] | {"epochs": 3}}
     table.store([older], file)
-    assert table.run(arguments_of(tmp_path)) == first
-    assert [(c.optimizer, c.seed) for c in trained[4:]] == [(first[1]["config"]["optimizer"], first[1]["seed"])]
+    before = file.read_text()
+    with pytest.raises(ValueError, match=r"seed 1, from another config: epochs=3 there, 9 here\. .* take the row out"):
+        table.run(arguments_of(tmp_path))
+    assert file.read_text() == before
+    assert len(trained) == 4
 
 
 def test_stored_rows_grow_and_are_replaced(tmp_path, trained):

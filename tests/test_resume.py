@@ -211,7 +211,7 @@ def test_another_config_is_refused_and_named(interrupted):
             start(interrupted.parent)
         assert snapshot(interrupted) == before
     file.write_text(original[: len(original) // 2])
-    with pytest.raises(ValueError, match=r"config\.json is not the config of a run"):
+    with pytest.raises(SystemExit, match=r"config\.json is not the config of a run"):
         start(interrupted.parent)
     start(interrupted.parent, "--overwrite")
     assert not interrupted.exists()
