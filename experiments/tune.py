@@ -20,6 +20,8 @@ from experiments.config import Config
 from experiments.recipes import Recipe
 from experiments.scales import Scale, scaled
 
+FIELDS = ("setting", "accuracy", "config")  # What a row must have.
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -51,7 +53,7 @@ def best(file: Path) -> dict[str, float]:
     if not file.is_file():
         raise FileNotFoundError(f"There are no rows in {file}; python -m experiments.tune makes them.")
     found: dict[str, dict[str, Any]] = {}
-    for row in sorted(jsonl.read(file, ("setting", "accuracy", "config")), key=lambda row: row["config"]["rho"]):
+    for row in sorted(jsonl.read(file, FIELDS), key=lambda row: row["config"]["rho"]):
         if row["accuracy"] > found.get(row["setting"], {"accuracy": 0.0})["accuracy"]:
             found[row["setting"]] = row
     return {name: row["config"]["rho"] for name, row in found.items()}
@@ -89,7 +91,7 @@ def configs(arguments: Arguments) -> list[tuple[str, Config]]:
 
 def run(arguments: Arguments, file: Path) -> None:
     """Each row is written as soon as it is there; what broke down has an accuracy of zero."""
-    done = {(row["setting"], row["config"]["rho"]) for row in jsonl.read(file, ("setting", "accuracy", "config"))}
+    done = {(row["setting"], row["config"]["rho"]) for row in jsonl.read(file, FIELDS)}
     missing = [(name, config) for name, config in configs(arguments) if (name, config.rho) not in done]
     if not arguments.held_out > 0:
         raise ValueError(f"held_out is the share of the training images to choose by; got {arguments.held_out}.")

@@ -140,8 +140,8 @@ def chase(
         done = (x.step - first_and_last(x, "chase")[0]) // interval
         remaining = 1.0 - jnp.clip(done / max(count, 1), 0.0, 1.0)
         doomed = sum(live.size for live in alive) - width
-        # Counted down from the end, where it is exact; the slack is for a product a few ulps above a whole number.
-        left = width + jnp.ceil(doomed * (1 - 2**-21) * remaining**3).astype(jnp.int32)
+        # Counted down from the end, where it is exact in float32.
+        left = width + rounded_up(doomed * remaining**3)
         scores = [jnp.mean(jnp.abs(rows), axis=1) for rows in filters(x.params, groups)]
         return keep_channels(scores, left, at_least, among=alive)
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import first_and_last, replace_sparse, sparse_leaves, total_zeros
+from s2sam_jax._growth import first_and_last, replace_sparse, rounded_up, sparse_leaves, total_zeros
 from s2sam_jax._select import Scope, kept, ones, select
 from s2sam_jax._structure import NM
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
@@ -63,9 +63,8 @@ def gmp(scope: Scope = "leaf") -> SparseMethod:
         remaining = jnp.clip((last - x.step) / max(last - first, 1), 0.0, 1.0)
 
         def live(size: int, zeros: int) -> jax.Array:
-            # Counted down from the end, where it is exact in float32. On the way the product may come out a few ulps
-            # above a whole number: hence the slack.
-            return size - zeros + jnp.ceil(zeros * (1 - 2**-21) * remaining**3).astype(jnp.int32)
+            # Counted down from the end, where it is exact in float32.
+            return size - zeros + rounded_up(zeros * remaining**3)
 
         if scope == "leaf":
             planned = zip(weights, sparse_leaves(x, x.sparsities), strict=True)
