@@ -253,6 +253,15 @@ def test_overfitting_is_compared_at_equal_steps():
         assert dataclasses.replace(config, optimizer="sgd", rho=0.05) == base
 
 
+def test_overfitting_has_a_dense_control():
+    found = recipes.of_table("overfit-cifar10")
+    assert [recipe.config.method for recipe in found] == ["dense"] * 5 + ["rigl"] * 5
+    for recipe in found:
+        base = recipes.get(recipe.baseline or recipe.name)
+        assert dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05) == base.config
+        assert base.name.endswith("-sgd")
+
+
 def test_work_a_step():
     """SSAM's is that of its tables."""
     printed = {0.5: 1.65, 0.8: 1.44, 0.9: 1.36, 0.95: 1.33, 0.98: 1.31, 0.99: 1.30}
