@@ -1,7 +1,8 @@
-"""The train steps of the recipes: of every one at full size, traced; and real ones of a narrow network."""
+"""The train steps of the recipes: at full size, traced; and real ones of a narrow network."""
 
 import dataclasses
 import functools
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -17,16 +18,20 @@ from s2sam_jax._tree import find_states
 
 
 def kinds() -> dict[str, Config]:
-    """Recipes whose programs differ, not in their sparsity, seed or schedule alone; digits are no full size."""
-    found = {}
-    configs = {name: recipes.get(name).config for name in recipes.names("")}
-    for name, config in configs.items():
-        if config.dataset == "digits":
-            continue
-        found.setdefault(
-            (config.model, config.dataset, config.method, config.optimizer, config.distribution, config.base), name
-        )
-    return {name: recipes.get(name).config for name in found.values()}
+    """Few recipes at full size in which any two of model with data, method and optimizer that ever meet do meet."""
+    configs = {name: recipes.get(name).config for name in recipes.names()}
+    pairs = {name: _pairs(config) for name, config in configs.items() if config.subset is None}
+    left, found = set().union(*pairs.values()), {}
+    while left:
+        name = max(pairs, key=lambda name: len(pairs[name] & left))
+        left -= pairs[name]
+        found[name] = configs[name]
+    return found
+
+
+def _pairs(config):
+    parts = (config.model, config.dataset), config.method, (config.optimizer, config.base)
+    return set(itertools.combinations(parts, 2))
 
 
 @functools.cache
