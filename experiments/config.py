@@ -196,6 +196,17 @@ def choices(stored: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+def differences(stored: dict[str, Any], wanted: Config) -> list[str]:
+    """In what a config as JSON is another run than the one wanted, a line a field."""
+    there = choices(stored) | {"seed": stored.get("seed")}
+    here = choices(wanted.to_json()) | {"seed": wanted.seed}
+    return [
+        f"{field}: {json.dumps(there.get(field))} there, {json.dumps(here.get(field))} asked for"
+        for field in dict.fromkeys([*here, *there])
+        if field not in here or there[field] != here[field]
+    ]
+
+
 def _check_name(field: str, value: str | None, known: Any) -> None:
     if value not in known:
         raise ValueError(f"Unknown {field} {value!r}; there are {', '.join(name for name in known if name)}.")

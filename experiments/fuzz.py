@@ -134,7 +134,7 @@ def _check(case: Case, params: Any, state: Any, old_params: Any, old_state: Any)
     """Every promise, in NumPy."""
     sparse, old = (_sparse_state(tree) for tree in (state, old_state))
     leaves, masks = jax.tree.leaves_with_path(params), [np.asarray(mask) for mask in jax.tree.leaves(sparse.masks)]
-    counts, before = [int(n) for n in jax.tree.leaves(sparse.nnz)], jax.tree.leaves(old_params)
+    counts, before = sparse.nnz.tolist(), jax.tree.leaves(old_params)
     for (path, leaf), old_leaf, mask, count in zip(leaves, before, masks, counts, strict=True):
         name, values = jax.tree_util.keystr(path), np.asarray(leaf).astype(np.float64)
         if mask.dtype != bool or mask.shape != values.shape or int(mask.sum()) != count:

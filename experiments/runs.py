@@ -18,7 +18,7 @@ import jax
 
 import s2sam_jax
 from experiments import checkpoint, loop, optimizers, plots, sharding, tasks
-from experiments.config import Config, choices
+from experiments.config import Config, differences
 from experiments.record import Row
 from s2sam_jax import TrainState, eval_params, get_masks
 
@@ -173,16 +173,9 @@ def _check_config(folder: Path, config: Config) -> None:
     if not file.is_file():
         return
     try:
-        values = json.loads(file.read_text())
-        stored = choices(values) | {"seed": values.get("seed")}
+        differing = differences(json.loads(file.read_text()), config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the config of a run ({error}). Train anew with --overwrite.") from error
-    wanted = choices(config.to_json()) | {"seed": config.seed}
-    differing = [
-        f"{field}: {json.dumps(stored.get(field))} there, {json.dumps(wanted.get(field))} asked for"
-        for field in dict.fromkeys([*wanted, *stored])
-        if field not in wanted or stored[field] != wanted[field]
-    ]
     if differing:
         raise ValueError(
             f"The unfinished run {folder} has another config:\n  " + "\n  ".join(differing) + "\n"

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, comparison, jsonl, plots, recipes, runs, train, tune
-from experiments.config import Config, OptimizerName, choices, portable
+from experiments.config import Config, OptimizerName, differences, portable
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.record import Row
@@ -95,14 +95,12 @@ def run(arguments: Arguments) -> list[Row]:
 
 def _check_same(row: Row | None, config: Config, file: Path) -> None:
     """Raises a ValueError that names in what a stored row is of another run: it is not to be replaced unasked."""
-    if row is None or Config.from_json(row["config"]).digest == config.digest:
-        return
-    there, here = choices(row["config"]), choices(config.to_json())
-    differing = ", ".join(f"{k}={there.get(k)} there, {here.get(k)} here" for k in here if there.get(k) != here.get(k))
-    raise ValueError(
-        f"{file} has a row of {row['recipe']['name']}, seed {row['seed']}, from another config: {differing}. Pass "
-        "--tuned if it was made so, give another folder as --results, or take the row out of the file."
-    )
+    if row is not None and (differing := differences(row["config"], config)):
+        raise ValueError(
+            f"{file} has a row of {row['recipe']['name']}, seed {row['seed']}, from another config:\n  "
+            + "\n  ".join(differing)
+            + "\nPass --tuned if it was made so, give another folder as --results, or take the row out of the file."
+        )
 
 
 def rows_file(arguments: Arguments) -> Path:

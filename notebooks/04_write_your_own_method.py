@@ -96,7 +96,7 @@ for _ in range(3):
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     check_masks(params, opt_state)
-    print(np.round(np.asarray(params["kernel"]), 2), f"{int(opt_state.nnz['kernel'])} live")
+    print(np.round(np.asarray(params["kernel"]), 2), f"{int(opt_state.nnz.sum())} live")
 
 # %% [markdown]
 # At its first update the method remembers nothing, so that the smallest weights go, as in RigL. The second shows the

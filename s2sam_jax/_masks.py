@@ -30,7 +30,8 @@ class SparseState(NamedTuple):
       step: int32[], calls of update; the clock of the mask updates.
       next_update: int32[], the call at which the masks change next.
       masks: bool, treedef, shapes and sharding of the parameters; all true on dense leaves.
-      nnz: int32[] per leaf, ones in the mask, written only when masks are (:func:`check_masks` compares).
+      nnz: int32[leaves], ones in each mask, in the order of ``jax.tree.leaves``; written only when masks are
+        (:func:`check_masks` compares). One array, as one a leaf would cost every step their handling.
       key: typed PRNG key (Orbax keeps it; formats without such keys need ``jax.random.key_data``); a mask update uses
         ``fold_in(key, step)``.
       method_state: what the method keeps.
@@ -40,20 +41,19 @@ class SparseState(NamedTuple):
     step: jax.Array
     next_update: jax.Array
     masks: Masks
-    nnz: Any
+    nnz: jax.Array
     key: jax.Array
     method_state: Any
     inner_state: Any
 
 
-def count_masks(masks: Masks, before: SparseState | None = None) -> Any:
-    """Ones per leaf, int32[]; not counted again where a mask is the very one of the state before."""
-    leaves, treedef = jax.tree.flatten(masks)
-    known = [(None, None)] * len(leaves)
-    if before is not None:
-        known = list(zip(jax.tree.leaves(before.masks), jax.tree.leaves(before.nnz), strict=True))
-    counted = iter(ones([m for m, (old, _) in zip(leaves, known, strict=True) if m is not old]))
-    return treedef.unflatten([n if m is old else next(counted) for m, (old, n) in zip(leaves, known, strict=True)])
+def count_masks(masks: Masks, before: SparseState | None = None) -> jax.Array:
+    """Ones per leaf, int32[leaves]; not counted again where a mask is the very one of the state before."""
+    leaves = jax.tree.leaves(masks)
+    known = {} if before is None else dict(zip(map(id, jax.tree.leaves(before.masks)), before.nnz, strict=True))
+    new = [mask for mask in leaves if id(mask) not in known]
+    known |= zip(map(id, new), ones(new), strict=True)
+    return jnp.stack([known[id(mask)] for mask in leaves]) if leaves else jnp.zeros(0, jnp.int32)
 
 
 def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
@@ -249,10 +249,10 @@ def sparse_faults(
     weights: dict[Path, Any], state: SparseState, fetch: Callable[[Any], Any] = lambda x: x, advice: str = NOT_APPLIED
 ) -> list[Fault]:
     """What may be wrong with masks, with what is behind them, and with the perturbation of the next gradient."""
-    faults, counts, masks = [], named_leaves(state.nnz), named_leaves(state.masks)
-    for path, mask in masks.items():
+    faults, masks = [], named_leaves(state.masks)
+    for (path, mask), count in zip(masks.items(), fetch(state.nnz), strict=True):
         name, weight, alive = "/".join(path), fetch(weights[path]), fetch(mask)
-        faults.append(of_mask(name, alive, fetch(counts[path])))
+        faults.append(of_mask(name, alive, count))
         faults.append(of_pruned(name, weight, alive, advice))
         faults.append(not_finite(name, weight, "weights"))
     return faults + of_perturbation(state.inner_state, masks, fetch)

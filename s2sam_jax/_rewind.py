@@ -1,7 +1,7 @@
 """Iterative pruning in rounds: train, prune a fraction of what is left, go back."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,13 @@ class RewindState(NamedTuple):
     Attributes:
       firings: int32[], times the clock has fired; the first one saves, each later one ends a round.
       params: weights to go back to; ``None`` for ``lrr``.
-      inner_state: leaves of the optimizer state to go back to; without their types, so that nothing which looks for a
-        state inside ``opt_state`` takes the saved one for it.
+      inner_state: the optimizer state to go back to, as a list of its trees like the parameters and its other leaves;
+        without their types, so that nothing which looks for a state inside ``opt_state`` takes the saved one for it.
     """
 
     firings: jax.Array
     params: Params | None
-    inner_state: list[jax.Array]
+    inner_state: list[Any]
 
 
 def remaining_weights(size: int, target: int, fraction: float) -> list[int]:
@@ -47,10 +47,8 @@ def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights:
                 f"reaches {left[-1]} of {left[0]} weights in {len(left) - 1} rounds. Give one, or both in agreement."
             )
         params = jax.tree.map(jnp.array, x.params) if rewind_weights else None
-        saved = RewindState(
-            jnp.zeros((), jnp.int32), params, [jnp.array(leaf) for leaf in jax.tree.leaves(x.inner_state)]
-        )
-        return dense_init(x)._replace(state=saved)
+        inner_state = jax.tree.map(jnp.array, _untyped(x.inner_state, x.params))
+        return dense_init(x)._replace(state=RewindState(jnp.zeros((), jnp.int32), params, inner_state))
 
     def update(x: MaskInputs, state: RewindState) -> MaskUpdate:
         left = remaining_weights(sparse_size(x), global_count(x), fraction)
@@ -58,12 +56,17 @@ def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights:
         ends_round = ~first & (state.firings < len(left))
         count = jnp.asarray(left, jnp.int32)[jnp.minimum(state.firings, len(left) - 1)]
         masks = keep_largest(x, jax.tree.map(jnp.abs, x.params), count)
-        leaves, structure = jax.tree.flatten(x.inner_state)
-        saved_leaves = where(first, leaves, state.inner_state)
-        inner_state = where(ends_round, structure.unflatten(saved_leaves), x.inner_state)
+        saved_state = where(first, _untyped(x.inner_state, x.params), state.inner_state)
+        rewound = jax.tree.unflatten(jax.tree.structure(x.inner_state), jax.tree.leaves(saved_state))
+        inner_state = where(ends_round, rewound, x.inner_state)
         params = where(first, x.params, state.params) if rewind_weights else None
         values = where(ends_round, masked(masks, params), x.params) if rewind_weights else None
-        saved = RewindState(state.firings + 1, params, saved_leaves)
+        saved = RewindState(state.firings + 1, params, saved_state)
         return MaskUpdate(masks, saved, values, inner_state, skip=first | ends_round)
 
     return SparseMethod(init, update, "monotone", ranks="global")
+
+
+def _untyped(inner_state: Any, params: Params) -> list[Any]:
+    structure = jax.tree.structure(params)
+    return jax.tree.leaves(inner_state, is_leaf=lambda node: jax.tree.structure(node) == structure)

@@ -19,11 +19,13 @@ class S2SAMWrapperState(NamedTuple):
 
     Attributes:
       step: int32[], steps taken.
+      rho: float[], the radius of the next gradient's perturbation.
       clean: the unperturbed parameters.
       inner_state: state of the wrapped optimizer, which only ever sees ``clean``.
     """
 
     step: jax.Array
+    rho: jax.Array
     clean: Params
     inner_state: Any
 
@@ -88,19 +90,21 @@ def s2sam_wrapper(
                     f"s2sam_wrapper(optax.{name}(...)) would perturb along gradients that {name} holds back; put "
                     f"{name} outside: optax.{name}(s2sam_wrapper(...))."
                 )
-        return S2SAMWrapperState(jnp.zeros((), jnp.int32), clean, inner_state)
+        step = jnp.zeros((), jnp.int32)
+        return S2SAMWrapperState(step, rho_at(step), clean, inner_state)
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError("s2sam_wrapper needs params: call tx.update(grads, state, params).")
         step = increment(state.step)
+        rho = rho_at(step)
         moves, inner_state = inner.update(updates, state.inner_state, state.clean, **extra_args)
         clean = optax.apply_updates(state.clean, moves)
         leaves, treedef = jax.tree.flatten(clean)
         grads = jax.tree.leaves(_on_masks(inner_state, updates))
-        epsilon = ascent(grads, leaves, rho=rho_at(step), eps=eps)
+        epsilon = ascent(grads, leaves, rho=rho, eps=eps)
         target = treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
-        return jax.tree.map(lambda t, p: t - p, target, params), S2SAMWrapperState(step, clean, inner_state)
+        return jax.tree.map(lambda t, p: t - p, target, params), S2SAMWrapperState(step, rho, clean, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

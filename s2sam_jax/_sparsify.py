@@ -127,10 +127,10 @@ def sparsify(
         def change():
             live = masked(state.masks, params)  # in here, so that it costs nothing where nothing changes
             key = jax.random.fold_in(state.key, state.step)
+            nnz = jax.tree.unflatten(jax.tree.structure(state.masks), list(state.nnz))
             inputs = MaskInputs(
-                live, grads, state.masks, state.nnz, plan(live), state.step, key, when, grad_fn, state.inner_state,
-                structure,
-            )  # fmt: skip
+                live, grads, state.masks, nnz, plan(live), state.step, key, when, grad_fn, state.inner_state, structure
+            )
             new = update_masks(inputs, state.method_state)
             return new, count_masks(new.masks, state)
 

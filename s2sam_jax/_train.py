@@ -22,6 +22,7 @@ from s2sam_jax._gradient import (
 from s2sam_jax._gradient_point import perturb, perturbing
 from s2sam_jax._host_clock import HostClock
 from s2sam_jax._masks import SparseState
+from s2sam_jax._s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._ssam import empirical_fisher
 from s2sam_jax._train_checks import check_climbs, check_options, check_state, climbing
 from s2sam_jax._train_state import TrainState
@@ -235,7 +236,7 @@ def _passes_over(opt_state: Any) -> bool:
 
 def _rho(before: Any, after: Any) -> Metrics:
     """The radius of this step: what perturbs has stored the next one, what climbs the last."""
-    used = [*perturbing(before), *climbing(after)]
+    used = [*perturbing(before), *find_states(before, S2SAMWrapperState), *climbing(after)]
     return {"rho": used[0].rho} if used else {}
 
 
@@ -245,5 +246,5 @@ def _sparsity(state: TrainState) -> Metrics:
         return {}
     total = sum(p.size for p in jax.tree.leaves(state.params))
     covered = sum(m.size for s in sparse for m in jax.tree.leaves(s.masks))
-    alive = sum((n for s in sparse for n in jax.tree.leaves(s.nnz)), jnp.zeros((), jnp.int32))
+    alive = sum((jnp.sum(s.nnz) for s in sparse), jnp.zeros((), jnp.int32))
     return {"sparsity": (covered - alive) / total}

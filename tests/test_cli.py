@@ -131,7 +131,9 @@ def test_a_row_of_another_run_is_not_replaced(tmp_path):
     file = tmp_path / "budget_digits.jsonl"
     file.write_text(json.dumps(row) + "\n")
     options = ["--scale", "digits", "--methods", "dense", "--optimizers", "s2sam", "--results", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"row of budget\.dense\.s2sam, seed 0, .* rho=0\.2 there, 0\.05 here"):
+    with pytest.raises(
+        SystemExit, match=r"(?s)row of budget\.dense\.s2sam, seed 0, .*rho: 0\.2 there, 0\.05 asked for"
+    ):
         table.main(["budget", *options, "--out", str(tmp_path / "runs")])
     assert json.loads(file.read_text()) == row
     assert not (tmp_path / "runs").exists()

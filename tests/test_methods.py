@@ -72,6 +72,23 @@ def test_folder_and_rows_agree():
 
 
 @rows
+def test_optax_finds_what_mirrors_the_parameters(row):
+    """As for partition specs: the state of every method goes through ``optax.tree.map_params``."""
+    tx, params = make(row, optax.adam(0.1)), tree(0)
+    state = tx.init(params)
+
+    def kind(leaf, param):
+        assert leaf.shape == param.shape
+        return "parameter"
+
+    kinds = optax.tree.map_params(tx, kind, state, params, transform_non_params=lambda leaf: "other")
+    assert jax.tree.structure(kinds) == jax.tree.structure(state)
+    for mirrored in (kinds.masks, kinds.inner_state[0].mu):
+        assert set(jax.tree.leaves(mirrored)) == {"parameter"}
+    assert (kinds.step, kinds.key, kinds.inner_state[0].count) == ("other",) * 3
+
+
+@rows
 @pytest.mark.parametrize("ties", [False, True])
 def test_invariants_over_many_updates(row, ties):
     plan = jax.tree.map(lambda p, s: p.size - int(np.floor(round(s * p.size, 6))), tree(0), uniform(

@@ -386,7 +386,9 @@ def test_rows_are_enough_to_go_on_from_unless_the_config_differs(tmp_path, train
     older = {**first[1], "config": first[1]["config"] | {"epochs": 3}}
     table.store([older], file)
     before = file.read_text()
-    with pytest.raises(ValueError, match=r"seed 1, from another config: epochs=3 there, 9 here\. .* take the row out"):
+    with pytest.raises(
+        ValueError, match=r"(?s)seed 1, from another config:\n  epochs: 3 there, 9 asked for\n.*take the row out"
+    ):
         table.run(arguments_of(tmp_path))
     assert file.read_text() == before
     assert len(trained) == 4

@@ -88,7 +88,7 @@ def assert_sparse(history, params, expected_mirrors=None, kernel_names=KERNELS, 
         state = find(step.opt_state, SparseState)
         masks, weights, points = named(state.masks), named(step.params), named(step.point)
         assert {name: m.sum() for name, m in masks.items()} == counts
-        assert {name: int(n) for name, n in named(state.nnz).items()} == counts
+        assert dict(zip(masks, state.nnz.tolist(), strict=True)) == counts
         for name, mask in masks.items():
             assert (weights[name][~mask] == 0.0).all(), name
             assert old is None or (points[name][~old[name]] == 0.0).all(), name

@@ -16,6 +16,7 @@ from s2sam_jax import (
     perturb,
     recalibrate_batch_stats,
     s2sam,
+    s2sam_wrapper,
     sam,
     sparsify,
     ssam,
@@ -88,6 +89,14 @@ def test_metrics():
         moved = jnp.linalg.norm(state.params["kernel"] - before.params["kernel"])
         np.testing.assert_allclose(metrics["update_norm"], moved, rtol=1e-5)
         assert "largest" in metrics
+
+
+def test_radius_under_the_wrapper():
+    tx = s2sam_wrapper(optax.sgd(0.1), rho=lambda step: 0.1 * (step + 1.0))
+    step, state = make_train_step(loss_fn, tx), start(tx)
+    for index in range(3):
+        state, metrics = step(state, BATCHES[index])
+        np.testing.assert_allclose(metrics["rho"], 0.1 * (index + 1), rtol=1e-6)
 
 
 def test_host_clock_equals_the_clock_in_the_state():

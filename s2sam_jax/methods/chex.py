@@ -73,7 +73,7 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
       >>> group = ChannelGroup("conv", filters=(Slice("kernel", -1),), scales=(Slice("scale", 0),))
       >>> tx = sparsify(optax.sgd(0.1), methods.chex([group]), sparsity=0.5, when=Every(2, 2, 180))
       >>> state = tx.init({"kernel": jnp.ones((3, 3, 4, 10)), "scale": jnp.ones(10)})
-      >>> int(state.nnz["scale"])  # 5 for good, and 2 to explore
+      >>> int(state.masks["scale"].sum())  # 5 for good, and 2 to explore
       7
     """
     groups = check_groups(groups, compat, "chex")
@@ -83,6 +83,8 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
 
     def init(x: MaskInputs) -> MaskUpdate:
         first_and_last(x, "chex")
+        if not jax.tree.leaves(x.params):  # so asks optax.tree.map_params
+            return MaskUpdate(x.masks, x.params)
         sparsity, width = _plan(x, groups, explore)
         norms = [jnp.sum(jnp.abs(rows), axis=1) for rows in filters(x.params, groups)]
         sizes = [norm.size for norm in norms]

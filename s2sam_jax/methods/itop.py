@@ -5,21 +5,21 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import cosine, first_and_last, grow, random_init, rounded_up, sparse_leaves
+from s2sam_jax._growth import cosine, first_and_last, grow, random_init, replace_sparse, rounded_up, sparse_leaves
 from s2sam_jax._select import random_scores, select
 from s2sam_jax._tree import find_states
-from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._types import MaskInputs, Masks, MaskUpdate, SparseMethod
 
 
 class ITOPState(NamedTuple):
     """State of :func:`itop`.
 
     Attributes:
-      explored: bool per sparse leaf, in tree order; true where a weight (a unit, under blocks and channels) has ever
-        been active.
+      explored: bool tree like the parameters; true where a weight (a unit, under blocks and channels) of a sparse leaf
+        has ever been active, false on leaves that stay dense.
     """
 
-    explored: list[jax.Array]
+    explored: Masks
 
 
 def itop(
@@ -57,8 +57,8 @@ def itop(
       >>> import jax.numpy as jnp, optax
       >>> from s2sam_jax import Every, methods, sparsify
       >>> tx = sparsify(optax.sgd(0.1), methods.itop("gradient"), sparsity=0.9, when=Every(0, 4000, 88_000))
-      >>> int(tx.init({"kernel": jnp.ones((10, 10))}).nnz["kernel"])
-      10
+      >>> print(tx.init({"kernel": jnp.ones((10, 10))}).nnz)
+      [10]
     """
     if growth not in ("random", "gradient"):
         raise ValueError(f"itop needs growth 'random' or 'gradient'; got {growth!r}.")
@@ -70,7 +70,8 @@ def itop(
         first_and_last(x, "itop")
         masks = random_init(x).masks
         # A copy: masks and state may be donated together.
-        return MaskUpdate(masks, ITOPState([jnp.array(m) for m in sparse_leaves(x, masks)]))
+        first = [jnp.array(m) for m in sparse_leaves(x, masks)]
+        return MaskUpdate(masks, ITOPState(replace_sparse(x, jax.tree.map(jnp.zeros_like, masks), first)))
 
     def update(x: MaskInputs, state: ITOPState) -> MaskUpdate:
         share = cosine(1.0, x.step, first_and_last(x, "itop")[1])
@@ -83,8 +84,9 @@ def itop(
         random = growth == "random"
         scores = random_scores(x.key, weights) if random else [jnp.abs(g) for g in sparse_leaves(x, x.grads)]
         masks = grow(x, keep, moved, scores)
-        seen = zip(state.explored, old, sparse_leaves(x, masks), strict=True)
-        return MaskUpdate(masks, ITOPState([before | m | new for before, m, new in seen]))
+        seen = zip(sparse_leaves(x, state.explored), old, sparse_leaves(x, masks), strict=True)
+        explored = [before | m | new for before, m, new in seen]
+        return MaskUpdate(masks, ITOPState(replace_sparse(x, state.explored, explored)))
 
     return SparseMethod(init=init, update=update, invariant="per_layer", structured=True)
 
@@ -100,7 +102,7 @@ def explored_fraction(opt_state: Any) -> jax.Array:
       opt_state: an optimizer state with :func:`itop` in it, at any depth.
 
     Returns:
-      float32[], from the density (nothing explored yet) to 1.
+      float32[], from the density (nothing explored yet) to 1; 0 where every leaf is dense.
 
     Raises:
       ValueError: when there is no such state.
@@ -115,7 +117,9 @@ def explored_fraction(opt_state: Any) -> jax.Array:
       >>> print(methods.explored_fraction(tx.init({"kernel": jnp.ones((4, 4))})))
       0.25
     """
-    explored = [mask for state in find_states(opt_state, ITOPState) for mask in state.explored]
-    if not explored:
-        raise ValueError("explored_fraction found no sparse leaf in opt_state whose masks methods.itop() changes.")
-    return sum(jnp.sum(m, dtype=jnp.int32) for m in explored) / jnp.float32(sum(m.size for m in explored))
+    states = find_states(opt_state, ITOPState)
+    if not states:
+        raise ValueError("explored_fraction found no state of methods.itop() in opt_state.")
+    counts = [(jnp.sum(m, dtype=jnp.int32).astype(jnp.float32), m.size) for m in jax.tree.leaves(states)]
+    size = sum((jnp.where(active > 0, jnp.float32(size), 0.0) for active, size in counts), jnp.zeros(()))
+    return sum((active for active, _ in counts), jnp.zeros(())) / jnp.maximum(size, 1.0)

@@ -19,7 +19,7 @@ def static() -> SparseMethod:
       >>> import jax.numpy as jnp, optax
       >>> from s2sam_jax import methods, sparsify
       >>> tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.9)
-      >>> int(tx.init({"kernel": jnp.ones((10, 10))}).nnz["kernel"])
-      10
+      >>> print(tx.init({"kernel": jnp.ones((10, 10))}).nnz)
+      [10]
     """
     return SparseMethod(init=random_init, update=None, invariant="per_layer", structured=True)
