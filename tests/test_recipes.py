@@ -255,8 +255,9 @@ def test_overfitting_is_compared_at_equal_steps():
 
 def test_overfitting_has_a_dense_control():
     found = recipes.of_table("overfit-cifar10")
-    assert [recipe.config.method for recipe in found] == ["dense"] * 5 + ["rigl"] * 5
+    assert [recipe.config.method for recipe in found] == (["dense"] * 5 + ["rigl"] * 5) * 2
     for recipe in found:
+        assert recipe.config.subset // recipe.config.batch_size * recipe.config.epochs == 800
         base = recipes.get(recipe.baseline or recipe.name)
         assert dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05) == base.config
         assert base.name.endswith("-sgd")

@@ -35,7 +35,8 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
 
     Reference:
       Wang et al., "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020, Algorithm 1. Its
-      code removes one weight fewer, by its threshold, and re-initialises the last layer for scoring; here neither.
+      code removes one weight fewer, by its threshold, re-initialises the last layer for scoring, and takes g and H over
+      the kernels alone; here none of that: H g is over all parameters, those that stay dense among them.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
