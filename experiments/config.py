@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -123,6 +124,9 @@ class Config:
         ):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "at least 1", value)
+        for name, value in dataclasses.asdict(self).items():
+            _check(not isinstance(value, float) or math.isfinite(value), name, "finite", value)
+        _check(0 <= self.seed < 2**31, "seed", "in [0, 2**31)", self.seed)
         for name in ("sparsity", "ssam_sparsity", "label_smoothing", "momentum"):
             _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         for name in ("update_end", "drop_fraction", "prune_fraction", "channel_sparsity", "explore"):

@@ -23,6 +23,8 @@ FILES = {"surfaces": surface.ROWS, "spectra": spectrum.ROWS, "ratios": ratio.ROW
 SHOWN = {  # What a row must have, beside its config and seed.
     "curves": ("epoch", "train_loss", "test_accuracy"),
     "surfaces": ("surface", "span", "n", "roughness"),
+    "spectra": ("nodes", "weights"),
+    "ratios": ("r_edges", "r_counts", "r_below_zero"),
 }
 DRAW: dict[str, Callable[[dict[str, Row], Path], None]] = {
     "surfaces": landscapes.draw_surfaces,
@@ -82,6 +84,13 @@ def _against_sparsity(rows: list[Row], arguments: Arguments, file: Path) -> None
     finals = [row for row in finals if row["method"] in (arguments.methods or (row["method"],))]
     if not finals:
         raise ValueError(f"No row of a finished run has {arguments.field} and is of {arguments.methods or 'a method'}.")
+    cells = [(row["method"], row["optimizer"], row["sparsity_asked"], row["seed"]) for row in finals]
+    if twice := {cell for cell in cells if cells.count(cell) > 1}:
+        method, optimizer, sparsity, seed = min(twice)
+        raise ValueError(
+            f"Several rows are of {method}, {optimizer}, sparsity {sparsity:g} and seed {seed}: they differ in what "
+            "this figure does not tell apart. Draw their files one by one."
+        )
     plain = (arguments.field, arguments.field, arguments.field, 1.0, False)
     _, label, title, scale, logarithmic = next((known for known in FIGURES if known[0] == arguments.field), plain)
     landscapes.draw_against_sparsity(

@@ -16,7 +16,8 @@ import tyro
 from rich.progress import track
 
 from experiments import cli, jsonl, landscapes, loop, runs, solution, spectrum, surface, sweep, tasks
-from experiments.config import Config, OptimizerName, portable
+from experiments.config import Config, OptimizerName, differences, portable
+from experiments.record import Row
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
 FIGURES = (
@@ -76,24 +77,34 @@ def looked_at(found: solution.Solution, config: Config, arguments: Arguments) ->
 
 
 def run(arguments: Arguments) -> None:
-    """Each row is written as soon as it is there."""
-    done = {sweep.cell_of(row) for row in jsonl.read(arguments.rows, (*sweep.CELL, "examples"))}
+    """Each row is written as soon as it is there.
+
+    Raises:
+      ValueError: for a run of the same method, optimizer, sparsity and seed as a row, but otherwise another one.
+    """
+    done = {sweep.cell_of(row): row for row in jsonl.read(arguments.rows, (*sweep.CELL, "examples", "config"))}
     if arguments.runs:
         _run_on_folders(arguments, done)
     else:
         _run_on_digits(arguments, done)
 
 
-def _run_on_folders(arguments: Arguments, done: set[sweep.Cell]) -> None:
+def _run_on_folders(arguments: Arguments, done: dict[sweep.Cell, Row]) -> None:
     for folder in track(arguments.runs, description="runs"):
         config = runs.read_config(folder)
         cell = config.method, config.optimizer, config.sparsity, config.seed
         if cell not in done:
             config, found = solution.of_run(folder, arguments.data, arguments.examples)
             _store(cell, config, runs.rows(folder)[-1] | looked_at(found, config, arguments), arguments.rows)
+            done[cell] = {"config": config.to_json()}
+        elif differing := differences(done[cell]["config"], config):
+            raise ValueError(
+                f"{arguments.rows} has a row like {folder}, which the figures could not tell apart, but of another "
+                "config:\n  " + "\n  ".join(differing) + "\nGive other --rows."
+            )
 
 
-def _run_on_digits(arguments: Arguments, done: set[sweep.Cell]) -> None:
+def _run_on_digits(arguments: Arguments, done: dict[sweep.Cell, Row]) -> None:
     cells: list[sweep.Cell] = [
         (method, optimizer, sparsity, seed)
         for method in arguments.methods
@@ -140,13 +151,15 @@ def claims(rows: list[dict[str, Any]]) -> str:
     sentences = [
         "The paper has Ra grow with the sparsity, and lower with S2-SAM than without. Here, of means over seeds:"
     ]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in dict.fromkeys(row["method"] for row in rows if row["optimizer"] == "sgd"):
         of_sgd = {zeros: mine for (m, zeros, optimizer), mine in cells.items() if (m, optimizer) == (method, "sgd")}
         means = {zeros: statistics.mean(row["roughness"] for row in mine) for zeros, mine in of_sgd.items()}
         steps = ", ".join(f"{means[zeros]:.3g} ({100 * zeros:g} %)" for zeros in sorted(means))
         sentences.append(f"Ra of {method} with SGD goes {steps}.")
     for optimizer in dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"] != "sgd"):
-        pairs = [(mine, cells[m, zeros, "sgd"]) for (m, zeros, o), mine in cells.items() if o == optimizer]
+        ours = {(m, zeros): mine for (m, zeros, o), mine in cells.items() if o == optimizer}
+        beside = {cell: cells.get((*cell, "sgd"), []) for cell in ours}
+        pairs = [(mine, beside[cell]) for cell, mine in ours.items() if _seeds(mine) & _seeds(beside[cell])]
         counts = [
             f"{sum(_mean_difference(mine, base, field) < 0 for mine, base in pairs)} of {len(pairs)}"
             for field in ("roughness", "largest_eigenvalue")
@@ -159,6 +172,10 @@ def _mean_difference(rows: list[dict[str, Any]], others: list[dict[str, Any]], f
     """Over the seeds that both have."""
     values, base = ({row["seed"]: row[field] for row in tree} for tree in (rows, others))
     return statistics.mean(values[seed] - base[seed] for seed in values.keys() & base.keys())
+
+
+def _seeds(rows: list[dict[str, Any]]) -> set[int]:
+    return {row["seed"] for row in rows}
 
 
 def _by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:

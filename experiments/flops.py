@@ -64,13 +64,14 @@ def ledger(
       steps_per_epoch: of the run.
       masks: at its end; default: as sparse as planned.
       small: the network without its removed channels, by :func:`s2sam_jax.materialize`.
-      sparsities: recorded at evenly spaced times of training, to its end; default: planned.
+      sparsities: recorded at evenly spaced times of training, to its end, for the methods whose density is not known
+        beforehand: chex and chase.
     """
     layers = layer_flops(*_forward(config, network))
     sparse = _planned_flops(config, network, layers) if masks is None else masked_flops(layers, masks)
     smaller = {} if small is None else layer_flops(*_forward(config, small))
     f_dense, f_sparse = sum(layers.values()), sum(sparse.values())
-    share = pruned_share(config, steps_per_epoch, network.groups) if sparsities is None else _recorded_share(sparsities)
+    share = pruned_share(config, steps_per_epoch, network.groups, sparsities)
     training = training_flops(
         f_dense,
         f_dense - share * (f_dense - f_sparse),
@@ -121,11 +122,18 @@ def gradient_evaluations(config: Config) -> float:
             return 1 + SSAM_DENSE_SHARE + (1 - SSAM_DENSE_SHARE) * (1 - config.ssam_sparsity)
 
 
-def pruned_share(config: Config, steps_per_epoch: int, groups: Sequence[ChannelGroup] = ()) -> np.ndarray:
+def pruned_share(
+    config: Config,
+    steps_per_epoch: int,
+    groups: Sequence[ChannelGroup] = (),
+    sparsities: Sequence[float] | None = None,
+) -> np.ndarray:
     """Planned zeros of each step, as a share of the final ones: 1.0 at all of them where the density never changes.
 
+    Those recorded, for a method whose density is not known beforehand.
+
     Raises:
-      ValueError: for a method whose density changes in a way that is not known beforehand.
+      ValueError: for such a method without recorded sparsities.
     """
     steps = np.arange(config.epochs * steps_per_epoch)
     family, options = VARIANTS.get(config.method, (config.method, {}))
@@ -145,13 +153,9 @@ def pruned_share(config: Config, steps_per_epoch: int, groups: Sequence[ChannelG
         return np.maximum(1 - np.where(progress < 1, np.asarray(extra)[phase], 0.0) / config.sparsity, 0)
     if family == "mest" or sparse_methods.make(config, groups).invariant in ("per_layer", "total"):
         return np.ones(len(steps))
-    raise ValueError(f"The density of {config.method} is not known beforehand; give the sparsities of the run.")
-
-
-def _recorded_share(sparsities: Sequence[float]) -> np.ndarray:
+    if not sparsities:
+        raise ValueError(f"The density of {config.method} is not known beforehand; give the sparsities of the run.")
     recorded = np.asarray(sparsities, np.float64)
-    if not recorded.size:
-        raise ValueError("sparsities must hold at least that of the end of training; got none.")
     return recorded / (recorded[-1] or 1.0)
 
 

@@ -47,11 +47,17 @@ def main(arguments: Arguments) -> None:
     files = sorted(arguments.results.glob("*.jsonl"))
     if not files:
         raise FileNotFoundError(f"there are no rows in {arguments.results}.")
+    failed = []
     for file in files:
-        write = writer(file)
-        if write is not None:
-            write(file)
-            print(f"from {file.name}")
+        try:
+            write = writer(file)
+            if write is not None:
+                write(file)
+                print(f"from {file.name}")
+        except (ValueError, KeyError) as error:  # one file of another kind does not keep the others from their pages
+            failed.append(f"{file.name}: {type(error).__name__}: {error}")
+    if failed:
+        raise ValueError("no page was made from " + "; ".join(failed))
 
 
 if __name__ == "__main__":

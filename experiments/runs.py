@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 
 import s2sam_jax
-from experiments import checkpoint, loop, optimizers, plots, sharding, tasks
+from experiments import checkpoint, jsonl, loop, optimizers, plots, sharding, tasks
 from experiments.config import Config, differences
 from experiments.record import Row
 from s2sam_jax import TrainState, eval_params, get_masks
@@ -120,7 +120,19 @@ def tidy(folder: Path) -> None:
 
 
 def rows(folder: Path) -> list[Row]:
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    """One an evaluation.
+
+    Raises:
+      FileNotFoundError: when there is no such run.
+      ValueError: when it has no rows, or other things in their place.
+    """
+    file = folder / METRICS
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {METRICS}.")
+    found = jsonl.read(file)
+    if not found:
+        raise ValueError(f"{file} has no rows. Train anew with --overwrite.")
+    return found
 
 
 def robustness(folder: Path) -> Row:

@@ -50,6 +50,10 @@ def make(config: Config, groups: Sequence[ChannelGroup] = ()) -> SparseMethod:
     given = {option: getattr(config, option) for option in OPTIONS if getattr(config, option) is not None}
     if foreign := sorted(given.keys() - known.keys()):
         raise ValueError(f"{', '.join(foreign)} given, but {config.method} has no such option; leave it out.")
+    if config.rewind_epochs and config.method not in ROUNDS:
+        raise ValueError(
+            f"rewind_epochs={config.rewind_epochs:g} given, but {config.method} never rewinds; leave it out."
+        )
     if "groups" in known:
         if not groups:
             raise ValueError(f"{config.method} removes channels, but {config.model} declares none.")

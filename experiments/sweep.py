@@ -64,7 +64,13 @@ class Last:
 
 
 def run(sweep: Sweep) -> None:
-    """Trains what has no row yet; each row is written as soon as it is there."""
+    """Trains what has no row yet; each row is written as soon as it is there.
+
+    Raises:
+      ValueError: for a method that is not sparse.
+    """
+    if "dense" in sweep.methods:
+        raise ValueError("The sweep is over sparse methods, at each sparsity; dense is none: leave it out.")
     done = {cell_of(row) for row in jsonl.read(sweep.rows, CELL)}
     cells: list[Cell] = [
         (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds

@@ -200,9 +200,15 @@ def _head(rows: list[Row], file: Path) -> str:
         f"standard deviation over seeds. Gains are over {_baselines(rows)}; ours are paired by seed.{best}\n\n"
         f"Device: {_all(rows, 'device')}; XLA flags: `{_all(rows, 'xla_flags') or 'none'}`; "
         f"versions: {', '.join(sorted(versions))}. {_effort(rows)}"
-        f"Made by `python -m experiments.table {table} --scale {scale}` from `{file.name}`, which holds config, "
-        "versions and commit of each run."
+        f"Made by `python -m experiments.table {table} --scale {scale}{_tuned(rows)}` from `{file.name}`, which holds "
+        "config, versions and commit of each run."
     )
+
+
+def _tuned(rows: list[Row]) -> str:
+    """Whether a radius is another than its recipe's."""
+    known = [(recipes.RECIPES.get(row["recipe"]["name"]), row["config"]["rho"]) for row in rows]
+    return " --tuned ROWS" if any(recipe and recipe.config.rho != rho for recipe, rho in known) else ""
 
 
 def _baselines(rows: list[Row]) -> str:

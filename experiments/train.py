@@ -15,7 +15,20 @@ from jax.experimental.checkify import JaxRuntimeError
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, display, flops, loop, plots, recipes, runs, seeds, sharding, sparse_methods, tasks
+from experiments import (
+    cli,
+    display,
+    flops,
+    loop,
+    optimizers,
+    plots,
+    recipes,
+    runs,
+    seeds,
+    sharding,
+    sparse_methods,
+    tasks,
+)
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
@@ -114,6 +127,8 @@ def _configs(arguments: Arguments) -> dict[str, Config]:
         raise ValueError(f"--vmap trains several seeds side by side: give them as --seeds; got {arguments.seeds}.")
     if arguments.config.method == "dense":
         sparse_methods.check_dense(arguments.config)
+    if arguments.seeds and arguments.config.seed not in (0, *arguments.seeds):
+        raise ValueError(f"--seed {arguments.config.seed} is not among --seeds {arguments.seeds}; give one of the two.")
     if arguments.vmap and arguments.debug:
         raise ValueError("--debug checks one run at a time; leave out --vmap.")
     if arguments.debug and "s2sam-opposite" in (arguments.config.optimizer, *arguments.compare):
@@ -137,6 +152,8 @@ def _groups(configs: list[Config], vmap: bool) -> list[list[Config]]:
 def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> None:
     made = [tasks.make(config, loaded, sharding.parse(arguments.mesh)) for config in configs]
     steps = made[0].steps_per_epoch
+    for config, task in zip(configs, made, strict=True):
+        optimizers.make(config, steps, task.network.groups)  # what it refuses leaves no folder
     with (
         contextlib.ExitStack() as claims,
         contextlib.ExitStack() as stack,
@@ -202,8 +219,11 @@ def main(argv: list[str] | None = None) -> dict[str, Path]:
     recipe, argv = _recipe(argv)
     default = Arguments() if recipe is None else Arguments(config=recipe.config)
     arguments = tyro.cli(Arguments, args=argv, default=default)
+    one_of_several = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.distributed:
-        sharding.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+        sharding.join(*one_of_several)
+    elif any(option is not None for option in one_of_several):
+        raise ValueError("--coordinator, --num-processes and --process-id are for --distributed; add that.")
     console = Console(quiet=not sharding.writes())
     if recipe is not None:
         console.print(recipes.describe(recipe), soft_wrap=True)

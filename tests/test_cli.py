@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from experiments import cli, draw, evaluate, recipes, table, train, tune
+from experiments import cli, draw, evaluate, flatness, jsonl, recipes, report, runs, sweep, table, train, tune
+from experiments.config import Config
 from experiments.scales import scaled
 from s2sam_jax import sam
 
@@ -29,6 +31,8 @@ from s2sam_jax import sam
         (["--method", "lottery", "--rounds", "0"], "rounds must be at least 1"),
         (["--method", "lottery", "--prune-fraction", "1"], "prune_fraction must be in (0, 1)"),
         (["--epochs", "0"], "epochs must be"),
+        (["--rho", "inf"], "rho must be finite"),
+        (["--seed", "99999999999999999999"], "seed must be in"),
         (["--batch-size", "100000"], "batch"),
     ],
 )
@@ -92,6 +96,10 @@ def write(file, text):
     return str(file)
 
 
+ROW = {"seed": 0, "final": True, "test_accuracy_recalibrated": 0.5}
+TWO_RADII = [dataclasses.replace(Config(), rho=rho).to_json() for rho in (0.05, 0.2)]
+
+
 @pytest.mark.parametrize(
     ("main", "options", "message"),
     [
@@ -105,6 +113,13 @@ def write(file, text):
         (train.main, ["--method", "dense", "--drop-fraction", "0.3"], "dense has no such option"),
         (tune.main, ["budget", "--held-out", "0", "--scale", "digits", "--rows", "new.jsonl"], "share of the training"),
         (train.main, ["--method", "dense", "--structure", "channel"], "a dense network has none"),
+        (train.main, ["--rewind-epochs", "2"], "rigl never rewinds"),
+        (train.main, ["--seed", "3", "--seeds", "1", "2"], "--seed 3 is not among --seeds (1, 2)"),
+        (train.main, ["--num-processes", "2"], "are for --distributed"),
+        (train.main, ["--drop-fraction", "0.3", "--method", "static"], "static has no such option"),
+        (draw.main, ["spectra", "{rows}"], "it lacks config, seed, nodes, weights"),
+        (draw.main, ["ratios", "{rows}"], "it lacks config, seed, r_edges"),
+        (draw.main, ["sparsity", "{twice}"], "they differ in what this figure does not tell apart"),
     ],
 )
 def test_so_do_files_of_another_kind_and_options_without_effect(main, options, message, tmp_path, monkeypatch):
@@ -114,6 +129,7 @@ def test_so_do_files_of_another_kind_and_options_without_effect(main, options, m
         "text": write(tmp_path / "text.npz", "no row\n"),
         "rows": write(tmp_path / "rows.jsonl", "{}\n"),
         "none": write(tmp_path / "none.jsonl", ""),
+        "twice": write(tmp_path / "twice.jsonl", "".join(json.dumps(ROW | {"config": c}) + "\n" for c in TWO_RADII)),
         "run": str(tmp_path / "run"),
     }
     write(tmp_path / "run" / "config.json", "[1, 2]")
@@ -137,3 +153,44 @@ def test_a_row_of_another_run_is_not_replaced(tmp_path):
         table.main(["budget", *options, "--out", str(tmp_path / "runs")])
     assert json.loads(file.read_text()) == row
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_bad_file_does_not_keep_the_others_from_their_pages(tmp_path, capsys):
+    good = jsonl.RESULTS / "table3-cifar10_cpu.jsonl"
+    (tmp_path / good.name).write_text(good.read_text())
+    (tmp_path / "a_cpu.jsonl").write_text("no row\n")
+    with pytest.raises(SystemExit, match=r"^error: no page was made from a_cpu.jsonl: .*line 1, is not a row"):
+        report.main(report.Arguments(tmp_path))
+    assert capsys.readouterr().out == f"from {good.name}\n"
+    assert (tmp_path / good.with_suffix(".md").name).read_text() == good.with_suffix(".md").read_text()
+
+
+def test_a_run_without_rows_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: it has no metrics\.jsonl"):
+        runs.rows(tmp_path)
+    write(tmp_path / "metrics.jsonl", "")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has no rows\. Train anew"):
+        runs.rows(tmp_path)
+
+
+def test_the_sweep_is_over_sparse_methods(tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: .* dense is none"):
+        sweep.main(sweep.Sweep(methods=("rigl", "dense"), rows=tmp_path / "rows.jsonl"))
+
+
+def test_flatness_refuses_a_run_that_its_figures_could_not_tell_apart(tmp_path):
+    config = Config(rho=0.2)
+    write(tmp_path / "run" / "config.json", json.dumps(config.to_json()))
+    row = {"method": "rigl", "optimizer": "s2sam", "sparsity_asked": 0.9, "seed": 0, "examples": 512}
+    rows = write(tmp_path / "rows.jsonl", json.dumps(row | {"config": Config().to_json()}) + "\n")
+    with pytest.raises(SystemExit, match=r"(?s)^error: .*rho: 0\.05 there, 0\.2 asked for\nGive other --rows"):
+        flatness.main(flatness.Arguments(runs=(tmp_path / "run",), rows=pathlib.Path(rows)))
+
+
+def test_claims_are_of_cells_that_have_sgd_beside():
+    def row(optimizer, roughness, seed=0):
+        return dict(method="rigl", optimizer=optimizer, sparsity_asked=0.9, seed=seed, roughness=roughness,
+                    largest_eigenvalue=1.0)  # fmt: skip
+
+    assert "s2sam: Ra below SGD's in 0 of 0 cells" in flatness.claims([row("s2sam", 1.0), row("sgd", 2.0, seed=1)])
+    assert "s2sam: Ra below SGD's in 1 of 1 cells" in flatness.claims([row("s2sam", 1.0), row("sgd", 2.0)])

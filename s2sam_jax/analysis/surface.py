@@ -1,5 +1,6 @@
 """The loss around a solution: directions that are comparable between networks, surfaces, roughness, barriers."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,7 +111,7 @@ def loss_surface(
       float64 array of ``(n,) * len(directions)``; index 0 is ``-span``.
 
     Raises:
-      ValueError: for directions that do not fit, no batches, or ``n`` below 1.
+      ValueError: for directions that do not fit, no batches, ``n`` below 2, or a ``span`` not above 0 or not finite.
 
     Reference:
       Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, §3.
@@ -124,10 +125,12 @@ def loss_surface(
     """
     for index, direction in enumerate(directions):
         check_same_leaves(direction, params, f"directions[{index}]", "params")
-    if not batches or not directions or n < 1:
+    if not batches or not directions or n < 2:
         raise ValueError(
-            f"loss_surface needs directions, batches and n >= 1; got {len(directions)}, {len(batches)} and n={n}."
+            f"loss_surface needs directions, batches and n >= 2; got {len(directions)}, {len(batches)} and n={n}."
         )
+    if not 0 < span < math.inf:
+        raise ValueError(f"loss_surface needs a finite span > 0; got {span}.")
     line = np.linspace(-span, span, n)
     points = np.stack(np.meshgrid(*[line] * len(directions), indexing="ij"), axis=-1).reshape(-1, len(directions))
     losses = _losses_along(loss_fn, mesh)
