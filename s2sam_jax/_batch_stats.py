@@ -1,6 +1,6 @@
 """BatchNorm statistics for the weights that are evaluated."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ def recalibrate_batch_stats(
 
     S2-SAM gathers its statistics at perturbed weights and is evaluated at clean ones; this closes the gap. It works
     for any statistic kept as a moving average :math:`r \leftarrow \mu r + (1 - \mu) s_b`, whatever :math:`\mu` is: the
-    first batch is seen twice, from two values of ``r``, which gives :math:`\mu`, one per leaf. Other leaves are kept.
+    first batch is seen from three values of ``r``, which give :math:`\mu`, one per leaf, and tell whether a leaf moves
+    like that at all. Others, such as the vectors of spectral norms, are kept.
 
     Args:
       loss_fn: the training loss of :func:`make_train_step`, in training mode.
@@ -49,36 +50,49 @@ def recalibrate_batch_stats(
     """
 
     @jax.jit
-    def forward(model_state, batch, index):
+    def forward(params, model_state, batch, index):
         key = jax.random.fold_in(jax.random.key(seed), index)
-        return loss_fn(params, model_state, batch, key)[1][0]
+        return _floats(loss_fn(params, model_state, batch, key)[1][0])
 
     def at(values):
         """The model state with other floating leaves, in float32 or wider."""
         values = iter(values)
         return jax.tree.map(lambda x: next(values) if _is_float(x) else x, model_state)
 
-    old = [at_least_f32(x) for x in jax.tree.leaves(model_state) if _is_float(x)]
-    zeros = [jnp.zeros_like(x) for x in old]
-    momentum: list[jax.Array] = []
-    total, count = zeros, 0
+    old = _floats(model_state)
+    start, rest = [jnp.zeros_like(x) for x in old], [jnp.ones_like(x) for x in old]
+    averaged: list[jax.Array] = []
+    total, count = start, 0
     for batch in batches:
-        seen = _floats(forward(at(zeros), batch, count))
-        if not momentum:
-            # A second look from a value on the scale of what was seen, so that the difference does not cancel.
-            probes = [jnp.full_like(x, 1 + jnp.max(jnp.abs(x), initial=0)) for x in seen]
-            moved = _floats(forward(at(probes), batch, count))
-            momentum = [jnp.median((m - s) / p) for m, s, p in zip(moved, seen, probes, strict=True)]
+        if count == 0:
+            momentum = _momentum(lambda values, batch=batch: forward(params, at(values), batch, 0), old)
+            averaged = [mu < 1 - 1e-5 for mu in momentum]  # else nothing of the batch gets in; never for NaN
+            start = [jnp.where(a, 0, x) for a, x in zip(averaged, old, strict=True)]
+            rest = [jnp.where(a, 1 - mu, 1) for a, mu in zip(averaged, momentum, strict=True)]
+        seen = forward(params, at(start), batch, count)
         total = [t + s for t, s in zip(total, seen, strict=True)]
         count += 1
     if count == 0:
         raise ValueError("recalibrate_batch_stats needs at least one batch; got none.")
-    kept = [mu > 1 - 1e-5 for mu in momentum]  # not a moving average: nothing of the batch gets in
-    averages = [
-        jnp.where(k, x, t / count / jnp.where(k, 1, 1 - mu))
-        for k, x, t, mu in zip(kept, old, total, momentum, strict=True)
-    ]
-    return jax.tree.map(lambda new, x: new.astype(x.dtype), at(averages), model_state)
+    averages = [jnp.where(a, t / count / r, x) for a, t, r, x in zip(averaged, total, rest, old, strict=True)]
+    return jax.tree.map(lambda new, x: new.astype(x.dtype) if _is_float(x) else x, at(averages), model_state)
+
+
+def _momentum(forward: Callable[[list[jax.Array]], list[jax.Array]], old: list[jax.Array]) -> list[jax.Array]:
+    """The momentum of each moving average; NaN for what does not move like one.
+
+    From zero ``r`` moves to ``(1 - mu) s``, so from any other value to ``mu r`` more. The second look is from values on
+    the scale of what was seen, so that the difference does not cancel; the third, from the old ones, is the test.
+    """
+    seen = forward([jnp.zeros_like(x) for x in old])
+    probes = [jnp.full_like(x, 1 + jnp.max(jnp.abs(x), initial=0)) for x in seen]
+    found = []
+    for zero, moved, probe, again, x in zip(seen, forward(probes), probes, forward(old), old, strict=True):
+        mu = jnp.median((moved - zero) / probe)
+        deviation = jnp.max(jnp.abs(again - (mu * x + zero)), initial=0)
+        scale = jnp.max(jnp.abs(again), initial=0) + jnp.max(jnp.abs(mu * x), initial=0)
+        found.append(jnp.where(deviation <= 0.02 * scale, mu, jnp.nan))  # bfloat16 rounds by less
+    return found
 
 
 def _is_float(x: jax.Array) -> bool:

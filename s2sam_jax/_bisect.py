@@ -40,7 +40,9 @@ def largest(stacks: list[jax.Array], counts: jax.Array, first_places: list[jax.A
       first_places: per stack uint32[rows], the place of a row's first entry, counted from the end: the size of the row,
         or what is left from it on if all are ranked together.
     """
-    most = jnp.full_like(counts, jnp.iinfo(jnp.int32).max)
+    # Not a constant: in shard_map the counts differ between devices, as what is ranked does. XLA folds it away.
+    counts = counts + sum(jnp.max(x, initial=0).astype(jnp.int32) & 0 for x in stacks)
+    most = counts - counts + jnp.iinfo(jnp.int32).max
     found = _search(stacks, counts, stacks[0].dtype.itemsize * 8, most)
     places = [_places(x, first) for x, first in zip(stacks, first_places, strict=True)]
 
@@ -52,7 +54,7 @@ def largest(stacks: list[jax.Array], counts: jax.Array, first_places: list[jax.A
         room = jnp.where(crowded, counts - found.above, tied)
         return _search(ties, room, sum(x.size for x in stacks).bit_length(), tied).at
 
-    no_place = jnp.zeros(counts.shape, jnp.uint32)
+    no_place = (counts - counts).astype(jnp.uint32)
     last = jax.lax.cond((found.reached > counts).any(), last_place, lambda: no_place)
     ends = zip(stacks, places, _columns(found.at, stacks), _columns(last, stacks), strict=True)
     return [((x > t) | ((x == t) & (p >= e))) & (x > 0) for x, p, t, e in ends]
@@ -78,7 +80,7 @@ def _search(stacks: list[jax.Array], counts: jax.Array, bits: int, reached: jax.
         )
 
     first_shift = jnp.array((bits - 1) // BITS_A_PASS * BITS_A_PASS, jnp.int32)
-    start = _Found(jnp.zeros(counts.shape, dtype), reached, jnp.zeros(counts.shape, jnp.int32))
+    start = _Found((counts - counts).astype(dtype), reached, counts - counts)
     return jax.lax.while_loop(unfinished, next_digit, (first_shift, start))[1]
 
 

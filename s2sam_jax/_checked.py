@@ -25,6 +25,7 @@ from s2sam_jax._tree import (
     named_leaves,
     norm,
     scalar,
+    with_extra_args,
 )
 from s2sam_jax._types import GradFn, Params
 
@@ -82,7 +83,7 @@ def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
       checked found before the update:
         kernel: 3 pruned weights are not zero
     """
-    optimizer = optax.with_extra_args_support(tx)
+    optimizer = with_extra_args(tx)
 
     def update_fn(updates, state, params=None, **extra_args):
         params = _fitting(tx, updates, state, params)
@@ -200,7 +201,7 @@ def _left_over(before: Any, after: Any, refresh: bool | None) -> Iterator[Fault]
     and is not after it, was zeroed by ``sparsify`` and came from elsewhere, unless the masks have changed in between.
     """
     sparse = find_states(before, SparseState)
-    due = jnp.array([s.step == s.next_update if refresh is None else refresh for s in sparse], bool).any()
+    due = jnp.array([s.step >= s.next_update if refresh is None else refresh for s in sparse], bool).any()
     text = "{} entries of pruned weights were not zero; restore the whole state, or set_masks(opt_state, masks)"
     left = _off_masks(after)
     for name, number in _off_masks(before).items():

@@ -74,7 +74,7 @@ def esam(
     def init_fn(params):
         del params
         zero = jnp.zeros((), jnp.int32)
-        return ESAMState(zero, rho_at(zero), copy_key(seed))
+        return ESAMState(zero, rho_at(zero), copy_key(seed, "esam"))
 
     def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
         del extra_args

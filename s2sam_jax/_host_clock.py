@@ -43,7 +43,7 @@ class HostClock:
         owners = self._owners(opt_state)
         if not self._knows([*(state.step for state in owners.values()), *beside]):
             self._clocks = self._read(owners)
-        return tuple((name, now == due) for name, (now, due) in self._clocks.items())
+        return tuple((name, now >= due) for name, (now, due) in self._clocks.items())
 
     def advance(self, flags: tuple[tuple[str, bool], ...], opt_state: Any, *beside: Any) -> None:
         owners = self._owners(opt_state) if flags else {}

@@ -95,13 +95,13 @@ def looksam(
             moved = jax.tree.map(lambda g, v: at_least_f32(g) + scale * at_least_f32(v), updates, state.g_v)
             return _cast(moved, updates), state.g_v
 
-        due = state.step == state.next_update if refresh_sam is None else refresh_sam
+        due = state.step >= state.next_update if refresh_sam is None else refresh_sam
         if isinstance(due, bool):
             grads, g_v = look() if due else reuse()
         else:
             grads, g_v = jax.lax.cond(due, look, reuse)
         step = increment(state.step)
-        return grads, LookSAMState(step, clock.at_or_after(step), radius, g_v)
+        return grads, LookSAMState(step, clock.planned(state.next_update, due, step), radius, g_v)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -19,6 +19,8 @@ from s2sam_jax._tree import (
     mask_mirrored,
     named_leaves,
     path_names,
+    scalar,
+    with_extra_args,
 )
 from s2sam_jax._types import Masks, Params
 
@@ -132,7 +134,8 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     def install(state: SparseState) -> SparseState:
         new = jax.tree.map(jnp.array, align(masks, state.masks))
         inner_state = mask_mirrored(new, state.inner_state)
-        return state._replace(masks=new, nnz=count_masks(new), inner_state=inner_state)
+        nnz = jax.tree.map(lambda _: count_masks(new), state.nnz)  # Flax NNX may have wrapped it in a variable
+        return state._replace(masks=new, nnz=nnz, inner_state=inner_state)
 
     return map_states(install, opt_state, SparseState)
 
@@ -206,7 +209,7 @@ def update_masks(
     _sparse_states(opt_state, "update_masks")
     if find_states(opt_state, optax.MultiStepsState):
         raise ValueError("update_masks: inside optax.MultiSteps an update is not one call; let the clock decide there.")
-    tx = optax.with_extra_args_support(tx)
+    tx = with_extra_args(tx)
     updates, opt_state = tx.update(grads, opt_state, params, refresh_masks=True, **extra_args)
     return optax.apply_updates(params, updates), opt_state
 
@@ -250,7 +253,7 @@ def sparse_faults(
 ) -> list[Fault]:
     """What may be wrong with masks, with what is behind them, and with the perturbation of the next gradient."""
     faults, masks = [], named_leaves(state.masks)
-    for (path, mask), count in zip(masks.items(), fetch(state.nnz), strict=True):
+    for (path, mask), count in zip(masks.items(), fetch(scalar(state.nnz)), strict=True):
         name, weight, alive = "/".join(path), fetch(weights[path]), fetch(mask)
         faults.append(of_mask(name, alive, count))
         faults.append(of_pruned(name, weight, alive, advice))

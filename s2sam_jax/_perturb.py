@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s2sam_jax._tree import at_least_f32, norm
 from s2sam_jax._types import Params
@@ -71,7 +72,7 @@ def schedule(value: float | jax.Array | Callable[[jax.Array], Any], name: str) -
 
 def check_non_negative(value: Any, name: str) -> None:
     """Looks at concrete Python numbers alone, so that ``inject_hyperparams`` may pass arrays."""
-    if isinstance(value, int | float) and not value >= 0:
+    if isinstance(value, int | float | np.integer | np.floating) and not value >= 0:
         raise ValueError(f"{name} must be a number >= 0 or a schedule; got {value!r}.")
 
 

@@ -68,7 +68,7 @@ def s2sam(
       A transformation whose update is the identity on gradients. State: one gradient-sized tree.
 
     Raises:
-      ValueError: for a negative ``rho``, ``eta`` or ``eps``, or an unknown ``compat``.
+      ValueError: for a negative ``rho``, ``eta`` or ``eps``, an unknown ``compat``, or a ``grad_dtype`` of integers.
 
     Reference:
       Ji et al., "A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient and Accurate
@@ -88,6 +88,8 @@ def s2sam(
       [2.424 3.232]
     """
     check_compat(compat)
+    if grad_dtype is not None and not jnp.issubdtype(grad_dtype, jnp.floating):
+        raise ValueError(f"grad_dtype must be a floating type, such as jnp.bfloat16; got {jnp.dtype(grad_dtype)}.")
     check_non_negative(eta, "eta")
     check_non_negative(eps, "eps")
     rho_at = schedule(rho, "rho")

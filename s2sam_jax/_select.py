@@ -105,6 +105,11 @@ def _select_units(scores: Any, structure: Block | Channel, among: Masks | None, 
 
 def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], scope: Scope) -> list[jax.Array]:
     """Stacks leaves of one type, takes the largest of every row, and puts the masks back in order."""
+    size = max(leaf.size for leaf in leaves) if scope == "leaf" else sum(leaf.size for leaf in leaves)
+    if size >= 2**31:
+        raise ValueError(
+            f"select counts in int32, and {size} scores are to be ranked together: rank leaf by leaf, or cut leaves up."
+        )
     alike = _alike(leaves)
     order = [index for indices in alike for index in indices]
     bits = max(jnp.finfo(x.dtype).bits for x in leaves)

@@ -20,6 +20,7 @@ from s2sam_jax._tree import (
     map_states,
     mask_mirrored,
     masked,
+    start_mirrored,
     where,
 )
 from s2sam_jax._types import NEVER, Every, GradFn, MaskInputs, Masks, MaskUpdate, SparseMethod
@@ -46,8 +47,9 @@ def sparsify(
 
     After ``optax.apply_updates`` pruned weights are exactly 0.0, in any loop. One rule holds for the state of every
     optimizer: whenever ``inner`` is called, a floating leaf that mirrors a parameter (momentum, second moments, the
-    last gradient) is zero wherever the mask is off, so a newly grown weight starts from nothing. Everything that shapes
-    the gradient goes inside::
+    last gradient) is zero wherever the mask is off, and a newly grown weight starts as ``inner.init`` does, nearly
+    always from zero. A leaf mirrors the parameter whose path and shape it has. Everything that shapes the gradient goes
+    inside::
 
         sparsify(optax.chain(s2sam(), optax.clip_by_global_norm(1.0), optax.sgd(0.1)), methods.rigl(), sparsity=0.9)
 
@@ -105,7 +107,7 @@ def sparsify(
         return fit_plan(structure, params, distribute(params, sparsity, prunable=prunable, overrides=overrides))
 
     def init_fn(params):
-        key, step = copy_key(seed), jnp.zeros((), jnp.int32)
+        key, step = copy_key(seed, "sparsify"), jnp.zeros((), jnp.int32)
         dense = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
         inner_state = inner.init(params)
         _check_order(inner_state)
@@ -117,7 +119,8 @@ def sparsify(
         if mask_grads:
             inner_state = mask_mirrored(new.masks, inner_state)
         nnz = count_masks(new.masks)
-        return SparseState(step, _next_update(method, when, step), new.masks, nnz, key, new.state, inner_state)
+        first = jnp.full((), NEVER, jnp.int32) if method.update is None or when is None else when.at_or_after(0)
+        return SparseState(step, first, new.masks, nnz, key, new.state, inner_state)
 
     def change_masks(due, grads, state, params, grad_fn):
         """What the method wants at this step, and the ones per leaf of its masks."""
@@ -145,13 +148,18 @@ def sparsify(
         asked, _ = jax.eval_shape(change)  # which of the optional trees this method returns
         return jax.lax.cond(due, change, keep)
 
-    def ruled(inner_state, masks, new, due):
+    def ruled(inner_state, masks, new, due, weights):
         """The state rule, before the inner update: after it, XLA would compute updates twice, masked and not.
 
         The old masks come first, lest an optimizer that adds noise has something ready for weights yet to grow.
         """
         inner_state = mask_mirrored(masks, inner_state) if new.inner_state is None else inner_state
-        return inner_state if due is False else mask_mirrored(new.masks, inner_state)
+        if due is False:
+            return inner_state
+        if method.invariant != "monotone":
+            grown = jax.tree.map(lambda now, before: now & ~before, new.masks, masks)
+            inner_state = start_mirrored(grown, inner_state, inner.init(weights))
+        return mask_mirrored(new.masks, inner_state)
 
     def run_inner(grads, inner_state, weights, masks, grad_fn, extra_args):
         """One update of the wrapped optimizer, on masked gradients."""
@@ -175,7 +183,7 @@ def sparsify(
             weights = jax.tree.map(lambda r, w: jnp.where(r, jnp.zeros_like(w), w), new.restart, weights)
         inner_state = state.inner_state if new.inner_state is None else new.inner_state
         if mask_grads:
-            inner_state = ruled(inner_state, state.masks, new, due)
+            inner_state = ruled(inner_state, state.masks, new, due, weights)
         elif due is not False:  # the last gradient lives on the masks all the same, where no inner step renews it
             inner_state = map_states(lambda s: mask_mirrored(new.masks, s), inner_state, S2SAMState)
 
@@ -187,7 +195,7 @@ def sparsify(
             steps, inner_state = where(skip, stayed, moved) if isinstance(skip, jax.Array) else moved
 
         step = increment(state.step)
-        next_update = state.next_update if due is False else _next_update(method, when, step)
+        next_update = state.next_update if when is None else when.planned(state.next_update, due, step)
         new_state = SparseState(step, next_update, new.masks, nnz, state.key, new.state, inner_state)
         if due is not False:  # weights may be replaced, or grown where the caller's are not zero
             steps = jax.tree.map(lambda u, w, p: u + (w - p), steps, weights, params)
@@ -207,12 +215,7 @@ def _masked_grad_fn(grad_fn: GradFn | None, masks: Masks) -> GradFn | None:
 def _due(method: SparseMethod, state: SparseState, refresh: bool | jax.Array | None) -> bool | jax.Array:
     if method.update is None:
         return False
-    return state.step == state.next_update if refresh is None else refresh
-
-
-def _next_update(method: SparseMethod, when: Every | None, step: jax.Array) -> jax.Array:
-    never = jnp.full((), NEVER, jnp.int32)
-    return never if method.update is None or when is None else when.at_or_after(step)
+    return state.step >= state.next_update if refresh is None else refresh
 
 
 def _distribution(distribution: str | Distribution | None, method: SparseMethod, structure: Structure) -> Distribution:
@@ -227,6 +230,8 @@ def _distribution(distribution: str | Distribution | None, method: SparseMethod,
 def _clock(method: SparseMethod, when: Every | None) -> Every | None:
     if not isinstance(method, SparseMethod):
         raise TypeError(f"sparsify needs a SparseMethod, such as methods.rigl(); got {method!r}.")
+    if not isinstance(when, Every | None):
+        raise TypeError(f"sparsify needs when=Every(start, every, end), in calls of update; got {when!r}.")
     when = when or method.when
     if method.update is not None and when is None:
         raise ValueError("This method changes its masks: pass when=Every(start, every, end), in calls of update.")

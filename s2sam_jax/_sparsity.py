@@ -15,9 +15,15 @@ Prunable = Callable[[str, Any], bool]
 Distribution = Callable[..., Any]
 
 
+# Attention has biases a head and scanned layers one more axis, so that dimensions alone do not tell.
+NO_KERNELS = ("bias", "scale", "beta", "gamma")
+
+
 def kernels(path: str, leaf: Any) -> bool:
-    """The default ``prunable``: floating leaves of two or more dimensions, so no biases and no norm scales."""
-    del path
+    """The default ``prunable``: floating leaves of two or more dimensions, but for those named as biases and scales."""
+    name = path.rpartition("/")[2].lower()
+    if name in NO_KERNELS or name.endswith(("_bias", "_scale")):
+        return False
     return leaf.ndim >= 2 and leaf.size > 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 

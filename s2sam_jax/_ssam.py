@@ -118,7 +118,7 @@ def ssam(
 
     def init_fn(params):
         zero = jnp.zeros((), jnp.int32)
-        key = copy_key(seed)
+        key = copy_key(seed, "ssam")
         masks = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=bool), params)
         if mask == "dynamic" or not authors:
             masks = best(random_scores(jax.random.fold_in(key, NEVER), params), None)
@@ -145,7 +145,7 @@ def ssam(
         del extra_args
         params, gradient_at = climber("ssam", params, updates, grad_fn, grad_fn_by_part)
         live = None if masks is None else align(masks, params)
-        due = state.step == state.next_update if refresh_perturbation is None else refresh_perturbation
+        due = state.step >= state.next_update if refresh_perturbation is None else refresh_perturbation
 
         def change():
             return refreshed(updates, state, params, live, fisher_fn)
@@ -158,7 +158,7 @@ def ssam(
         radius = rho_at(state.step)
         grads = gradient_at(lambda grads: _masked_ascent(params, grads, acting, radius, eps))
         step = increment(state.step)
-        return grads, SSAMState(step, clock.at_or_after(step), radius, new, state.key)
+        return grads, SSAMState(step, clock.planned(state.next_update, due, step), radius, new, state.key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

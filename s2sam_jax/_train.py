@@ -24,9 +24,9 @@ from s2sam_jax._host_clock import HostClock
 from s2sam_jax._masks import SparseState
 from s2sam_jax._s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._ssam import empirical_fisher
-from s2sam_jax._train_checks import check_climbs, check_options, check_state, climbing
+from s2sam_jax._train_checks import check_climbs, check_metrics, check_options, check_state, climbing
 from s2sam_jax._train_state import TrainState
-from s2sam_jax._tree import find_states, norm, where
+from s2sam_jax._tree import find_states, norm, where, with_extra_args
 from s2sam_jax._types import Params
 
 Flags = tuple[tuple[str, bool], ...]
@@ -102,7 +102,7 @@ def make_train_step(
       [0.5] 1.0 2.0
     """
     check_options(accumulate, sharpness_parts, sharpest_fraction, example_loss_fn)
-    optimizer = optax.with_extra_args_support(tx)
+    optimizer = with_extra_args(tx)
     fisher = _fisher_of(fisher_loss_fn or loss_fn)
 
     def gradient_fn(state: TrainState, batch: Batch) -> Callable[[Params], Gradient]:
@@ -148,7 +148,9 @@ def make_train_step(
             new_state = jax.lax.with_sharding_constraint(new_state, state_sharding)
         own = {"loss": loss, "grad_norm": norm(grads), "update_norm": update_norm}
         own |= {"first_bad_step": new_state.first_bad_step}
-        return new_state, metrics | own | _rho(state.opt_state, opt_state) | _sparsity(new_state)
+        own |= _rho(state.opt_state, opt_state) | _sparsity(new_state)
+        check_metrics(metrics, own)
+        return new_state, metrics | own
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return update(state, differentiate(state, batch), batch, ())
@@ -225,7 +227,9 @@ def _freeze_if_bad(
     )
     if passed_over:
         model_state = where(jnp.isfinite(loss), model_state, state.model_state)
-    return TrainState(state.step + 1, params, model_state, opt_state, state.key, first_bad_step)
+    return state._replace(
+        step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, first_bad_step=first_bad_step
+    )
 
 
 def _passes_over(opt_state: Any) -> bool:
@@ -246,5 +250,5 @@ def _sparsity(state: TrainState) -> Metrics:
         return {}
     total = sum(p.size for p in jax.tree.leaves(state.params))
     covered = sum(m.size for s in sparse for m in jax.tree.leaves(s.masks))
-    alive = sum((jnp.sum(s.nnz) for s in sparse), jnp.zeros((), jnp.int32))
-    return {"sparsity": (covered - alive) / total}
+    alive = sum((jnp.sum(s.nnz.astype(jnp.float32)) for s in sparse), jnp.zeros(()))  # int32 ends at 2**31
+    return {"sparsity": (float(covered) - alive) / float(total)}

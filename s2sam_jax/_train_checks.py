@@ -80,3 +80,8 @@ def check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
             f"{KIN} inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
             "use make_train_step(..., accumulate=k) instead."
         )
+
+
+def check_metrics(metrics: dict[str, Any], own: dict[str, Any]) -> None:
+    if twice := sorted(metrics.keys() & own.keys()):
+        raise ValueError(f"loss_fn returns metrics that the train step has itself: {twice}; give them other names.")

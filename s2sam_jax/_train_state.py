@@ -8,7 +8,7 @@ import optax
 
 from s2sam_jax._gradient import ModelState
 from s2sam_jax._masks import SparseState, apply_masks
-from s2sam_jax._tree import copy_key, find_states
+from s2sam_jax._tree import copy_key, find_states, named_leaves
 from s2sam_jax._types import Params
 
 
@@ -52,6 +52,9 @@ class TrainState(NamedTuple):
         Returns:
           The state to start from.
 
+        Raises:
+          TypeError: for complex parameters.
+
         Example:
           >>> import jax.numpy as jnp, optax
           >>> from s2sam_jax import TrainState, methods, sparsify
@@ -59,10 +62,15 @@ class TrainState(NamedTuple):
           >>> print(TrainState.create({"kernel": jnp.ones((2, 2))}, tx).params["kernel"].sum())
           1.0
         """
+        if wrong := ["/".join(path) for path, p in named_leaves(params).items() if jnp.iscomplexobj(p)]:
+            raise TypeError(
+                f"TrainState.create: these parameters are complex: {wrong}. Train their real and imaginary parts, as "
+                "gradients of complex parameters point the other way."
+            )
         params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
         # Some optimizers keep the parameters themselves; a buffer cannot be donated twice.
         opt_state = jax.tree.map(jnp.array, tx.init(params))
         if find_states(opt_state, SparseState):
             params = apply_masks(params, opt_state)
         zero = jnp.zeros((), jnp.int32)
-        return cls(zero, params, model_state, opt_state, copy_key(seed), jnp.full((), -1, jnp.int32))
+        return cls(zero, params, model_state, opt_state, copy_key(seed, "train"), jnp.full((), -1, jnp.int32))

@@ -1,10 +1,12 @@
 """Pytree helpers. Leaves of different trees are matched by key path, so wrappers and subsets need no special case."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from s2sam_jax._types import NEVER, Masks, Unmasked
 
@@ -64,8 +66,15 @@ def map_states(fn: Callable[[T], Any], tree: Any, kind: type[T]) -> Any:
     return jax.tree.map(lambda x: fn(x) if isinstance(x, kind) else x, tree, is_leaf=lambda x: isinstance(x, kind))
 
 
+def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """As optax's own, which would keep them from an ``optax.MultiSteps`` that is passed as the object it is."""
+    if isinstance(tx, optax.MultiSteps):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
+
+
 def scalar(x: Any) -> jax.Array:
-    """The one array inside ``x``: a bare scalar, or one that Flax NNX has wrapped in a variable."""
+    """The one array inside ``x``: a bare one, or one that Flax NNX has wrapped in a variable."""
     return jax.tree.leaves(x)[0]
 
 
@@ -74,10 +83,15 @@ def increment(step: jax.Array) -> jax.Array:
     return jnp.minimum(step, NEVER - 1) + 1
 
 
-def copy_key(seed: int | jax.Array) -> jax.Array:
-    """A typed key of the state's own: a caller's key would be lost when the state is donated."""
+def copy_key(seed: int | jax.Array, purpose: str) -> jax.Array:
+    """A typed key of the state's own: a caller's key would be lost when the state is donated.
+
+    One integer for several purposes, as the default 0, gives them independent keys; a key is taken as it is.
+    """
     if not jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key):
-        return jax.random.key(seed) if jnp.ndim(seed) == 0 else jax.random.wrap_key_data(jnp.array(seed))
+        if jnp.ndim(seed) == 0:
+            return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+        return jax.random.wrap_key_data(jnp.array(seed))
     return jax.random.wrap_key_data(jnp.array(jax.random.key_data(seed)), impl=jax.random.key_impl(seed))
 
 
@@ -101,7 +115,17 @@ def where(condition: Any, on_true: Any, on_false: Any) -> Any:
 
 
 def mask_mirrored(masks: Masks, state: Any) -> Any:
-    """The state rule: zero, off the mask, every floating state leaf that mirrors a parameter.
+    """The state rule: zero, off the mask, every floating state leaf that mirrors a parameter."""
+    return map_mirrored(lambda mask, leaf: jnp.where(mask, leaf, jnp.zeros((), leaf.dtype)), masks, state)
+
+
+def start_mirrored(grown: Masks, state: Any, fresh: Any) -> Any:
+    """What has just grown starts as the optimizer does: from zero, or for some, as the step sizes of Rprop, not."""
+    return map_mirrored(lambda mask, leaf, start: jnp.where(mask, start.astype(leaf.dtype), leaf), grown, state, fresh)
+
+
+def map_mirrored(fn: Callable[..., jax.Array], masks: Masks, state: Any, *rest: Any) -> Any:
+    """``fn(mask, leaf, ...)`` on every floating state leaf that mirrors a parameter; the others stay.
 
     A subtree of the parameters' structure mirrors them leaf by leaf. Elsewhere, as in the cut trees of
     ``optax.masked``, a leaf mirrors the parameter whose key path is the longest suffix of its own. Shapes must agree.
@@ -113,24 +137,23 @@ def mask_mirrored(masks: Masks, state: Any) -> Any:
     def is_whole(node):
         return isinstance(node, Unmasked) or jax.tree.structure(node) == structure
 
-    def rule(path, node):
+    def one(mask, leaf, *others):
+        if mask is None or mask.shape != leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return fn(mask, leaf, *others)
+
+    def rule(path, node, *others):
         if isinstance(node, Unmasked):
             return node
         if jax.tree.structure(node) == structure:
-            return jax.tree.map(_zero_off, masks, node)
+            return jax.tree.map(one, masks, node, *others)
         keys = _keys(path)
         suffixes = (keys[start:] for start in range(len(keys) + 1))
-        return _zero_off(next((by_keys[suffix] for suffix in suffixes if suffix in by_keys), None), node)
+        return one(next((by_keys[suffix] for suffix in suffixes if suffix in by_keys), None), node, *others)
 
-    return jax.tree_util.tree_map_with_path(rule, state, is_leaf=is_whole)
+    return jax.tree_util.tree_map_with_path(rule, state, *rest, is_leaf=is_whole)
 
 
 def _keys(path: Any) -> tuple[Any, ...]:
     """Key entries, which tell a module named ``mu`` from Adam's field ``mu``."""
     return tuple(path[:-1] if path and path[-1] == NNX_VALUE else path)
-
-
-def _zero_off(mask: jax.Array | None, leaf: jax.Array) -> jax.Array:
-    if mask is None or mask.shape != leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return leaf
-    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))

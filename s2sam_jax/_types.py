@@ -1,6 +1,7 @@
 """The vocabulary every other file shares: trees, the update clock, and what a sparse method is."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -42,8 +43,14 @@ class Every:
     end: int | None = None
 
     def __post_init__(self):
-        if not all(isinstance(bound, int) for bound in (self.start, self.every, self.end or 0)):
-            raise TypeError(f"Every counts calls in integers; got {self.start!r}, {self.every!r}, {self.end!r}.")
+        try:
+            object.__setattr__(self, "start", operator.index(self.start))  # NumPy's integers too
+            object.__setattr__(self, "every", operator.index(self.every))
+            object.__setattr__(self, "end", None if self.end is None else operator.index(self.end))
+        except TypeError as error:
+            raise TypeError(
+                f"Every counts calls in integers; got {self.start!r}, {self.every!r}, {self.end!r}."
+            ) from error
         if self.start < 0 or self.every < 1:
             raise ValueError(f"Every needs start >= 0 and every >= 1; got start={self.start}, every={self.every}.")
         if self.end is not None and self.end < self.start:
@@ -54,6 +61,12 @@ class Every:
         step = jnp.maximum(jnp.asarray(step, jnp.int32), self.start)
         due = step + (self.start - step) % self.every
         return due if self.end is None else jnp.where(due <= self.end, due, NEVER)
+
+    def planned(self, before: jax.Array, due: bool | jax.Array, step: jax.Array) -> jax.Array:
+        """The next firing after a call: the one planned before, or where that is done the first from ``step`` on."""
+        if isinstance(due, bool):
+            return self.at_or_after(step) if due else before
+        return jnp.where(due, self.at_or_after(step), before)
 
 
 class MaskInputs(NamedTuple):

@@ -1,0 +1,225 @@
+"""What models, optimizers and loops of users do that the library's own tests would not."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from common import named
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
+
+from s2sam_jax import (
+    Every,
+    TrainState,
+    check_masks,
+    get_masks,
+    looksam,
+    make_train_step,
+    methods,
+    recalibrate_batch_stats,
+    s2sam,
+    sam,
+    select,
+    set_masks,
+    sparsify,
+    ssam,
+)
+
+PARAMS = {"kernel": jnp.linspace(0.1, 1.0, 100).reshape(10, 10)}
+
+
+def loss_fn(params, model_state, batch, key):
+    return jnp.sum(params["kernel"] ** 2) * jnp.mean(batch), (model_state, {})
+
+
+# Models
+
+
+def test_biases_of_attention_and_of_scanned_layers_stay_dense():
+    attention = nnx.MultiHeadAttention(2, 4, 8, rngs=nnx.Rngs(0))
+    scanned = nnx.vmap(lambda rngs: nnx.LayerNorm(8, rngs=rngs), in_axes=0, out_axes=0)(nnx.Rngs(0).split(3))
+    params = {"attention": nnx.state(attention, nnx.Param), "scanned": nnx.state(scanned, nnx.Param)}
+    masks = get_masks(sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5).init(params))
+    several = {path: bool(mask.all()) for path, mask in named(masks).items() if mask.ndim > 1}
+    assert sorted(several.values()) == [False] * 4 + [True] * 5
+    assert all(dense == path.endswith(("bias", "scale")) for path, dense in several.items())
+
+
+def test_set_masks_through_nnx_optimizer():
+    model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    tx = sparsify(optax.adam(0.1), methods.static(), sparsity=0.5)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    masks = jax.tree.map(lambda p: jnp.arange(p.size).reshape(p.shape) % 4 == 0, nnx.state(model, nnx.Param))
+    optimizer.opt_state = set_masks(optimizer.opt_state, masks)
+    optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(jnp.ones((2, 4))) ** 2))(model))
+    assert int((model.kernel[...] != 0).sum()) == 6
+    check_masks(nnx.state(model, nnx.Param), optimizer.opt_state)
+
+
+def test_what_is_no_moving_average_survives_recalibration():
+    """A spectral norm's vector, and the factor that follows from it, beside a mean and a key."""
+
+    def step(params, state, batch, key):
+        vector = batch.T @ (batch @ state["vector"])
+        vector /= jnp.linalg.norm(vector) + 1e-12
+        factor = jnp.linalg.norm(batch @ vector)
+        mean = 0.9 * state["mean"] + 0.1 * jnp.mean(batch / state["factor"])
+        return jnp.sum(batch), ({"vector": vector, "factor": factor, "mean": mean, "key": state["key"]}, {})
+
+    draw = np.random.default_rng(0)
+    batches = [jnp.asarray(draw.normal(size=(6, 3)) + 1, jnp.float32) for _ in range(4)]
+    state = {"vector": jnp.array([1.0, 0.0, 0.0]), "factor": jnp.float32(2), "mean": jnp.float32(0.3)}
+    found = recalibrate_batch_stats(step, None, state | {"key": jax.random.key(1)}, batches)
+    np.testing.assert_array_equal(found["vector"], state["vector"])
+    assert float(found["factor"]) == 2
+    assert found["key"] == jax.random.key(1)
+
+
+# Optimizers
+
+
+def test_grown_weights_start_as_their_optimizer_starts():
+    """Rprop's steps shrink and grow by factors, so a step size of zero would stay zero."""
+    tx = sparsify(optax.rprop(0.01), methods.rigl(0.5, skip_step=False), sparsity=0.5, when=Every(3, 100, 100))
+    params, target = {"kernel": jnp.zeros((8, 8))}, jnp.where(jnp.arange(64).reshape(8, 8) % 3 == 0, 1.0, -2.0)
+    state = tx.init(params)
+    update, first = jax.jit(tx.update), get_masks(tx.init(params))["kernel"]
+    for _ in range(20):
+        updates, state = update({"kernel": params["kernel"] - target}, state, params)
+        params = optax.apply_updates(params, updates)
+    grown = get_masks(state)["kernel"] & ~first
+    assert int(grown.sum()) > 0
+    assert float(jnp.abs(params["kernel"])[grown].min()) > 0.1
+
+
+def test_multisteps_as_an_object_keeps_extra_arguments():
+    tx = optax.MultiSteps(sparsify(optax.sgd(0.1), methods.grasp(), sparsity=0.5), 1)
+    step, state = make_train_step(loss_fn, tx), TrainState.create(PARAMS, tx)
+    state, _ = step(state, jnp.ones(4))
+    assert int((state.params["kernel"] == 0).sum()) == 50
+
+
+# Randomness
+
+
+def test_one_seed_is_not_one_key():
+    """Growth by SET, SSAM's first coordinates and a dropout of weights, all by default, have nothing in common."""
+    params = {"kernel": jnp.ones((100, 100))}
+    tx = sparsify(ssam(0.1, mask="dynamic", sparsity=0.5, total_steps=10), methods.static(), sparsity=0.5)
+    state = TrainState.create(params, tx)
+    keys = [state.key, state.opt_state.key, state.opt_state.inner_state.key]
+    draws = [np.ravel(jax.random.uniform(key, (10_000,))) for key in keys]
+    correlations = np.corrcoef(draws)[np.triu_indices(3, 1)]
+    assert np.abs(correlations).max() < 0.05
+
+
+# Clocks
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_restored_state_fires_as_planned_and_then_by_the_new_clock(jitted):
+    def tx(every):
+        return sparsify(optax.sgd(0.0), methods.set(0.5), sparsity=0.5, when=Every(0, every, 100))
+
+    def fired(tx, state, calls):
+        step = make_train_step(loss_fn, tx)
+        step, found = jax.jit(step) if jitted else step, []
+        for _ in range(calls):
+            now, before = int(state.opt_state.step), np.array(get_masks(state.opt_state)["kernel"])
+            state, _ = step(state, jnp.ones(4))
+            found += [now] if (before != get_masks(state.opt_state)["kernel"]).any() else []
+        return state, found
+
+    state, first = fired(tx(4), TrainState.create(PARAMS, tx(4)), 3)
+    _, later = fired(tx(3), state, 8)
+    assert (first, later) == ([0], [4, 6, 9])
+
+
+def test_a_firing_that_was_held_back_comes_when_it_may():
+    tx = sparsify(optax.sgd(0.0), methods.set(0.5), sparsity=0.5, when=Every(0, 2, 100))
+    state = TrainState.create(PARAMS, tx)
+    _, opt_state = tx.update(state.params, state.opt_state, state.params, refresh_masks=False)
+    _, opt_state = tx.update(state.params, opt_state, state.params, refresh_masks=False)
+    assert (opt_state.masks["kernel"] == state.opt_state.masks["kernel"]).all()
+    step, before = make_train_step(loss_fn, tx), np.array(opt_state.masks["kernel"])
+    state, _ = step(state._replace(opt_state=opt_state), jnp.ones(4))
+    assert (before != state.opt_state.masks["kernel"]).any()
+    assert int(state.opt_state.next_update) == 4
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda k: ssam(0.1, mask="dynamic", update_every=k, total_steps=99), lambda k: looksam(0.1, every=k)],
+    ids=["ssam", "looksam"],
+)
+def test_so_do_the_clocks_of_perturbations(make):
+    params = {"kernel": jnp.ones((3, 3))}
+    state = make(5).init(params)
+    for _ in range(3):
+        _, state = make(5).update(params, state, params, grad_fn=lambda p: p)
+    planned = []
+    for _ in range(5):
+        _, state = make(2).update(params, state, params, grad_fn=lambda p: p)
+        planned.append(int(state.next_update))
+    assert planned == [5, 5, 6, 8, 8]
+
+
+# Sizes, types, names
+
+
+def test_more_than_two_to_the_31_weights_are_traced():
+    leaf = jax.ShapeDtypeStruct((2**14, 2**14), jnp.float32)
+    tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5)
+    step = make_train_step(lambda p, s, b, k: (jnp.sum(p["0"]) * b.sum(), (s, {})), tx)
+
+    def one(params, batch):
+        return step(TrainState.create(params, tx), batch)[1]["sparsity"]
+
+    found = jax.eval_shape(one, {str(i): leaf for i in range(9)}, jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert (found.shape, found.dtype) == ((), jnp.float32)
+
+
+def test_what_int32_cannot_count_is_refused():
+    leaves = [jax.ShapeDtypeStruct((2**28,), jnp.float32)] * 8
+    jax.eval_shape(lambda *x: select(list(x), sparsity=0.5), *leaves)
+    with pytest.raises(ValueError, match="select counts in int32, and 2147483648 scores are to be ranked together"):
+        jax.eval_shape(lambda *x: select(list(x), sparsity=0.5, scope="global"), *leaves)
+
+
+def test_selection_in_shard_map():
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,))
+    spec = PartitionSpec("x")
+    scores = jax.random.normal(jax.random.key(0), (8, 6))
+    one = functools.partial(select, sparsity=0.5)
+    found = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec))(scores)
+    np.testing.assert_array_equal(found, jnp.concatenate([one(scores[:4]), one(scores[4:])]))
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(TypeError, match=r"these parameters are complex: \['a/b'\]"):
+        TrainState.create({"a": {"b": jnp.ones(2, jnp.complex64)}}, optax.sgd(0.1))
+
+
+def test_a_metric_that_the_step_has_itself_is_refused():
+    def named(params, model_state, batch, key):
+        return jnp.sum(params["kernel"]), (model_state, {"loss": 1.0, "mine": 2.0})
+
+    step = make_train_step(named, optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"has itself: \['loss'\]"):
+        step(TrainState.create(PARAMS, optax.sgd(0.1)), jnp.ones(4))
+
+
+def test_numbers_of_numpy():
+    assert Every(np.int64(0), np.int32(100), np.int64(200)) == Every(0, 100, 200)
+    with pytest.raises(TypeError, match=r"Every counts calls in integers; got 0, 1\.5"):
+        Every(0, 1.5)
+    with pytest.raises(TypeError, match=r"when=Every\(start, every, end\), .* got 100"):
+        sparsify(optax.sgd(0.1), methods.set(), sparsity=0.5, when=100)
+    for make in (s2sam, sam):
+        with pytest.raises(ValueError, match="rho must be"):
+            make(np.float32(-1))
+    with pytest.raises(ValueError, match=r"grad_dtype must be a floating type.* got int8"):
+        s2sam(grad_dtype=jnp.int8)
