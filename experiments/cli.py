@@ -1,8 +1,9 @@
 """What the command lines share: how a user's mistake ends, and where compiled programs are kept."""
 
 import contextlib
-import dis
+import linecache
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,14 +30,9 @@ def one_line() -> Iterator[None]:
 
 def _raised_by_us(error: BaseException) -> bool:
     """Whether a ``raise`` of ours made it: Python's own ``not enough values to unpack`` is a bug, in whatever file."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or trace.tb_lasti < 0:
-        return False
-    code = trace.tb_frame.f_code.co_code
-    ours = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES
-    return ours and dis.opname[code[trace.tb_lasti]] == "RAISE_VARARGS"
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    ours = frame.f_globals.get("__name__", "").partition(".")[0] in PACKAGES
+    return ours and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
 
 
 def keep_compiled(folder: Path, min_seconds: float = 0.5) -> None:

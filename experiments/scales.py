@@ -6,7 +6,6 @@ from typing import Literal
 from experiments import models, sparse_methods
 from experiments.config import Config
 from experiments.recipes import Recipe
-from experiments.recipes.base import rounds
 
 # full: the recipe. cpu: a quarter of the width, 10 000 images, 9 epochs. digits: a ResNet-8 of width 8 on these small
 # images, 20 epochs. smoke: it runs.
@@ -57,4 +56,4 @@ def _trainings(config: Config) -> int:
     """In one run."""
     if config.method not in sparse_methods.ROUNDS:
         return 1
-    return rounds(config.sparsity, config.prune_fraction or 0.2) + 1
+    return sparse_methods.rounds(config.sparsity, config.prune_fraction or 0.2) + 1

@@ -77,6 +77,11 @@ def clock(config: Config, steps_per_epoch: int) -> Every | None:
     return Every(start, every, max(start, min(int(end * total), total - 1) // every * every))
 
 
+def rounds(sparsity: float, prune_fraction: float) -> int:
+    """Prunings that a lottery needs: the fewest that reach the sparsity."""
+    return math.ceil(round(math.log(1 - sparsity) / math.log(1 - prune_fraction), 6))
+
+
 def round_steps(config: Config, steps_per_epoch: int) -> int:
     """Steps of one round of a lottery: the epochs are shared out among all of them, the dense one first.
 
@@ -85,12 +90,11 @@ def round_steps(config: Config, steps_per_epoch: int) -> int:
     total = config.epochs * steps_per_epoch
     if config.method not in ROUNDS:
         return total
-    fraction = config.prune_fraction or 0.2
-    rounds = config.rounds or math.ceil(round(math.log(1 - config.sparsity) / math.log(1 - fraction), 6))
+    count = config.rounds or rounds(config.sparsity, config.prune_fraction or 0.2)
     rewind = round(config.rewind_epochs * steps_per_epoch)
-    length = (total - rewind) // (rounds + 1) + rewind - 1
+    length = (total - rewind) // (count + 1) + rewind - 1
     if length - rewind < 1:
-        raise ValueError(f"epochs={config.epochs} are too few for {rounds + 1} rounds; each needs some steps.")
+        raise ValueError(f"epochs={config.epochs} are too few for {count + 1} rounds; each needs some steps.")
     return length
 
 

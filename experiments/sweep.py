@@ -6,7 +6,6 @@ Runs what is missing in the rows file and rewrites the table beside it.
 """
 
 import dataclasses
-import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, loop, runs, tasks
+from experiments import cli, jsonl, loop, runs, sparse_methods, tasks
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
 
@@ -47,8 +46,8 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int)
     small = dataclasses.replace(small, method=method, optimizer=optimizer, sparsity=sparsity, seed=seed)
     if method not in ("lottery", "lrr"):
         return small
-    rounds = math.ceil(math.log(1 - sparsity) / math.log(1 - PRUNE_FRACTION))
-    return dataclasses.replace(small, epochs=ROUND_EPOCHS * (rounds + 1), prune_fraction=PRUNE_FRACTION)
+    epochs = ROUND_EPOCHS * (sparse_methods.rounds(sparsity, PRUNE_FRACTION) + 1)
+    return dataclasses.replace(small, epochs=epochs, prune_fraction=PRUNE_FRACTION)
 
 
 class Last:

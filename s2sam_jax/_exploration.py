@@ -56,16 +56,6 @@ def check_groups(groups: Sequence[ChannelGroup], compat: str, method: str) -> tu
     return tuple(groups)
 
 
-def keep_channels(
-    scores: list[jax.Array], count: int | jax.Array, at_least: list[int], among: list[jax.Array]
-) -> list[jax.Array]:
-    """The best ``count`` channels of all groups together, but that many of each group first."""
-    reserved = select(scores, count=at_least, among=among)
-    others = [a & ~r for a, r in zip(among, reserved, strict=True)]
-    chosen = select(scores, count=jnp.maximum(count - sum(ones(reserved)), 0), among=others, scope="global")
-    return [jnp.logical_or(r, c) for r, c in zip(reserved, chosen, strict=True)]
-
-
 def shares(
     total: int | jax.Array, sizes: Sequence[int], taken: list[Any] | None = None, at_least: int = 0
 ) -> list[jax.Array]:
@@ -79,11 +69,6 @@ def shares(
     used = [0] * len(sizes) if taken is None else taken
     room = [jnp.asarray(s < s.size - u) for s, u in zip(seats, used, strict=True)]
     return ones(select(scores, count=total, among=room, scope="global"))
-
-
-def whole(amount: jax.Array) -> jax.Array:
-    """Rounded down to int32; the slack is for products that float32 puts a few ulps below a whole number."""
-    return jnp.floor(amount * (1 + 2**-21)).astype(jnp.int32)
 
 
 def leverage_scores(rows: jax.Array, count: int | jax.Array) -> jax.Array:

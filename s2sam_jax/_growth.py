@@ -30,10 +30,15 @@ def first_masks(x: MaskInputs, scores: list[jax.Array]) -> MaskUpdate:
     return MaskUpdate(replace_sparse(x, x.masks, masks))
 
 
-def cosine(fraction: float, step: jax.Array, end: int) -> jax.Array:
-    """``fraction / 2 * (1 + cos(pi * t / T))``, and its value at T from there on."""
-    progress = jnp.clip(step / max(end, 1), 0.0, 1.0)
-    return 0.5 * fraction * (1.0 + jnp.cos(jnp.pi * progress))
+def cosine(first: float, step: jax.Array, end: int, last: float = 0.0) -> jax.Array:
+    """``last + (first - last) / 2 * (1 + cos(pi * t / T))``, and its value at T from there on; exact at both ends."""
+    share = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(step / max(end, 1), 0.0, 1.0)))
+    return first * share + last * (1.0 - share)
+
+
+def rounded_down(amount: jax.Array) -> jax.Array:
+    """To int32; the slack is for products that float32 puts a few ulps below a whole number."""
+    return jnp.floor(amount * (1 + 2**-21)).astype(jnp.int32)
 
 
 def rounded_up(amount: jax.Array) -> jax.Array:
@@ -71,16 +76,14 @@ def openings(keep: list[jax.Array], scores: list[jax.Array], structure: NM) -> l
     return best_in_groups(scores, structure, among=[~m for m in keep], taken=keep)
 
 
-def move_smallest(x: MaskInputs, fraction: Any, growth_scores: Any) -> Masks:
-    """Per sparse leaf, drops ``floor(fraction * active)`` smallest weights and grows as many of the best-scored.
+def move_smallest(x: MaskInputs, moved: list[jax.Array], growth_scores: list[jax.Array]) -> Masks:
+    """Per sparse leaf, drops so many of the smallest weights and grows as many of the best-scored.
 
     All positions that were not kept are candidates, those just dropped among them.
     """
-    old, active = sparse_leaves(x, x.masks), sparse_leaves(x, x.nnz)
-    moved = [jnp.floor(n * jnp.asarray(fraction, jnp.float32)).astype(jnp.int32) for n in active]
-    left = [n - k for n, k in zip(active, moved, strict=True)]
-    keep = select([jnp.abs(w) for w in sparse_leaves(x, x.params)], count=left, among=old)
-    return grow(x, keep, moved, sparse_leaves(x, growth_scores))
+    left = [n - k for n, k in zip(sparse_leaves(x, x.nnz), moved, strict=True)]
+    weights = [jnp.abs(w) for w in sparse_leaves(x, x.params)]
+    return grow(x, select(weights, count=left, among=sparse_leaves(x, x.masks)), moved, growth_scores)
 
 
 def total_zeros(x: MaskInputs) -> int:

@@ -8,7 +8,7 @@ import optax
 
 from s2sam_jax._perturb import ascent_point, check_non_negative, perpendicular, schedule
 from s2sam_jax._sam import climber
-from s2sam_jax._tree import at_least_f32, increment, norm
+from s2sam_jax._tree import at_least_f32, cond, increment, norm
 from s2sam_jax._types import Every, ScalarOrSchedule
 
 
@@ -96,10 +96,7 @@ def looksam(
             return _cast(moved, updates), state.g_v
 
         due = state.step >= state.next_update if refresh_sam is None else refresh_sam
-        if isinstance(due, bool):
-            grads, g_v = look() if due else reuse()
-        else:
-            grads, g_v = jax.lax.cond(due, look, reuse)
+        grads, g_v = cond(due, look, reuse)
         step = increment(state.step)
         return grads, LookSAMState(step, clock.planned(state.next_update, due, step), radius, g_v)
 

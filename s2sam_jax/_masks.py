@@ -87,7 +87,7 @@ def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
         return states[0].masks
     found = {path: mask for state in states for path, mask in named_leaves(state.masks).items()}
     return jax.tree_util.tree_map_with_path(
-        lambda path, p: found.get(path_names(path), jnp.ones_like(p, dtype=bool)), params
+        lambda path, p: found[path_names(path)] if path_names(path) in found else jnp.ones_like(p, dtype=bool), params
     )
 
 

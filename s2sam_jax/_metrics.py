@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from s2sam_jax._gradient_point import perturb
 from s2sam_jax._masks import SparseState, get_masks
 from s2sam_jax._rounding import FORMATS, round_to_nearest
-from s2sam_jax._s2sam import S2SAMState
+from s2sam_jax._s2sam import S2SAMState, last_gradient
 from s2sam_jax._tree import at_least_f32, check_same_leaves, find_states, named_leaves, norm
 from s2sam_jax._types import Params, Unmasked
 
@@ -143,7 +143,7 @@ def _cosine_last_gradient(grads: Params, params: Params, opt_state: Any) -> jax.
         masks = named_leaves(get_masks(opt_state, params))
     for state in states:
         dense = isinstance(state.last_grad, Unmasked)
-        for path, last in named_leaves(state.last_grad.tree if dense else state.last_grad).items():
+        for path, last in named_leaves(last_gradient(state)).items():
             if path not in given or jnp.shape(given[path]) != jnp.shape(last):
                 raise ValueError(f"sharpness_metrics: grads lack the leaf {'/'.join(path)}{jnp.shape(last)}.")
             live = dense or masks.get(path, True)

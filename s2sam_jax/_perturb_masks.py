@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from s2sam_jax._growth import rounded_down
 from s2sam_jax._select import best_in_groups, random_scores, select
 from s2sam_jax._structure import NM, check_fits
 from s2sam_jax._tree import named_leaves
@@ -26,7 +27,7 @@ def top_in_groups(scores: Params, live: Masks | None, structure: NM) -> Masks:
 def move(grads: Params, masks: Masks, live: Masks | None, rate: Any, key: jax.Array, sparsity: float) -> Masks:
     """The paper: drop exactly ``floor(r a)``, then grow as many among all that are off, those just dropped included."""
     kept = jnp.asarray(_kept(_size(masks, live), sparsity), jnp.int32)
-    keep = kept - jnp.floor(rate * kept).astype(jnp.int32)
+    keep = kept - rounded_down(rate * kept)
     stay = select(jax.tree.map(jnp.abs, grads), count=keep, among=_both(masks, live), scope="global")
     grow = kept - _size(masks, stay)
     off = _both(jax.tree.map(jnp.logical_not, stay), live)
@@ -37,7 +38,7 @@ def move_in_groups(grads: Params, masks: Masks, live: Masks | None, rate: Any, k
     """The same under N:M: every group is filled up again at random."""
     old = _both(masks, live)
     kept = _size(masks, old)
-    keep = kept - jnp.floor(rate * kept).astype(jnp.int32)
+    keep = kept - rounded_down(rate * kept)
     stay = select(jax.tree.map(jnp.abs, grads), count=keep, among=old, scope="global")
     off = _both(jax.tree.map(jnp.logical_not, stay), live)
     return _fill(random_scores(key, masks), stay, off, structure)
@@ -49,8 +50,8 @@ def move_as_released(
     """The released code: two truncated counts, and growth only where the old mask was off."""
     size = jnp.asarray(_size(masks, live), jnp.float32)
     active = size * (1 - sparsity)
-    keep = jnp.floor(active * (1 - rate)).astype(jnp.int32)
-    grow = jnp.floor(jnp.minimum(active * rate, size * sparsity)).astype(jnp.int32)
+    keep = rounded_down(active * (1 - rate))
+    grow = rounded_down(jnp.minimum(active * rate, size * sparsity))
     stay = select(jax.tree.map(jnp.abs, grads), count=keep, among=_both(masks, live), scope="global")
     off = _both(jax.tree.map(jnp.logical_not, masks), live)
     return jax.tree.map(jnp.logical_or, stay, select(random_scores(key, masks), count=grow, among=off, scope="global"))
@@ -83,7 +84,7 @@ def _kept(size: int | jax.Array, sparsity: float) -> Any:
     """``floor(d * (1 - s))``; on device in float32, exact to one part in 2**24."""
     if isinstance(size, int):
         return int(round(size * (1 - sparsity), 6))
-    return jnp.floor(size.astype(jnp.float32) * (1 - sparsity)).astype(jnp.int32)
+    return rounded_down(size.astype(jnp.float32) * (1 - sparsity))
 
 
 def _both(masks: Masks, live: Masks | None) -> Masks:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._growth import replace_sparse, sparse_leaves, total_zeros
-from s2sam_jax._select import ones, select
+from s2sam_jax._select import keep_best
 from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
 from s2sam_jax._tree import map_named, named_leaves
 from s2sam_jax._types import MaskInputs, Masks, MaskUpdate
@@ -36,10 +36,8 @@ def keep_largest(x: MaskInputs, scores: Any, count: int | jax.Array, keep_at_lea
     ranked, live = sparse_leaves(x, scores), sparse_leaves(x, x.masks)
     if not ranked:
         return x.masks
-    reserved = select(ranked, count=[min(keep_at_least, s.size) for s in ranked], among=live)
-    others = [m & ~r for m, r in zip(live, reserved, strict=True)]
-    chosen = select(ranked, count=jnp.maximum(count - sum(ones(reserved)), 0), among=others, scope="global")
-    return replace_sparse(x, x.masks, [r | c for r, c in zip(reserved, chosen, strict=True)])
+    at_least = [min(keep_at_least, s.size) for s in ranked]
+    return replace_sparse(x, x.masks, keep_best(ranked, count, at_least, live))
 
 
 def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kernels, keep_at_least: int = 0) -> Masks:

@@ -111,15 +111,12 @@ def s2sam(
         grads = _remembered(updates, masks, dense_grads, perturb_pruned)
         step = increment(state.step)
         stored = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, last_gradient(state))
-        state = S2SAMState(
+        return updates, state._replace(
             step=step,
             rho=rho_at(step),
-            eps=state.eps,
-            eta=state.eta,
             norm=_cubic_norm(grads, params, state) if cubic else None,
             last_grad=Unmasked(stored) if perturb_pruned else stored,
         )
-        return updates, state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -8,7 +8,7 @@ import optax
 
 from s2sam_jax._masks import SparseState, get_masks
 from s2sam_jax._msam import MSAMState
-from s2sam_jax._perturb import add, ascent, check_non_negative, schedule
+from s2sam_jax._perturb import ascent_point, check_non_negative, schedule
 from s2sam_jax._s2sam import S2SAMState
 from s2sam_jax._tree import find_states, increment, masked
 from s2sam_jax._types import Params, ScalarOrSchedule
@@ -100,10 +100,7 @@ def s2sam_wrapper(
         rho = rho_at(step)
         moves, inner_state = inner.update(updates, state.inner_state, state.clean, **extra_args)
         clean = optax.apply_updates(state.clean, moves)
-        leaves, treedef = jax.tree.flatten(clean)
-        grads = jax.tree.leaves(_on_masks(inner_state, updates))
-        epsilon = ascent(grads, leaves, rho=rho, eps=eps)
-        target = treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
+        target = ascent_point(clean, _on_masks(inner_state, updates), rho=rho, eps=eps)
         return jax.tree.map(lambda t, p: t - p, target, params), S2SAMWrapperState(step, rho, clean, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -127,6 +127,17 @@ def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], sco
     return [masks[index] for index in range(len(leaves))]
 
 
+def keep_best(
+    scores: list[jax.Array], count: int | jax.Array, at_least: list[int], among: list[jax.Array]
+) -> list[jax.Array]:
+    """The best ``count`` of all leaves together, but that many of each leaf first."""
+    reserved = select(scores, count=at_least, among=among)
+    others = [a & ~r for a, r in zip(among, reserved, strict=True)]
+    rest = jnp.maximum(count - sum(ones(reserved)), 0)
+    chosen = select(scores, count=rest, among=others, scope="global")
+    return [jnp.logical_or(r, c) for r, c in zip(reserved, chosen, strict=True)]
+
+
 def ones(masks: list[Any]) -> list[jax.Array]:
     """Ones per mask, int32[]."""
     return map_alike(lambda mask: jnp.sum(mask, dtype=jnp.int32), masks)
@@ -167,11 +178,6 @@ def _stack(leaves: list[Any], indices: list[int]) -> jax.Array:
 def kept(size: int, sparsity: float) -> int:
     """``N - floor(S * N)``; the product is rounded first, so that 0.7 * 10 counts as 7."""
     return size - int(np.floor(round(sparsity * size, 6)))
-
-
-def random_masks(key: jax.Array, counts: Any, like: Any, among: Masks | None = None) -> Masks:
-    """Uniformly random masks with ``counts`` ones per leaf."""
-    return select(random_scores(key, like), count=counts, among=among)
 
 
 def random_scores(key: jax.Array, like: Any) -> Any:

@@ -14,7 +14,7 @@ from s2sam_jax._sam import climber
 from s2sam_jax._select import random_scores
 from s2sam_jax._sparsity import check_sparsity
 from s2sam_jax._structure import NM, UNSTRUCTURED, Unstructured, same
-from s2sam_jax._tree import align, at_least_f32, copy_key, increment
+from s2sam_jax._tree import align, at_least_f32, cond, copy_key, increment
 from s2sam_jax._types import NEVER, Compat, Every, Masks, Params, ScalarOrSchedule
 
 
@@ -150,10 +150,7 @@ def ssam(
         def change():
             return refreshed(updates, state, params, live, fisher_fn)
 
-        if isinstance(due, bool):
-            new = change() if due else state.perturb_masks
-        else:
-            new = jax.lax.cond(due, change, lambda: state.perturb_masks)
+        new = cond(due, change, lambda: state.perturb_masks)
         acting = state.perturb_masks if authors and mask == "dynamic" else new
         radius = rho_at(state.step)
         grads = gradient_at(lambda grads: _masked_ascent(params, grads, acting, radius, eps))

@@ -104,6 +104,13 @@ def norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum((jnp.sum(jnp.square(jnp.abs(at_least_f32(x)))) for x in jax.tree.leaves(tree)), jnp.zeros(())))
 
 
+def cond(due: bool | jax.Array, yes: Callable[[], T], no: Callable[[], T]) -> T:
+    """``lax.cond``; decided in Python where the flag is static."""
+    if isinstance(due, bool):
+        return yes() if due else no()
+    return jax.lax.cond(due, yes, no)
+
+
 def masked(masks: Masks, tree: Any) -> Any:
     """Zero where a mask is off. ``where``, not a product: a NaN behind a mask must not survive."""
     return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), masks, tree)

@@ -68,7 +68,7 @@ def top_mask(scores, count, among=None):
 
 def rigl_update(w, g, mask, fraction):
     """RigL's Algorithm 1 on one layer."""
-    moved = int(np.floor(np.float32(mask.sum()) * np.float32(fraction)))
+    moved = int(np.floor(round(int(mask.sum()) * float(fraction), 4)))
     keep = top_mask(np.abs(w), int(mask.sum()) - moved, mask)
     return keep | top_mask(np.abs(g), moved, ~keep)
 

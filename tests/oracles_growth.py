@@ -54,7 +54,7 @@ def regrow(keep, scores, count):
 def set_update(w, mask, scores, zeta, by_sign):
     def smallest_gone(among):
         live = int(among.sum())
-        return top_mask(np.abs(w), live - floor(np.float32(live) * np.float32(zeta)), among)
+        return top_mask(np.abs(w), live - floor(round(live * zeta, 6)), among)
 
     keep = smallest_gone(mask & (w >= 0)) | smallest_gone(mask & (w < 0)) if by_sign else smallest_gone(mask)
     return regrow(keep, scores, int(mask.sum()) - int(keep.sum()))

@@ -79,7 +79,7 @@ FAMILY = {
         lambda **o: oracles_family.gsam_trajectory(coupled, START, STEPS, rho=falling, alpha=0.5, **o),
     ),
     "esam": (
-        lambda: esam(rho=0.1, beta=BETA, seed=3),
+        lambda: esam(rho=0.1, beta=BETA, seed=jax.random.key(3)),
         lambda **o: oracles_family.esam_trajectory(
             coupled, START, STEPS, rho=0.1, beta=BETA, drawn=drawn(STEPS), **o
         ),

@@ -136,7 +136,7 @@ def test_nan_in_a_masked_gradient_cannot_leak(row):
     state = tx.init(params)
     params = optax.apply_updates(params, jax.tree.map(lambda m, p: jnp.where(m, 0, -p), state.masks, params))
     step = 1 if row.make().update else 0  # not a mask update
-    state = state._replace(step=jnp.int32(step))
+    state = state._replace(step=jnp.int32(step), next_update=jnp.int32(2))
     grads = jax.tree.map(lambda m, g: jnp.where(m, g, jnp.nan), state.masks, tree(1))
     updates, state = update(grads, state, params)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, state.inner_state)))
@@ -209,6 +209,17 @@ def test_rigl_equals_its_equations_over_a_trajectory(skip_step):
                 w, v = w * mask, v * mask
             np.testing.assert_array_equal(state.masks["kernel"], mask)
             np.testing.assert_allclose(params["kernel"], w, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("fraction", "moved"), [(0.53, 53), (0.59, 59), (0.535, 53)])
+def test_rigl_rounds_as_its_equation(fraction, moved):
+    """In float32 0.53 times 100 is below 53."""
+    params = {"kernel": jnp.arange(1.0, 201.0).reshape(10, 20)}
+    tx = sparsify(optax.sgd(0.1), methods.rigl(lambda step: fraction), sparsity=0.5, when=Every(0, 1, 10))
+    state = tx.init(params)
+    live, grads = state.masks["kernel"], {"kernel": jnp.where(state.masks["kernel"], 0.0, 1.0)}
+    _, after = tx.update(grads, state, params)
+    assert int((live & ~after.masks["kernel"]).sum()) == moved
 
 
 def test_rigl_cosine():

@@ -11,9 +11,9 @@ import pytest
 from common import run
 
 from s2sam_jax import ChannelGroup, Every, Slice, check_masks, methods, s2sam, set_masks, sparsify
-from s2sam_jax._exploration import keep_channels, leverage_scores, residuals, sample, shares
+from s2sam_jax._exploration import leverage_scores, residuals, sample, shares
 from s2sam_jax._growth import cosine
-from s2sam_jax._select import random_scores
+from s2sam_jax._select import keep_best, random_scores
 
 WHEN, LAST = Every(1, 2, 22), 21
 LR, MOMENTUM = 0.1, 0.9
@@ -148,7 +148,7 @@ def test_shares_are_whole_and_add_up():
 def test_every_group_keeps_its_least():
     scores = [jnp.array([0.1, 0.2]), jnp.array([5.0, 6, 7, 8])]
     alive = [jnp.ones(2, bool), jnp.ones(4, bool)]
-    first, second = keep_channels(scores, 3, [1, 1], alive)
+    first, second = keep_best(scores, 3, [1, 1], alive)
     np.testing.assert_array_equal(first, [False, True])
     np.testing.assert_array_equal(second, [False, False, True, True])
 

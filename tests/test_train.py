@@ -167,7 +167,7 @@ def test_recalibration_does_not_cancel_at_any_scale(value):
 
 def test_a_bad_gradient_behind_a_mask_does_not_stop_training():
     def root_loss(params, model_state, batch, key):
-        return jnp.sum(jnp.sqrt(jnp.abs(params["kernel"]))), (model_state, {"loss": jnp.inf})
+        return jnp.sum(jnp.sqrt(jnp.abs(params["kernel"]))), (model_state, {"largest": jnp.inf})
 
     tx = sparsify(optax.sgd(0.01), methods.static(), sparsity=0.5)
     step = make_train_step(root_loss, tx)

@@ -12,10 +12,6 @@ from PIL import Image
 from experiments.datasets import sources
 from experiments.datasets.stream import Evaluation, Stream
 
-CLASSES = 1000
-# Per channel, of pixels in [0, 1]; to be applied on the device.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 Box = tuple[int, int, int, int]
 SCALE, LOG_RATIO = (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
 

@@ -1,7 +1,6 @@
 """What a row of a paper's table is: its configuration, what was printed, and what the source leaves open."""
 
 import dataclasses
-import math
 import re
 from typing import NamedTuple
 
@@ -166,8 +165,3 @@ def cell(text: str) -> Printed:
 def lines(table: str) -> list[list[str]]:
     """The words of each line."""
     return [line.split() for line in table.strip().splitlines()]
-
-
-def rounds(sparsity: float, prune_fraction: float) -> int:
-    """Prunings that a lottery needs: the fewest that reach the sparsity."""
-    return math.ceil(round(math.log(1 - sparsity) / math.log(1 - prune_fraction), 6))

@@ -4,8 +4,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
+from experiments import sparse_methods
 from experiments.config import Config, DatasetName, OptimizerName
-from experiments.recipes.base import S2SAM, Printed, Recipe, cell, lines, recipe, rounds
+from experiments.recipes.base import S2SAM, Printed, Recipe, cell, lines, recipe
 
 EPOCHS = 160
 PRUNE_FRACTION = 0.2
@@ -109,7 +110,7 @@ def config(key: str, sparsity: float, optimizer: OptimizerName, **changes: Any) 
     """A row's run on ResNet-32 and CIFAR-10, but for the changes; a round of lottery or LRR is as long as a run."""
     options: dict[str, Any] = {"epochs": EPOCHS} | METHODS[key][1] | changes
     if options["method"] in ("lottery", "lrr"):
-        options["epochs"] *= rounds(sparsity, options.get("prune_fraction", PRUNE_FRACTION)) + 1
+        options["epochs"] *= sparse_methods.rounds(sparsity, options.get("prune_fraction", PRUNE_FRACTION)) + 1
     if options["method"] != "dense":
         options["sparsity"] = sparsity
     if options["method"].startswith("mest-") and sparsity == 0.98:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
+from experiments import sparse_methods
 from experiments.config import Config, OptimizerName
 from experiments.recipes.base import (
     ACCURACY,
@@ -17,7 +18,6 @@ from experiments.recipes.base import (
     cell,
     lines,
     recipe,
-    rounds,
 )
 from experiments.recipes.cifar import OPTIMIZERS, PRUNE_FRACTION
 
@@ -87,7 +87,7 @@ SPEED_UNKNOWN = "The device, the batch, the network (the accuracies are those of
 def config(key: str, sparsity: float, optimizer: OptimizerName) -> Config:
     options = {"epochs": EPOCHS} | METHODS[key][1]
     if options["method"] == "lottery":
-        options["epochs"] *= rounds(sparsity, PRUNE_FRACTION) + 1
+        options["epochs"] *= sparse_methods.rounds(sparsity, PRUNE_FRACTION) + 1
     return dense(model="resnet50", optimizer=optimizer, sparsity=sparsity, **options)
 
 

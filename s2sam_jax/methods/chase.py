@@ -7,10 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._channels import ChannelGroup, group_sizes
-from s2sam_jax._exploration import check_groups, filters, keep_channels, masks_of, total_width, whole
-from s2sam_jax._growth import cosine, first_and_last, random_init, replace_sparse, rounded_up, sparse_leaves
+from s2sam_jax._exploration import check_groups, filters, masks_of, total_width
+from s2sam_jax._growth import (
+    cosine,
+    first_and_last,
+    random_init,
+    replace_sparse,
+    rounded_down,
+    rounded_up,
+    sparse_leaves,
+)
 from s2sam_jax._pruning import sparse_size
-from s2sam_jax._select import kept, ones, select
+from s2sam_jax._select import keep_best, kept, ones, select
 from s2sam_jax._sparsity import check_sparsity
 from s2sam_jax._types import Compat, MaskInputs, MaskUpdate, SparseMethod
 
@@ -145,7 +153,7 @@ def chase(
         # Counted down from the end, where it is exact in float32.
         left = width + rounded_up(doomed * remaining**3)
         scores = [jnp.mean(jnp.abs(rows), axis=1) for rows in filters(x.params, groups)]
-        return keep_channels(scores, left, at_least, among=alive)
+        return keep_best(scores, left, at_least, among=alive)
 
     def counts(x: MaskInputs, live: jax.Array) -> tuple[jax.Array, jax.Array]:
         """How many weights to prune to and to grow to."""
@@ -153,9 +161,8 @@ def chase(
         planned = zip(sparse_leaves(x, x.params), sparse_leaves(x, x.sparsities), strict=True)
         budget = sum(kept(p.size, sparsity) for p, sparsity in planned)
         exploring = x.step < exploration_end * last
-        more = whole(cosine(extra, x.step, round(exploration_end * last)) * sparse_size(x))
-        share = cosine(1.0, x.step, last)
-        fraction = drop_fraction * share + final_fraction * (1.0 - share)  # exact at both ends
+        more = rounded_down(cosine(extra, x.step, round(exploration_end * last)) * sparse_size(x))
+        fraction = cosine(drop_fraction, x.step, last, final_fraction)
         left = live - rounded_up(live * fraction)
         return jnp.where(exploring, budget, jnp.minimum(budget, left)), budget + jnp.where(exploring, more, 0)
 

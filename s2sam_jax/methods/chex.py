@@ -10,17 +10,15 @@ from s2sam_jax._exploration import (
     channels,
     check_groups,
     filters,
-    keep_channels,
     leverage_scores,
     masks_of,
     residuals,
     sample,
     shares,
     total_width,
-    whole,
 )
-from s2sam_jax._growth import cosine, first_and_last
-from s2sam_jax._select import kept, ones, select
+from s2sam_jax._growth import cosine, first_and_last, rounded_down
+from s2sam_jax._select import keep_best, kept, ones, select
 from s2sam_jax._tree import named_leaves
 from s2sam_jax._types import Compat, MaskInputs, MaskUpdate, Params, SparseMethod
 
@@ -106,7 +104,7 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
         scales = [jnp.sum(jnp.abs(scale), axis=1) for scale in channels(x.params, scale_parts)]
         sizes = [scale.size for scale in scales]
 
-        best = keep_channels(scales, width, [1] * len(groups), among=live)
+        best = keep_best(scales, width, [1] * len(groups), among=live)
         down = _widths_above(scales, sparsity) if authors else ones(best)
         scores = [leverage_scores(rows, k) for rows, k in zip(filters(x.params, groups), down, strict=True)]
         keep = select(scores, count=down, among=live)
@@ -118,7 +116,7 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
             up = _widths_above(scales, sparsity - fraction)
             regrown = [more - less for more, less in zip(up, down, strict=True)]
         else:
-            regrown = shares(whole(fraction * sum(sizes)), sizes, taken=ones(keep))
+            regrown = shares(rounded_down(fraction * sum(sizes)), sizes, taken=ones(keep))
         grown = sample(x.key, outside, regrown, [~k for k in keep])
         masks = masks_of(x.params, groups, [k | g for k, g in zip(keep, grown, strict=True)])
         return MaskUpdate(masks, recent, values=recent)
@@ -145,7 +143,7 @@ def _plan(x: MaskInputs, groups: Sequence[ChannelGroup], explore: float) -> tupl
 def _widths_above(scales: list[jax.Array], sparsity: float | jax.Array) -> list[jax.Array]:
     """The released code's widths: scales above the one at ``sparsity`` of the sorted list, cut to whole numbers."""
     ranked = jnp.sort(jnp.concatenate(scales))
-    threshold = ranked[jnp.clip(whole(jnp.asarray(ranked.size * sparsity)), 0, ranked.size - 1)]
+    threshold = ranked[jnp.clip(rounded_down(jnp.asarray(ranked.size * sparsity)), 0, ranked.size - 1)]
     above = [jnp.sum(scale > threshold) for scale in scales]
     sizes = [scale.size for scale in scales]
     # The code goes by the ratio of pruned channels and back again, which may come out below a whole number.

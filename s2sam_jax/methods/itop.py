@@ -5,8 +5,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import cosine, first_and_last, grow, random_init, replace_sparse, rounded_up, sparse_leaves
-from s2sam_jax._select import random_scores, select
+from s2sam_jax._growth import (
+    cosine,
+    first_and_last,
+    move_smallest,
+    random_init,
+    replace_sparse,
+    rounded_up,
+    sparse_leaves,
+)
+from s2sam_jax._select import random_scores
 from s2sam_jax._tree import find_states
 from s2sam_jax._types import MaskInputs, Masks, MaskUpdate, SparseMethod
 
@@ -74,17 +82,14 @@ def itop(
         return MaskUpdate(masks, ITOPState(replace_sparse(x, jax.tree.map(jnp.zeros_like, masks), first)))
 
     def update(x: MaskInputs, state: ITOPState) -> MaskUpdate:
-        share = cosine(1.0, x.step, first_and_last(x, "itop")[1])
-        fraction = drop_fraction * share + final_fraction * (1.0 - share)  # exact at both ends
-        old, live = sparse_leaves(x, x.masks), sparse_leaves(x, x.nnz)
-        moved = [rounded_up(n * fraction) for n in live]
-        weights = sparse_leaves(x, x.params)
-        survivors = [n - k for n, k in zip(live, moved, strict=True)]
-        keep = select([jnp.abs(w) for w in weights], count=survivors, among=old)
-        random = growth == "random"
-        scores = random_scores(x.key, weights) if random else [jnp.abs(g) for g in sparse_leaves(x, x.grads)]
-        masks = grow(x, keep, moved, scores)
-        seen = zip(sparse_leaves(x, state.explored), old, sparse_leaves(x, masks), strict=True)
+        fraction = cosine(drop_fraction, x.step, first_and_last(x, "itop")[1], final_fraction)
+        moved = [rounded_up(n * fraction) for n in sparse_leaves(x, x.nnz)]
+        if growth == "random":
+            scores = random_scores(x.key, sparse_leaves(x, x.params))
+        else:
+            scores = [jnp.abs(g) for g in sparse_leaves(x, x.grads)]
+        masks = move_smallest(x, moved, scores)
+        seen = zip(*(sparse_leaves(x, tree) for tree in (state.explored, x.masks, masks)), strict=True)
         explored = [before | m | new for before, m, new in seen]
         return MaskUpdate(masks, ITOPState(replace_sparse(x, state.explored, explored)))
 

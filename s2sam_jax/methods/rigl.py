@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import cosine, move_smallest, random_init
+from s2sam_jax._growth import cosine, move_smallest, random_init, rounded_down, sparse_leaves
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
 
@@ -58,7 +58,8 @@ def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: 
         return random_init(x)
 
     def update(x: MaskInputs, state: Any) -> MaskUpdate:
-        masks = move_smallest(x, fraction(x), jax.tree.map(jnp.abs, x.grads))
+        moved = [rounded_down(n * jnp.asarray(fraction(x), jnp.float32)) for n in sparse_leaves(x, x.nnz)]
+        masks = move_smallest(x, moved, [jnp.abs(g) for g in sparse_leaves(x, x.grads)])
         return MaskUpdate(masks, state, skip=skip_step)
 
     return SparseMethod(init=init, update=update, invariant="per_layer", structured=True)

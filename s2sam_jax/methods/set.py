@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import grow, random_init, sparse_leaves
+from s2sam_jax._growth import grow, random_init, rounded_down, sparse_leaves
 from s2sam_jax._select import ones, random_scores, select
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
@@ -57,7 +57,7 @@ def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: boo
         groups = _by_sign(weights, old) if by_sign else [old]
         among = [mask for group in groups for mask in group]
         live = ones(among) if by_sign else sparse_leaves(x, x.nnz)
-        dropped = [jnp.floor(n * jnp.asarray(fraction, jnp.float32)).astype(jnp.int32) for n in live]
+        dropped = [rounded_down(n * jnp.asarray(fraction, jnp.float32)) for n in live]
         chosen = select(
             [jnp.abs(w) for w in weights] * len(groups),
             count=[n - k for n, k in zip(live, dropped, strict=True)],
