@@ -1,6 +1,7 @@
 """BatchNorm statistics for the weights that are evaluated."""
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -49,10 +50,8 @@ def recalibrate_batch_stats(
       4.0
     """
 
-    @jax.jit
-    def forward(params, model_state, batch, index):
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        return _floats(loss_fn(params, model_state, batch, key)[1][0])
+    def forward(values, batch, index):
+        return _statistics(loss_fn)(params, at(values), batch, jax.random.fold_in(jax.random.key(seed), index))
 
     def at(values):
         """The model state with other floating leaves, in float32 or wider."""
@@ -65,17 +64,23 @@ def recalibrate_batch_stats(
     total, count = start, 0
     for batch in batches:
         if count == 0:
-            momentum = _momentum(lambda values, batch=batch: forward(params, at(values), batch, 0), old)
+            momentum = _momentum(partial(forward, batch=batch, index=0), old)
             averaged = [mu < 1 - 1e-5 for mu in momentum]  # else nothing of the batch gets in; never for NaN
             start = [jnp.where(a, 0, x) for a, x in zip(averaged, old, strict=True)]
             rest = [jnp.where(a, 1 - mu, 1) for a, mu in zip(averaged, momentum, strict=True)]
-        seen = forward(params, at(start), batch, count)
+        seen = forward(start, batch, count)
         total = [t + s for t, s in zip(total, seen, strict=True)]
         count += 1
     if count == 0:
         raise ValueError("recalibrate_batch_stats needs at least one batch; got none.")
     averages = [jnp.where(a, t / count / r, x) for a, t, r, x in zip(averaged, total, rest, old, strict=True)]
     return jax.tree.map(lambda new, x: new.astype(x.dtype) if _is_float(x) else x, at(averages), model_state)
+
+
+@lru_cache(maxsize=8)  # one program for all the times a network is evaluated
+def _statistics(loss_fn: LossFn) -> Callable[..., list[jax.Array]]:
+    """The floating leaves of the model state after a batch."""
+    return jax.jit(lambda *args: _floats(loss_fn(*args)[1][0]))
 
 
 def _momentum(forward: Callable[[list[jax.Array]], list[jax.Array]], old: list[jax.Array]) -> list[jax.Array]:

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 from s2sam_jax import (
     Every,
     TrainState,
+    analysis,
     check_masks,
     get_masks,
     looksam,
@@ -223,3 +224,41 @@ def test_numbers_of_numpy():
             make(np.float32(-1))
     with pytest.raises(ValueError, match=r"grad_dtype must be a floating type.* got int8"):
         s2sam(grad_dtype=jnp.int8)
+
+
+# Programs
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda loss, w, batches: analysis.hessian_trace(loss, w, jax.random.key(0), batches, samples=2),
+        lambda loss, w, batches: analysis.sam_sharpness(loss, w, batches, rho=0.1),
+        lambda loss, w, batches: analysis.loss_surface(loss, w, [w], batches, n=3),
+    ],
+    ids=["hessian", "sharpness", "surface"],
+)
+def test_looking_twice_traces_once(look):
+    traces = []
+
+    def loss(w, batch):
+        traces.append(1)
+        return jnp.sum(batch * w**2)
+
+    counts = []
+    for weights in (jnp.ones(3), jnp.zeros(3)):
+        look(loss, weights, [jnp.ones(3)])
+        counts.append(len(traces))
+    assert counts[0] == counts[1] > 0
+
+
+def test_recalibrating_twice_traces_once():
+    traces = []
+
+    def loss(params, mean, batch, key):
+        traces.append(1)
+        return jnp.sum(params), (0.9 * mean + 0.1 * jnp.mean(batch), {})
+
+    for weights in (jnp.ones(3), jnp.zeros(3)):
+        recalibrate_batch_stats(loss, weights, jnp.zeros(()), [jnp.ones(3), jnp.zeros(3)])
+    assert len(traces) == 1

@@ -235,25 +235,31 @@ def _product(
     """Products of flat vectors with the Hessian, the number of weights that count, and ones where they are."""
     if not batches:
         raise ValueError("The Hessian of a loss needs batches; got none.")
-    flat, unravel = ravel_pytree(params)
+    flat, _ = ravel_pytree(params)
     if masks is None:
         live = jnp.ones_like(flat)
     else:
         check_same_leaves(masks, params, "masks", "params")
         live = ravel_pytree(masks)[0].astype(flat.dtype)
 
-    @jax.jit
-    def one(params, live, vector, batch):
-        return live * ravel_pytree(hvp(loss_fn, params, unravel(live * vector), batch))[0]
-
     def product(vector):
-        products = (one(params, live, vector, batch) for batch in batches)
+        products = (_flat_hvp(loss_fn)(params, live, vector, batch) for batch in batches)
         total = functools.reduce(jnp.add, products)
         if progress is not None:
             progress(1)
         return total / len(batches)
 
     return product, int(live.sum()), live
+
+
+@functools.lru_cache(maxsize=8)  # one program for all that is asked of a solution
+def _flat_hvp(loss_fn: LossFn) -> Callable[..., jax.Array]:
+    @jax.jit
+    def product(params, live, vector, batch):
+        _, unravel = ravel_pytree(params)
+        return live * ravel_pytree(hvp(loss_fn, params, unravel(live * vector), batch))[0]
+
+    return product
 
 
 def _ritz(product: Product, start: jax.Array, steps: int) -> tuple[np.ndarray, np.ndarray, float]:

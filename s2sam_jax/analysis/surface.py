@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -142,6 +143,7 @@ def loss_surface(
     return (total / len(batches)).reshape((n,) * len(directions))
 
 
+@lru_cache(maxsize=8)
 def _losses_along(loss_fn: LossFn, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
     def at(params, directions, point, batch):
         def move(w, *ds):
