@@ -2,16 +2,14 @@
 
 import csv
 import io
-import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from scipy import stats
 
 from experiments.record import Row
+from experiments.spread import MISSING, figure, gains, interval, mean
 
 
 class Line(NamedTuple):
@@ -63,28 +61,11 @@ class Line(NamedTuple):
         return interval(self.difference_spread, self.pairs)
 
 
-def interval(spread: float | None, count: int) -> float | None:
-    """Half the width of a mean's 95 % confidence interval, by Student's distribution; None without a spread."""
-    if spread is None:
-        return None
-    return float(stats.t.ppf(0.975, count - 1)) * spread / math.sqrt(count)
-
-
-def paired(differences: Sequence[float]) -> str:
-    """Their mean with its 95 % interval, as far as there are enough of them."""
-    mean, spread = _mean(differences)
-    if mean is None:
-        return MISSING
-    half = interval(spread, len(differences))
-    return f"{mean:+.2f}" + ("" if half is None else f" (±{half:.2f})")
-
-
 HEADER = (
     "row", "zeros (%)", "gradients a step", "paper", "ours", "seeds", "paper: gain", "ours: gain", "95 % interval",
     "pairs",
 )  # fmt: skip
 BEST = ("ours: best", "best: gain")  # further columns, where each epoch was evaluated
-MISSING = "–"
 
 
 def compare(rows: Sequence[Row]) -> list[Line]:
@@ -95,19 +76,19 @@ def compare(rows: Sequence[Row]) -> list[Line]:
     lines = []
     for recipe in {row["recipe"]["name"]: row["recipe"] for row in rows}.values():
         name, baseline = recipe["name"], recipe["baseline"]
-        mine, paired = values[name], _paired(values, name, baseline)
-        (ours, spread), (difference, difference_spread) = _mean(list(mine.values())), _mean(paired)
+        mine, paired = values[name], gains(values[name], values.get(baseline, {}))
+        (ours, deviation), (difference, difference_spread) = mean(mine.values()), mean(paired)
         lines.append(
             Line(
                 **recipe,
                 ours=ours,
-                spread=spread,
+                spread=deviation,
                 seeds=len(mine),
                 difference=difference,
                 difference_spread=difference_spread,
                 pairs=len(paired),
-                best=_mean(list(best[name].values()))[0],
-                best_difference=_mean(_paired(best, name, baseline))[0],
+                best=mean(best[name].values())[0],
+                best_difference=mean(gains(best[name], best.get(baseline, {})))[0],
             )
         )
     return lines
@@ -121,12 +102,6 @@ def _by_seed(rows: Sequence[Row], field: str) -> dict[str, dict[int, float]]:
         if row.get(field) is not None:
             mine[row["seed"]] = row[field]
     return found
-
-
-def _paired(values: Mapping[str, Mapping[int, float]], name: str, baseline: str | None) -> list[float]:
-    """Differences to the baseline, of the seeds that both have."""
-    mine, other = values[name], values.get(baseline or "", {})
-    return [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
 
 
 def terminal(lines: Sequence[Line], title: str) -> Table:
@@ -164,27 +139,15 @@ def _line_cells(line: Line) -> tuple[str, ...]:
         line.row,
         MISSING if line.sparsity is None else f"{100 * line.sparsity:g}",
         MISSING if line.gradients is None else f"{line.gradients:.2f}",
-        _figure(line.paper, line.paper_spread),
-        _figure(line.ours, line.spread),
+        figure(line.paper, line.paper_spread),
+        figure(line.ours, line.spread),
         str(line.seeds),
-        _figure(line.paper_difference, sign="+"),
-        _figure(line.difference, line.difference_spread, sign="+"),
+        figure(line.paper_difference, sign="+"),
+        figure(line.difference, line.difference_spread, sign="+"),
         MISSING if line.interval is None else f"±{line.interval:.2f}",
         str(line.pairs),
     )
 
 
 def _best_cells(line: Line) -> tuple[str, ...]:
-    return _figure(line.best), _figure(line.best_difference, sign="+")
-
-
-def _figure(value: float | None, spread: float | None = None, sign: str = "") -> str:
-    if value is None:
-        return MISSING
-    return f"{value:{sign}.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-
-
-def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """And the standard deviation, which takes two values."""
-    mean = statistics.mean(values) if values else None
-    return mean, statistics.stdev(values) if len(values) > 1 else None
+    return figure(line.best), figure(line.best_difference, sign="+")

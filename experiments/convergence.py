@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from experiments import jsonl, nonconvex, runs, stability
+from experiments import cli, jsonl, nonconvex, runs, stability
 from experiments.config import Config
 from experiments.plots import COLOURS, GREY, MARKERS
 
@@ -230,6 +230,7 @@ def write(file: Path) -> None:
     draw(rows, file.with_suffix(".png"))
 
 
+@cli.one_line()
 def main(arguments: Arguments) -> None:
     run(arguments)
     write(arguments.rows)

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-from experiments import cli, comparison, data, jsonl, runs, tasks
+from experiments import cli, data, jsonl, runs, spread, tasks
 from experiments.config import Config, choices, portable
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
@@ -111,10 +111,11 @@ def table(rows: list[Row]) -> str:
         by_optimizer.setdefault(row["optimizer"], {})[row["seed"]] = accuracies(row)
     base = by_optimizer.get("sgd", {})
     for optimizer, mine in by_optimizer.items():
-        pairs = [] if optimizer == "sgd" else sorted(mine.keys() & base.keys())
-        gains = [comparison.paired([mine[s][name] - base[s][name] for s in pairs]) for name in names[:2]]
+        other = {} if optimizer == "sgd" else base
+        gains = [spread.gains(*({seed: of[seed][name] for seed in of} for of in (mine, other))) for name in names[:2]]
         means = [f"{np.mean([figures[name] for figures in mine.values()]):.1f}" for name in names]
-        lines.append([LABELS[optimizer], str(len(mine)), *means, *gains, str(len(pairs))])
+        shown = [spread.with_interval(differences) for differences in gains]
+        lines.append([LABELS[optimizer], str(len(mine)), *means, *shown, str(len(gains[0]))])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

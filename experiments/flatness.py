@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, landscapes, loop, runs, solution, spectrum, surface, sweep, tasks
+from experiments import cli, jsonl, landscapes, loop, runs, solution, spectrum, spread, surface, sweep, tasks
 from experiments.config import Config, OptimizerName, differences, portable
 from experiments.record import Row
 
@@ -139,7 +139,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| method | zeros (%) | optimizer | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 4) + "|"]
     for (method, sparsity, optimizer), mine in _by_cell(rows).items():
         cells = [
-            _spread([scale * row[field] for row in mine if row[field] is not None]) for field, scale in columns.values()
+            spread.figure(
+                *spread.mean([scale * row[field] for row in mine if row[field] is not None]),
+                form=".4g",
+                spread_form=".2g",
+            )
+            for field, scale in columns.values()
         ]
         lines.append(f"| {method} | {100 * sparsity:g} | {optimizer} | {' | '.join(cells)} | {len(mine)} |")
     return "\n".join(lines)
@@ -158,24 +163,19 @@ def claims(rows: list[dict[str, Any]]) -> str:
         sentences.append(f"Ra of {method} with SGD goes {steps}.")
     for optimizer in dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"] != "sgd"):
         ours = {(m, zeros): mine for (m, zeros, o), mine in cells.items() if o == optimizer}
-        beside = {cell: cells.get((*cell, "sgd"), []) for cell in ours}
-        pairs = [(mine, beside[cell]) for cell, mine in ours.items() if _seeds(mine) & _seeds(beside[cell])]
+        pairs = [(mine, cells.get((*cell, "sgd"), [])) for cell, mine in ours.items()]
         counts = [
-            f"{sum(_mean_difference(mine, base, field) < 0 for mine, base in pairs)} of {len(pairs)}"
-            for field in ("roughness", "largest_eigenvalue")
+            f"{sum(statistics.mean(gains) < 0 for gains in found)} of {len(found)}"
+            for found in (_gains(pairs, field) for field in ("roughness", "largest_eigenvalue"))
         ]
         sentences.append(f"{optimizer}: Ra below SGD's in {counts[0]} cells, λ1 in {counts[1]}.")
     return " ".join(sentences)
 
 
-def _mean_difference(rows: list[dict[str, Any]], others: list[dict[str, Any]], field: str) -> float:
-    """Over the seeds that both have."""
-    values, base = ({row["seed"]: row[field] for row in tree} for tree in (rows, others))
-    return statistics.mean(values[seed] - base[seed] for seed in values.keys() & base.keys())
-
-
-def _seeds(rows: list[dict[str, Any]]) -> set[int]:
-    return {row["seed"] for row in rows}
+def _gains(pairs: list[tuple[list[Row], list[Row]]], field: str) -> list[list[float]]:
+    """Of each cell that has seeds in common with SGD's."""
+    of_seeds = [[{row["seed"]: row[field] for row in rows} for rows in pair] for pair in pairs]
+    return [gains for mine, base in of_seeds if (gains := spread.gains(mine, base))]
 
 
 def _by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:
@@ -184,12 +184,6 @@ def _by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[di
     for row in rows:
         cells.setdefault((row["method"], row["sparsity_asked"], row["optimizer"]), []).append(row)
     return cells
-
-
-def _spread(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.4g}" if values else "–"
-    return f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
 
 
 def write(file: Path) -> None:

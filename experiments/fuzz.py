@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import fuzz_cases, jsonl, runs
+from experiments import cli, fuzz_cases, jsonl, runs
 from experiments.config import Config
 from experiments.fuzz_cases import Case
 from s2sam_jax import SparseState, _select, apply_masks, get_masks, perturb
@@ -184,6 +184,7 @@ def _check_inner(inner_state: Any, masks: dict[Any, np.ndarray], finite: bool) -
                 raise WrongError(f"inner_state{jax.tree_util.keystr(path)}: not zero off the mask")
 
 
+@cli.one_line()
 def main(arguments: Arguments) -> None:
     jax.config.update("jax_enable_x64", True)
     console = Console()

@@ -62,6 +62,7 @@ def run(arguments: Arguments) -> None:
         jax.clear_caches()
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     arguments = tyro.cli(Arguments, args=argv)

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import data, jsonl, models, optimizers, runs, tasks
+from experiments import cli, data, jsonl, models, optimizers, runs, tasks
 from experiments.config import Config
 from experiments.tasks import images, text
 from s2sam_jax import TrainState, check_masks, get_masks, make_train_step
@@ -102,6 +102,7 @@ def two_steps(config: Config) -> dict[str, Any]:
     return row
 
 
+@cli.one_line()
 def main(argv: list[str] | None = None) -> None:
     """The command line; each row is written as soon as it is there."""
     arguments, console = tyro.cli(Arguments, args=argv), Console()

@@ -216,6 +216,7 @@ def write(file: Path) -> None:
     file.with_suffix(".md").write_text(page(jsonl.read(file), file.name) + "\n")
 
 
+@cli.one_line()
 def main(arguments: Arguments) -> None:
     cli.keep_compiled(arguments.cache)
     run(arguments)

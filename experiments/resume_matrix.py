@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import jsonl, runs
+from experiments import cli, jsonl, runs
 from experiments.config import Config, OptimizerName
 
 TIMES = ("seconds", "images_per_second", "config")
@@ -41,6 +41,7 @@ class Arguments:
     out: Path = jsonl.RESULTS / "resume.jsonl"
 
 
+@cli.one_line()
 def main(arguments: Arguments) -> None:
     moments, console = random.Random(arguments.seed), Console()
     with tempfile.TemporaryDirectory() as scratch, arguments.out.open("w") as file:

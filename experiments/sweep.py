@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, loop, runs, sparse_methods, tasks
+from experiments import cli, jsonl, loop, runs, sparse_methods, spread, tasks
 from experiments.config import Config, OptimizerName
 from experiments.record import Row
 
@@ -105,20 +105,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for method, sparsity in zeros:
         sgd, s2sam = (accuracy[method, sparsity, name] for name in ("sgd", "s2sam"))
-        paired = [s2sam[seed] - sgd[seed] for seed in sorted(sgd.keys() & s2sam.keys())]
+        gains = spread.gains(s2sam, sgd)
+        cells = [spread.figure(*spread.mean(values.values())) for values in (sgd, s2sam)]
         lines.append(
             f"| {method} | {100 * sparsity:g} | {statistics.mean(zeros[method, sparsity]):.2f} | "
-            f"{_spread(sgd.values())} | {_spread(s2sam.values())} | {_spread(paired, signed=True)} | {len(paired)} |"
+            f"{cells[0]} | {cells[1]} | {spread.figure(*spread.mean(gains), sign='+')} | {len(gains)} |"
         )
     return "\n".join(lines)
-
-
-def _spread(values: Any, signed: bool = False) -> str:
-    values = list(values)
-    if not values:
-        return "–"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{'+' if signed else ''}.2f} ± {deviation:.2f}"
 
 
 def write(file: Path) -> None:

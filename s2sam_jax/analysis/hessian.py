@@ -243,8 +243,7 @@ def _product(
         live = ravel_pytree(masks)[0].astype(flat.dtype)
 
     def product(vector):
-        products = (_flat_hvp(loss_fn)(params, live, vector, batch) for batch in batches)
-        total = functools.reduce(jnp.add, products)
+        total = functools.reduce(jnp.add, (_flat_hvp(loss_fn)(params, live, vector, batch) for batch in batches))
         if progress is not None:
             progress(1)
         return total / len(batches)
@@ -254,12 +253,10 @@ def _product(
 
 @functools.lru_cache(maxsize=8)  # one program for all that is asked of a solution
 def _flat_hvp(loss_fn: LossFn) -> Callable[..., jax.Array]:
-    @jax.jit
     def product(params, live, vector, batch):
-        _, unravel = ravel_pytree(params)
-        return live * ravel_pytree(hvp(loss_fn, params, unravel(live * vector), batch))[0]
+        return live * ravel_pytree(hvp(loss_fn, params, ravel_pytree(params)[1](live * vector), batch))[0]
 
-    return product
+    return jax.jit(product)
 
 
 def _ritz(product: Product, start: jax.Array, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
