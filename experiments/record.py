@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 class Record:
-    """The books of one run.
+    """Bookkeeping of one run.
 
     A checkpoint is made before the row of its epoch is reported and holds what that is made of. So a run that goes on
     from it reports this row, anew or for the first time, and no row is lost.

@@ -1,4 +1,4 @@
-"""Where arrays lie on several devices: a mesh, states that are spread over it, batches that are cut up among it."""
+"""Several devices: a mesh, and the sharding of states and batches over it."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# A batch is cut up among both axes; along the second, the state is cut up as well.
+# A batch is sharded along both axes, the state along the second.
 AXES = ("data", "fsdp")
 # A leaf of fewer elements costs less to hold than to send around.
 SMALL = 2**12
@@ -79,7 +79,7 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 
 
 def of_state(mesh: Mesh, state: Any) -> Any:
-    """A large leaf is cut up along its largest dimension that divides.
+    """A large leaf is sharded along its largest dimension that divides.
 
     By its shape alone, so that masks, momentum and the last gradient lie as their parameter does.
     """

@@ -59,8 +59,8 @@ def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     * what comes out: masks, weights and the last gradient as above, a finite update; and no optimizer state off the
       masks that went in there, unless updates leave such behind (Adamax's epsilon, ``mask_grads=False``).
 
-    All else costs a few passes over parameters and state. A loss or gradient that is not finite is no fault around
-    ``optax.apply_if_finite``, which is there for it, and the train step freezes at one as ever.
+    All else costs a few passes over parameters and state. A loss or gradient that is not finite is not reported
+    around ``optax.apply_if_finite``, which handles it; ``make_train_step`` still freezes at one elsewhere.
 
     Args:
       tx: the whole optimizer, with :func:`sparsify` in it if there is one.

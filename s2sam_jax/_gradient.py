@@ -71,7 +71,7 @@ def averaged_gradient(
 def gradient_by_part(
     loss_fn: LossFn, model_state: ModelState, batch: Batch, key: jax.Array, parts: int
 ) -> Callable[[Callable[[Any], Params], Any], Gradient]:
-    """The gradients of the parts of a batch, side by side: if it is cut up among devices, each has its own.
+    """The gradients of the parts of a batch, side by side: if it is sharded across devices, each has its own.
 
     The function returned takes ``point``, where a part's gradient is taken, and a tree with an entry a part that
     ``point`` is called with. Statistics of the batch are averaged over the parts, as everything else is.

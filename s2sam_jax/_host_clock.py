@@ -14,7 +14,7 @@ from s2sam_jax._tree import find_states, scalar
 
 
 class HostClock:
-    """Foretells on the host which calls refresh a mask or LookSAM's direction, without waiting for the device.
+    """Predicts on the host which calls refresh a mask or LookSAM's direction, without waiting for the device.
 
     The clocks live in the optimizer state. They are read once, then counted along, and read again after each refresh
     or when a state comes in that this clock has not just handed out. Where a wrapper makes calls and updates differ, no
@@ -39,7 +39,7 @@ class HostClock:
         self._clocks: dict[str, tuple[int, int]] = {}
 
     def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
-        """What is due at this call. ``beside`` are arrays that tell, with the state, that nobody has exchanged it."""
+        """What is due at this call. ``beside`` are further arrays whose identity shows that nobody replaced the state."""
         owners = self._owners(opt_state)
         if not self._knows([*(state.step for state in owners.values()), *beside]):
             self._clocks = self._read(owners)

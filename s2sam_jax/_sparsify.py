@@ -151,7 +151,7 @@ def sparsify(
     def ruled(inner_state, masks, new, due, weights):
         """The state rule, before the inner update: after it, XLA would compute updates twice, masked and not.
 
-        The old masks come first, lest an optimizer that adds noise has something ready for weights yet to grow.
+        The old masks come first, so that optimizers that add noise accumulate no state for weights yet to grow.
         """
         inner_state = mask_mirrored(masks, inner_state) if new.inner_state is None else inner_state
         if due is False:

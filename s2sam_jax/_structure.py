@@ -31,8 +31,8 @@ class NM:
       m: entries of a group, up to 256.
       axis: along which groups run; by default the input channels of kernels ``(..., inputs, outputs)``. An axis that is
         sharded must have whole groups on each device.
-      pad: take a last group that is cut short for a whole one, of which it keeps ``min(n, entries)``; by default its
-        length must be a multiple of ``m``.
+      pad: allow an incomplete last group, which keeps ``min(n, entries)``; by default the length of
+        the axis must be a multiple of ``m``.
 
     Raises:
       ValueError: for n or m out of range.
@@ -59,7 +59,7 @@ class NM:
         return 1 - self.n / self.m
 
     def sparsity_along(self, length: int) -> float:
-        """The fraction of zeros of an axis, whose last group may be cut short."""
+        """The fraction of zeros of an axis, whose last group may be incomplete."""
         live = length // self.m * self.n + min(length % self.m, self.n)
         return 1 - live / length
 
@@ -76,8 +76,8 @@ class Block:
       shape: of a block, in the last axes of a leaf: ``(4, 4)`` are 4 inputs by 4 outputs, ``(3, 3, 1, 1)`` whole 3x3
         kernels of a convolution.
       pool: the score of a block: the ``"mean"`` of its entries, their norm ``"l2"``, or the ``"max"``.
-      pad: take blocks that are cut short at the end of an axis for blocks as well, pooled over the entries they have;
-        by default each length must be a multiple.
+      pad: allow incomplete blocks at the end of an axis, pooled over the entries they have; by default each
+        length must be a multiple.
 
     Raises:
       ValueError: for another pool, or a shape that is not made of positive integers.

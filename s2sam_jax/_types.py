@@ -131,7 +131,7 @@ class SparseMethod(NamedTuple):
       invariant: what stays true from call to call: ``"per_layer"`` (each leaf keeps its count), ``"total"``
         (the sum of counts is kept), ``"monotone"`` (masks only shrink) or ``"bounded"``. The tests read it.
       ranks: whether it spends the sparsity ``"leaf"`` by leaf, or over all leaves together (``"global"``).
-      when: the clock, if the method brings its own; ``sparsify(when=...)`` goes before it.
+      when: the clock, if the method brings its own; ``sparsify(when=...)`` takes precedence.
       structured: whether it works under ``sparsify(structure=...)``: it ranks within leaves, by magnitudes, and
         keeps to ``MaskInputs.structure``.
     """

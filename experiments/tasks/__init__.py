@@ -17,7 +17,7 @@ Loss = Callable[..., Any]
 
 
 class Reporter(Protocol):
-    """Who wants to hear of progress."""
+    """Receives progress: steps done, and rows."""
 
     def steps(self, count: int) -> None: ...
 
