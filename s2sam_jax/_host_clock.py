@@ -39,7 +39,7 @@ class HostClock:
         self._clocks: dict[str, tuple[int, int]] = {}
 
     def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
-        """What is due at this call. ``beside`` are further arrays whose identity shows that nobody replaced the state."""
+        """What is due at this call. ``beside`` are further arrays, the same as before if the state is."""
         owners = self._owners(opt_state)
         if not self._knows([*(state.step for state in owners.values()), *beside]):
             self._clocks = self._read(owners)
