@@ -432,11 +432,11 @@ def test_chex_draws_by_its_seed_under_vmap():
         params = tree(0)
         return tx.update(tree(1), tx.init(params), params)[1].masks
 
-    together = jax.jit(jax.vmap(final))(jnp.arange(4))
+    together = jax.jit(jax.vmap(final))(jnp.arange(16))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b), together, jax.jit(final)(1))
     alive = np.concatenate(live_channels(together), axis=1)
     assert len({row.tobytes() for row in alive}) > 1
-    assert alive.sum(1).tolist() == [8 + 3] * 4
+    assert alive.sum(1).tolist() == [8 + 3] * 16
 
 
 def started(method, sparsity=0.5, when=WHEN, **kwargs):
