@@ -57,6 +57,7 @@ class Config:
     dataset: DatasetName = "digits"  # digits comes with scikit-learn; the others are read from --data.
     data: Path | None = None  # TFDS folder, or an .npz with {train,test}_{images,labels}; default: the TFDS folder.
     subset: int | None = None  # Train on the first so many rows only.
+    label_noise: float = 0.0  # Share of the training labels that are replaced by another class.
     validation: int = 0  # Hold out the last so many of them, and report on these in place of the test set.
 
     model: ModelName = "resnet8"
@@ -127,7 +128,7 @@ class Config:
         for name, value in dataclasses.asdict(self).items():
             _check(not isinstance(value, float) or math.isfinite(value), name, "finite", value)
         _check(0 <= self.seed < 2**31, "seed", "in [0, 2**31)", self.seed)
-        for name in ("sparsity", "ssam_sparsity", "label_smoothing", "momentum"):
+        for name in ("sparsity", "ssam_sparsity", "label_smoothing", "label_noise", "momentum"):
             _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
         for name in ("update_end", "drop_fraction", "prune_fraction", "channel_sparsity", "explore"):
             value = getattr(self, name)
@@ -148,7 +149,8 @@ class Config:
         _check(not rewinds or 0 < (self.prune_fraction or 0) < 1, "prune_fraction", "in (0, 1)", self.prune_fraction)
         _check(self.validation >= 0, "validation", "at least 0", self.validation)
         streamed = self.dataset in ("imagenet2012", "wmt14")
-        _check(not (self.validation and streamed), "validation", f"0 for {self.dataset}", self.validation)
+        for name in ("validation", "label_noise"):
+            _check(not (getattr(self, name) and streamed), name, f"0 for {self.dataset}", getattr(self, name))
         structures.parse(self.structure)
         _check(self.subset is None or self.subset >= self.batch_size, "subset", "at least one batch", self.subset)
         for name in ("accumulate", "sharpness_parts"):

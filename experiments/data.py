@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,15 @@ def hold_out(dataset: Dataset, rows: int) -> Dataset:
         raise ValueError(f"validation={rows} leaves none of the {len(dataset.train_labels)} training rows.")
     images, labels = dataset.train_images, dataset.train_labels
     return Dataset(images[:left], labels[:left], images[left:], labels[left:])
+
+
+def with_label_noise(dataset: Dataset, share: float, classes: int, seed: int) -> Dataset:
+    """With a share of the training labels, rounded, replaced by one of the other classes at random."""
+    labels = np.array(dataset.train_labels)
+    random = np.random.default_rng([seed, zlib.crc32(b"label noise")])
+    wrong = random.choice(len(labels), round(share * len(labels)), replace=False)
+    labels[wrong] = (labels[wrong] + random.integers(1, classes, len(wrong))) % classes
+    return dataset._replace(train_labels=jax.device_put(labels))
 
 
 def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from experiments.recipes import (
     cifar,
     dense,
     imagenet,
+    label_noise,
     overfit,
     rebuttal,
     sparsities,
@@ -21,7 +22,20 @@ from experiments.recipes import (
 )
 from experiments.recipes.base import ESTIMATE, Recipe
 
-_SOURCES = (cifar, imagenet, channels, dense, rebuttal, translation, ssam, budget, sparsities, causes, overfit)
+_SOURCES = (
+    cifar,
+    imagenet,
+    channels,
+    dense,
+    rebuttal,
+    translation,
+    ssam,
+    budget,
+    sparsities,
+    causes,
+    overfit,
+    label_noise,
+)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for source in _SOURCES for recipe in source.recipes()}
 TABLES: tuple[str, ...] = tuple(dict.fromkeys(recipe.table for recipe in RECIPES.values()))
 

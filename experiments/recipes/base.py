@@ -2,10 +2,11 @@
 
 import dataclasses
 import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from experiments import flops
-from experiments.config import Config
+from experiments.config import Config, OptimizerName
 
 S2SAM = "S2-SAM (Ji et al., NeurIPS 2024)"
 REBUTTAL = "S2-SAM (Ji et al., NeurIPS 2024), authors' rebuttal"
@@ -146,6 +147,28 @@ def recipe(
         unknown=unknown,
         baseline=None if config.optimizer == "sgd" else f"{stem}.sgd",
     )
+
+
+def by_radius(
+    table: str, stem: str, label: str, base: Config, radii: Iterable[tuple[OptimizerName, float]], unknown: str
+) -> Iterator[Recipe]:
+    """A comparison of our own: SGD, and optimizers at several radii beside it."""
+    for optimizer, rho in radii:
+        config, plain = dataclasses.replace(base, optimizer=optimizer, rho=rho), optimizer == "sgd"
+        key = f"{stem}-sgd" if plain else f"{stem}-{optimizer}-{rho:g}"
+        row = f"{label}, {LABELS[optimizer]}" + ("" if plain else f", rho {rho:g}")
+        found = recipe(
+            table,
+            key,
+            row,
+            config,
+            Printed(),
+            known="Nothing: the comparison is ours.",
+            unknown=unknown,
+            paper="none: ours",
+        )
+        baseline = None if plain else f"{table}.{stem}-sgd"
+        yield dataclasses.replace(found, name=f"{table}.{key}", row=row, baseline=baseline)
 
 
 def cell(text: str) -> Printed:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from experiments.config import Config, OptimizerName
-from experiments.recipes.base import LABELS, Printed, Recipe, recipe
+from experiments.recipes.base import Recipe, by_radius
 
 # Training images and epochs: about 440 steps each, and 800.
 DIGITS = ((128, 220), (384, 73), (1437, 20))
@@ -16,18 +16,20 @@ CIFAR = ((128, 400), (512, 100))
 RADII: tuple[tuple[OptimizerName, float], ...] = (
     ("sgd", 0.05), ("s2sam", 0.05), ("s2sam", 0.2), ("sam", 0.05), ("sam", 0.2),
 )  # fmt: skip
-KNOWN = "Nothing: the comparison is ours."
 UNKNOWN = "All: RigL's 20 updates spread over the training, rho untuned, weight decay 5e-4 for all."
 
 
 def recipes() -> Iterator[Recipe]:
     for images, epochs in DIGITS:
-        yield from _rows("overfit", f"{images}", f"{images} images", _base(images, epochs, width=8))
+        base = _base(images, epochs, width=8)
+        yield from by_radius("overfit", f"{images}", f"{images} images", base, RADII, UNKNOWN)
     for images, epochs in CIFAR:
         sparse = dataclasses.replace(_base(images, epochs), dataset="cifar10")
         dense = dataclasses.replace(sparse, method="dense", distribution=None, update_every=None)
-        yield from _rows("overfit-cifar10", f"{images}-dense", f"{images} images, dense", dense)
-        yield from _rows("overfit-cifar10", f"{images}-rigl-erk", f"{images} images, RigL (ERK)", sparse)
+        for key, label, base in (("dense", "dense", dense), ("rigl-erk", "RigL (ERK)", sparse)):
+            yield from by_radius(
+                "overfit-cifar10", f"{images}-{key}", f"{images} images, {label}", base, RADII, UNKNOWN
+            )
 
 
 def _base(images: int, epochs: int, width: int | None = None) -> Config:
@@ -40,14 +42,3 @@ def _base(images: int, epochs: int, width: int | None = None) -> Config:
         distribution="erk",
         update_every=epochs / 20,
     )
-
-
-def _rows(table: str, stem: str, label: str, base: Config) -> Iterator[Recipe]:
-    for optimizer, rho in RADII:
-        config = dataclasses.replace(base, optimizer=optimizer, rho=rho)
-        plain = optimizer == "sgd"
-        key = f"{stem}-sgd" if plain else f"{stem}-{optimizer}-{rho:g}"
-        row = f"{label}, {LABELS[optimizer]}" + ("" if plain else f", rho {rho:g}")
-        found = recipe(table, key, row, config, Printed(), known=KNOWN, unknown=UNKNOWN, paper="none: ours")
-        baseline = None if plain else f"{table}.{stem}-sgd"
-        yield dataclasses.replace(found, name=f"{table}.{key}", row=row, baseline=baseline)

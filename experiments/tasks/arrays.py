@@ -25,6 +25,9 @@ class ImageArrays:
     def __init__(self, config: Config, network: Network, dataset: Dataset, mesh: Mesh):
         self._config, self._runner, self.network, self.mesh = config, None, network, mesh
         dataset = data.hold_out(dataset, config.validation) if config.validation else dataset
+        if config.label_noise:
+            classes = data.KINDS[config.dataset].classes
+            dataset = data.with_label_noise(dataset, config.label_noise, classes, config.seed)
         self._dataset = dataset = sharding.put(dataset, sharding.everywhere(mesh))
         examples = len(dataset.train_labels)
         if examples < config.batch_size:

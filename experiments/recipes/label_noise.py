@@ -1,0 +1,28 @@
+"""Does S2-SAM do what SAM does, where SAM is known to gain most? Digits of which 40 % have a wrong label.
+
+SAM keeps networks from learning wrong labels by heart (Baek, Kolter, Raghunathan, "Why is SAM robust to label noise?",
+ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from experiments.config import Config, OptimizerName
+from experiments.recipes.base import Recipe, by_radius
+
+RADII: tuple[tuple[OptimizerName, float], ...] = (
+    ("sgd", 0.05), ("s2sam", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("s2sam", 1.0), ("s2sam-opposite", 0.2),
+    ("sam", 0.05), ("sam", 0.2), ("sam", 0.5),
+)  # fmt: skip
+# The rest of the family, at one radius, and ASAM, whose radii are larger, at ten times that.
+RELATIVES: tuple[tuple[OptimizerName, float], ...] = (
+    ("asam", 2.0), ("ssam-f", 0.2), ("ssam-d", 0.2), ("msam", 0.2), ("looksam", 0.2), ("gsam", 0.2), ("esam", 0.2),
+)  # fmt: skip
+UNKNOWN = "All: 100 epochs, rho untuned, weight decay 5e-4 for all, RigL updates its masks once an epoch."
+
+
+def recipes() -> Iterator[Recipe]:
+    sparse = Config(label_noise=0.4, epochs=100, checkpoint_every=100, distribution="erk", update_every=1.0)
+    dense = dataclasses.replace(sparse, method="dense", distribution=None, update_every=None)
+    yield from by_radius("label-noise", "dense", "dense", dense, RADII + RELATIVES, UNKNOWN)
+    yield from by_radius("label-noise", "rigl-erk", "RigL (ERK)", sparse, RADII + RELATIVES, UNKNOWN)
