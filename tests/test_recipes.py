@@ -98,7 +98,7 @@ def test_cell_says_what_it_expects(text):
 
 def test_pairs_differ_in_the_optimizer_alone():
     for recipe in ALL:
-        if recipe.baseline is None or recipe.table.startswith(("ssam", "causes", "overfit")):
+        if recipe.baseline is None or recipe.table.startswith(("ssam", "causes", "overfit", "label-noise")):
             continue
         other = recipes.get(recipe.baseline).config
         same = {"optimizer": other.optimizer}
@@ -261,6 +261,16 @@ def test_overfitting_has_a_dense_control():
         base = recipes.get(recipe.baseline or recipe.name)
         assert dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05) == base.config
         assert base.name.endswith("-sgd")
+
+
+def test_label_noise_differs_in_optimizer_and_radius_alone():
+    found = recipes.of_table("label-noise")
+    assert {recipe.config.label_noise for recipe in found} == {0.4}
+    assert [recipe.config.method for recipe in found] == ["dense"] * 16 + ["rigl"] * 16
+    for recipe in found:
+        base = recipes.get(recipe.baseline or recipe.name)
+        assert dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05) == base.config
+        assert base.config.method == recipe.config.method
 
 
 def test_work_a_step():

@@ -11,8 +11,9 @@ import pytest
 from prepared import encoded, image_features, write_tfds
 from shallow import shallow
 
-from experiments import data, evaluate, optimizers, tasks, train
+from experiments import data, evaluate, optimizers, sharding, tasks, train
 from experiments.config import Config
+from experiments.tasks.arrays import ImageArrays
 from s2sam_jax import TrainState, make_train_step
 
 __all__ = ["shallow"]
@@ -85,6 +86,25 @@ def test_learning_rates():
     np.testing.assert_allclose([rate(0), rate(2), rate(4)], [0.1, 0.06, 0.02], rtol=1e-6)
     with pytest.raises(ValueError, match="warmup_epochs=4 must be fewer"):
         optimizers.learning_rate(Config(epochs=4, warmup_epochs=4), steps_per_epoch=1)
+
+
+def test_label_noise_replaces_its_share_by_other_classes_and_leaves_the_evaluation_right():
+    clean = data.load("digits")
+    task = ImageArrays(Config(validation=437, label_noise=0.4), tasks.build(Config()), clean, sharding.parse())
+    noisy, held = task._dataset, data.hold_out(clean, 437)
+    wrong = np.flatnonzero(np.asarray(noisy.train_labels) != np.asarray(held.train_labels))
+    assert len(wrong) == 400
+    # All nine other classes, about equally often: 44 each, with a deviation of 6.
+    moved = (np.asarray(noisy.train_labels) - np.asarray(held.train_labels))[wrong] % 10
+    assert np.all(np.abs(np.bincount(moved, minlength=10)[1:] - 400 / 9) < 25)
+    np.testing.assert_array_equal(noisy.test_labels, held.test_labels)
+    np.testing.assert_array_equal(noisy.train_images, held.train_images)
+
+    same, other = (data.with_label_noise(held, 0.4, 10, seed).train_labels for seed in (0, 1))
+    np.testing.assert_array_equal(same, noisy.train_labels)
+    assert np.any(np.asarray(other) != np.asarray(same))
+    with pytest.raises(ValueError, match=r"label_noise must be 0 for imagenet2012; got 0\.1"):
+        Config(dataset="imagenet2012", model="resnet50", label_noise=0.1)
 
 
 def test_cutout_blanks_one_square_of_half_the_images():
