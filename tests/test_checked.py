@@ -1,6 +1,7 @@
 """checked: a clean run passes and is the same bit by bit; every seeded fault is found and named with its leaf."""
 
 import gc
+import os
 import re
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ from s2sam_jax import (
 
 __all__ = ["compiled_once", "toy"]
 
-AS_USUAL = {"xla_cpu_use_fusion_emitters": True}  # Without them, multiplying and adding are fused as it happens.
+# Without its fusion emitters XLA fuses multiplying and adding as it happens.
+AS_USUAL = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
 BATCHES = np.random.default_rng(0).normal(size=(5, 7, 6)).astype(np.float32)
 SGD = optax.sgd(0.1, momentum=0.9)
 
