@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from s2sam_jax._counts import rounded_down
 from s2sam_jax._perturb import ascent_point, check_non_negative, schedule
 from s2sam_jax._sam import climber
 from s2sam_jax._tree import copy_key, increment
@@ -130,7 +131,7 @@ def sharpest(before: jax.Array, after: jax.Array, fraction: float) -> jax.Array:
             "sharpest needs one loss for each example of a batch, before and after; got shapes "
             f"{jnp.shape(before)} and {jnp.shape(after)}."
         )
-    count = max(1, int(round(len(before) * fraction, 6)))
+    count = max(1, rounded_down(len(before) * fraction))
     return jax.lax.top_k(after - before, count)[1].astype(jnp.int32)
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2sam_jax._channels import ChannelGroup, Slice, channel_masks, group_sizes
-from s2sam_jax._select import kept, ones, random_scores, select
+from s2sam_jax._counts import kept
+from s2sam_jax._select import ones, random_scores, select
 from s2sam_jax._tree import at_least_f32, named_leaves
 from s2sam_jax._types import Masks, Params
 

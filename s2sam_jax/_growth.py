@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._select import best_in_groups, kept, random_scores, select
+from s2sam_jax._counts import kept, rounded_down
+from s2sam_jax._select import best_in_groups, random_scores, select
 from s2sam_jax._structure import NM
 from s2sam_jax._types import MaskInputs, Masks, MaskUpdate
 
@@ -22,11 +23,10 @@ def magnitude_init(x: MaskInputs) -> MaskUpdate:
 
 def first_masks(x: MaskInputs, scores: list[jax.Array]) -> MaskUpdate:
     """The best-scored of each sparse leaf as planned, under N:M of each group."""
-    planned = zip(scores, sparse_leaves(x, x.sparsities), strict=True)
     if isinstance(x.structure, NM):
         masks = select(scores, structure=x.structure)
     else:
-        masks = select(scores, count=[kept(s.size, sparsity) for s, sparsity in planned])
+        masks = select(scores, count=planned_counts(x))
     return MaskUpdate(replace_sparse(x, x.masks, masks))
 
 
@@ -36,20 +36,27 @@ def cosine(first: float, step: jax.Array, end: int, last: float = 0.0) -> jax.Ar
     return first * share + last * (1.0 - share)
 
 
-def rounded_down(amount: jax.Array) -> jax.Array:
-    """To int32; the slack is for products that float32 puts a few ulps below a whole number."""
-    return jnp.floor(amount * (1 + 2**-21)).astype(jnp.int32)
-
-
-def rounded_up(amount: jax.Array) -> jax.Array:
-    """To int32; the slack is for products that float32 puts a few ulps above a whole number."""
-    return jnp.ceil(amount * (1 - 2**-21)).astype(jnp.int32)
-
-
 def sparse_leaves(x: MaskInputs, tree: Any) -> list[Any]:
     """The leaves of a tree like the parameters that are to be sparse."""
     planned = zip(jax.tree.leaves(tree), jax.tree.leaves(x.sparsities), strict=True)
     return [leaf for leaf, sparsity in planned if sparsity > 0]
+
+
+def sparse_size(x: MaskInputs) -> int:
+    """Weights in the leaves that are to be sparse."""
+    return sum(p.size for p in sparse_leaves(x, x.params))
+
+
+def planned_counts(x: MaskInputs) -> list[int]:
+    """How many weights of each sparse leaf are to survive, ``n - floor(s n)``."""
+    planned = zip(sparse_leaves(x, x.params), sparse_leaves(x, x.sparsities), strict=True)
+    return [kept(p.size, sparsity) for p, sparsity in planned]
+
+
+def global_count(x: MaskInputs) -> int:
+    """How many of all together, at their mean sparsity, weighted by size."""
+    planned = zip(sparse_leaves(x, x.params), sparse_leaves(x, x.sparsities), strict=True)
+    return sparse_size(x) - rounded_down(sum(p.size * sparsity for p, sparsity in planned))
 
 
 def replace_sparse(x: MaskInputs, tree: Any, new: list[Any]) -> Any:
@@ -84,13 +91,6 @@ def move_smallest(x: MaskInputs, moved: list[jax.Array], growth_scores: list[jax
     left = [n - k for n, k in zip(sparse_leaves(x, x.nnz), moved, strict=True)]
     weights = [jnp.abs(w) for w in sparse_leaves(x, x.params)]
     return grow(x, select(weights, count=left, among=sparse_leaves(x, x.masks)), moved, growth_scores)
-
-
-def total_zeros(x: MaskInputs) -> int:
-    """The zeros planned over all sparse leaves together: their mean sparsity, weighted by size."""
-    sizes = [p.size for p in sparse_leaves(x, x.params)]
-    zeros = sum(size * sparsity for size, sparsity in zip(sizes, sparse_leaves(x, x.sparsities), strict=True))
-    return sum(sizes) - kept(sum(sizes), zeros / max(sum(sizes), 1))
 
 
 def first_and_last(x: MaskInputs, method: str) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import rounded_down
+from s2sam_jax._counts import rounded_down
 from s2sam_jax._select import best_in_groups, random_scores, select
 from s2sam_jax._structure import NM, check_fits
 from s2sam_jax._tree import named_leaves
@@ -81,10 +81,8 @@ def _size(params: Params, live: Masks | None) -> int | jax.Array:
 
 
 def _kept(size: int | jax.Array, sparsity: float) -> Any:
-    """``floor(d * (1 - s))``; on device in float32, exact to one part in 2**24."""
-    if isinstance(size, int):
-        return int(round(size * (1 - sparsity), 6))
-    return rounded_down(size.astype(jnp.float32) * (1 - sparsity))
+    """``floor(d * (1 - s))``; on the device in float32."""
+    return rounded_down((size if isinstance(size, int) else size.astype(jnp.float32)) * (1 - sparsity))
 
 
 def _both(masks: Masks, live: Masks | None) -> Masks:

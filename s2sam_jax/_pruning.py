@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import replace_sparse, sparse_leaves, total_zeros
+from s2sam_jax._growth import global_count, replace_sparse, sparse_leaves
 from s2sam_jax._select import keep_best
 from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
 from s2sam_jax._tree import map_named, named_leaves
@@ -16,16 +16,6 @@ from s2sam_jax._types import MaskInputs, Masks, MaskUpdate
 def dense_init(x: MaskInputs) -> MaskUpdate:
     """All true, and no state."""
     return MaskUpdate(x.masks)
-
-
-def sparse_size(x: MaskInputs) -> int:
-    """Weights in the leaves that are to be sparse."""
-    return sum(p.size for p in sparse_leaves(x, x.params))
-
-
-def global_count(x: MaskInputs) -> int:
-    """How many of them survive, ``N - floor(S N)``."""
-    return sparse_size(x) - total_zeros(x)
 
 
 def keep_largest(x: MaskInputs, scores: Any, count: int | jax.Array, keep_at_least: int = 0) -> Masks:
@@ -70,7 +60,7 @@ def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kern
     check_sparsity(sparsity, "sparsity")
     dense = jax.tree.map(lambda s: jnp.ones_like(s, dtype=bool), scores)
     plan = map_named(lambda name, s: sparsity if prunable(name, s) else 0.0, scores)
-    x = MaskInputs(scores, None, dense, None, plan, jnp.int32(0), jax.random.key(0), None, None, None)
+    x = MaskInputs(scores, dense, plan)
     masks = keep_largest(x, scores, global_count(x), keep_at_least)
     warn_if_collapsed(masks, "masks_from_scores")
     return masks

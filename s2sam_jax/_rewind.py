@@ -1,12 +1,13 @@
 """Iterative pruning in rounds: train, prune a fraction of what is left, go back."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._pruning import dense_init, global_count, keep_largest, sparse_size
+from s2sam_jax._counts import rounded_up
+from s2sam_jax._growth import global_count, sparse_size
+from s2sam_jax._pruning import dense_init, keep_largest
 from s2sam_jax._tree import masked, where
 from s2sam_jax._types import MaskInputs, MaskUpdate, Params, SparseMethod
 
@@ -30,7 +31,7 @@ def remaining_weights(size: int, target: int, fraction: float) -> list[int]:
     """Weights left after 0, 1, ... prunings of ``ceil(fraction * remaining)``; the last one stops at the target."""
     left = [size]
     while left[-1] > target:
-        left.append(max(target, left[-1] - math.ceil(round(fraction * left[-1], 6))))
+        left.append(max(target, left[-1] - rounded_up(fraction * left[-1])))
     return left
 
 

@@ -15,6 +15,7 @@ from jax.experimental import checkify
 
 from s2sam_jax._bisect import largest
 from s2sam_jax._blocks import all_in_block, best_of_groups, pool, spread
+from s2sam_jax._counts import kept, rounded_down
 from s2sam_jax._structure import NM, UNSTRUCTURED, Block, Channel, Structure, check_fits, check_structure, same
 from s2sam_jax._tree import check_same_leaves, map_named, named_leaves
 from s2sam_jax._types import Masks
@@ -175,11 +176,6 @@ def _stack(leaves: list[Any], indices: list[int]) -> jax.Array:
     return jnp.stack([leaves[index] for index in indices])
 
 
-def kept(size: int, sparsity: float) -> int:
-    """``N - floor(S * N)``; the product is rounded first, so that 0.7 * 10 counts as 7."""
-    return size - int(np.floor(round(sparsity * size, 6)))
-
-
 def random_scores(key: jax.Array, like: Any) -> Any:
     """Uniform [0, 1) float32 scores shaped (and sharded) like a tree."""
     leaves, treedef = jax.tree.flatten(like)
@@ -238,7 +234,7 @@ def _counts(scores: Any, count: Any, sparsity: Any, scope: Scope) -> list[jax.Ar
 def _count(value: Any, size: int, name: str, is_sparsity: bool) -> Any:
     """A checked number to keep; a traced one cannot be checked, and a traced sparsity is multiplied in float32."""
     if isinstance(value, Tracer):
-        return size - jnp.floor(value * size + 1e-4).astype(jnp.int32) if is_sparsity else value
+        return size - rounded_down(value * size) if is_sparsity else value
     limit = 1 if is_sparsity else size
     if not 0 <= value <= limit:
         what = "sparsity" if is_sparsity else "count"

@@ -113,9 +113,10 @@ def sparsify(
         _check_order(inner_state)
         first_key = jax.random.fold_in(key, NEVER)
         sizes = jax.tree.map(lambda p: jnp.array(p.size, jnp.int32), params)
-        new = method.init(
-            MaskInputs(params, None, dense, sizes, plan(params), step, first_key, when, None, inner_state, structure)
+        inputs = MaskInputs(
+            params, dense, plan(params), None, sizes, step, first_key, when, None, inner_state, structure
         )
+        new = method.init(inputs)
         if mask_grads:
             inner_state = mask_mirrored(new.masks, inner_state)
         nnz = count_masks(new.masks)
@@ -132,7 +133,7 @@ def sparsify(
             key = jax.random.fold_in(state.key, state.step)
             nnz = jax.tree.unflatten(jax.tree.structure(state.masks), list(state.nnz))
             inputs = MaskInputs(
-                live, grads, state.masks, nnz, plan(live), state.step, key, when, grad_fn, state.inner_state, structure
+                live, state.masks, plan(live), grads, nnz, state.step, key, when, grad_fn, state.inner_state, structure
             )
             new = update_masks(inputs, state.method_state)
             return new, count_masks(new.masks, state)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from s2sam_jax._counts import rounded_down
 from s2sam_jax._tree import map_named
 from s2sam_jax._types import Params
 
@@ -193,7 +194,7 @@ def _check_reachable(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> 
 
 def _solve(raw: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
     """Scales raw densities to the budget; leaves that saturate become dense and are paid for by the others."""
-    zeros = {name: math.floor(round(sparsity * size, 6)) for name, size in sizes.items()}
+    zeros = {name: rounded_down(sparsity * size) for name, size in sizes.items()}
     dense: set[str] = set()
     while True:
         rest = [name for name in sizes if name not in dense]

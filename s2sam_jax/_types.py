@@ -74,10 +74,10 @@ class MaskInputs(NamedTuple):
 
     Attributes:
       params: clean parameters (never the perturbed ones).
-      grads: dense gradient at the point the loop chose; ``None`` at initialisation.
       masks: current masks; all true at initialisation.
-      nnz: int32[] per leaf, the ones of the masks.
       sparsities: planned fraction of zeros per leaf, Python floats; exactly 0.0 on leaves that stay dense.
+      grads: dense gradient at the point the loop chose; ``None`` at initialisation.
+      nnz: int32[] per leaf, the ones of the masks.
       step: int32[], calls so far.
       key: typed PRNG key, already folded with the step.
       when: the update clock, for schedules that need its horizon; ``None`` when masks never change.
@@ -88,15 +88,15 @@ class MaskInputs(NamedTuple):
     """
 
     params: Params
-    grads: Params | None
     masks: Masks
-    nnz: Any
     sparsities: Any
-    step: jax.Array
-    key: jax.Array
-    when: Every | None
-    grad_fn: GradFn | None
-    inner_state: Any
+    grads: Params | None = None
+    nnz: Any = None
+    step: Any = 0
+    key: Any = None
+    when: Every | None = None
+    grad_fn: GradFn | None = None
+    inner_state: Any = None
     structure: Structure = UNSTRUCTURED
 
 

@@ -19,6 +19,7 @@ from s2sam_jax import (
     sam,
     sparsify,
 )
+from s2sam_jax._counts import rounded_down, rounded_up
 
 PARAMS = {"kernel": jnp.linspace(0.1, 1.0, 100).reshape(10, 10)}
 
@@ -128,12 +129,16 @@ def test_fisher_information_of_small_half_precision_gradients_is_not_lost():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("fraction", "moved"), [(0.3, 30), (0.6, 60), (0.5, 50)])
-def test_itop_moves_no_weight_too_many(fraction, moved):
-    """ceil(0.3 * 100) is 30; in float32 the product lies above it."""
-    from s2sam_jax._growth import rounded_up
-
-    assert int(rounded_up(jnp.float32(100) * jnp.float32(fraction))) == moved
+@pytest.mark.parametrize(
+    ("size", "fraction", "up", "down"),
+    [(100, 0.3, 30, 30), (100, 0.6, 60, 60), (100, 0.53, 53, 53), (7, 0.5, 4, 3), (10_007, 0.25, 2502, 2501)]
+    + [(n, 1.0, n, n) for n in (1, 2**16 - 1, 2**21 + 1, 10_000_001, 2**24 - 1)],
+)
+def test_counts_lose_nothing_to_rounding(size, fraction, up, down):
+    """In float32 0.3 * 100 lies above 30 and 0.53 * 100 below 53; a slack relative to a large count is more than 1."""
+    product = jnp.float32(size) * jnp.float32(fraction)
+    assert (int(rounded_up(product)), int(rounded_down(product))) == (up, down)
+    assert (rounded_up(size * fraction), rounded_down(size * fraction)) == (up, down)
 
 
 def test_a_numpy_flag_skips_as_pythons_does():

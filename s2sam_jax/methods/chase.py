@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._channels import ChannelGroup, group_sizes
+from s2sam_jax._counts import rounded_down, rounded_up
 from s2sam_jax._exploration import check_groups, filters, masks_of, total_width
 from s2sam_jax._growth import (
     cosine,
     first_and_last,
+    planned_counts,
     random_init,
     replace_sparse,
-    rounded_down,
-    rounded_up,
     sparse_leaves,
+    sparse_size,
 )
-from s2sam_jax._pruning import sparse_size
-from s2sam_jax._select import keep_best, kept, ones, select
+from s2sam_jax._select import keep_best, ones, select
 from s2sam_jax._sparsity import check_sparsity
 from s2sam_jax._types import Compat, MaskInputs, MaskUpdate, SparseMethod
 
@@ -135,12 +135,12 @@ def chase(
         first, last = first_and_last(x, "chase")
         when: Any = x.when  # there is one: that was checked just now
         interval = when.every * channel_every
-        return interval, max(int(round(removal_end * last, 6)) - first, 0) // interval
+        return interval, max(rounded_down(removal_end * last) - first, 0) // interval
 
     def widths(x: MaskInputs) -> tuple[int, list[int]]:
         """The final number of channels, and how many each group keeps at least."""
         sizes = group_sizes(x.params, groups).values()
-        at_least = [max(1, int(round(size * (1 - channel_sparsity) * min_width, 6))) for size in sizes]
+        at_least = [max(1, rounded_down(size * (1 - channel_sparsity) * min_width)) for size in sizes]
         return total_width(x.params, groups, channel_sparsity, at_least, "chase"), at_least
 
     def remove(x: MaskInputs, alive: list[jax.Array]) -> list[jax.Array]:
@@ -158,8 +158,7 @@ def chase(
     def counts(x: MaskInputs, live: jax.Array) -> tuple[jax.Array, jax.Array]:
         """How many weights to prune to and to grow to."""
         _, last = first_and_last(x, "chase")
-        planned = zip(sparse_leaves(x, x.params), sparse_leaves(x, x.sparsities), strict=True)
-        budget = sum(kept(p.size, sparsity) for p, sparsity in planned)
+        budget = sum(planned_counts(x))
         exploring = x.step < exploration_end * last
         more = rounded_down(cosine(extra, x.step, round(exploration_end * last)) * sparse_size(x))
         fraction = cosine(drop_fraction, x.step, last, final_fraction)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._channels import ChannelGroup
+from s2sam_jax._counts import kept, rounded_down
 from s2sam_jax._exploration import (
     channels,
     check_groups,
@@ -17,8 +18,8 @@ from s2sam_jax._exploration import (
     shares,
     total_width,
 )
-from s2sam_jax._growth import cosine, first_and_last, rounded_down
-from s2sam_jax._select import keep_best, kept, ones, select
+from s2sam_jax._growth import cosine, first_and_last
+from s2sam_jax._select import keep_best, ones, select
 from s2sam_jax._tree import named_leaves
 from s2sam_jax._types import Compat, MaskInputs, MaskUpdate, Params, SparseMethod
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import grow, random_init, sparse_leaves
-from s2sam_jax._select import kept, ones, random_scores, select
+from s2sam_jax._growth import grow, planned_counts, random_init, sparse_leaves
+from s2sam_jax._select import ones, random_scores, select
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
 
@@ -51,8 +51,7 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
         raise ValueError(f"dsr needs threshold > 0; got {threshold}.")
 
     def init(x: MaskInputs) -> MaskUpdate:
-        planned = zip(sparse_leaves(x, x.params), sparse_leaves(x, x.sparsities), strict=True)
-        live = sum(kept(p.size, sparsity) for p, sparsity in planned)
+        live = sum(planned_counts(x))
         if not live and jax.tree.leaves(x.params):  # optax.tree.map_params asks with no leaves at all
             raise ValueError("dsr has no sparse weights to move; give a sparsity above 0, or leave it out.")
         if target >= live > 0:

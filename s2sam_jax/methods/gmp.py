@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import first_and_last, replace_sparse, rounded_up, sparse_leaves, total_zeros
-from s2sam_jax._select import Scope, kept, ones, select
+from s2sam_jax._counts import rounded_up
+from s2sam_jax._growth import first_and_last, global_count, planned_counts, replace_sparse, sparse_leaves, sparse_size
+from s2sam_jax._select import Scope, ones, select
 from s2sam_jax._structure import NM
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
@@ -62,15 +63,14 @@ def gmp(scope: Scope = "leaf") -> SparseMethod:
         first, last = first_and_last(x, "gmp")
         remaining = jnp.clip((last - x.step) / max(last - first, 1), 0.0, 1.0)
 
-        def live(size: int, zeros: int) -> jax.Array:
+        def live(size: int, final: int) -> jax.Array:
             # Counted down from the end, where it is exact in float32.
-            return size - zeros + rounded_up(zeros * remaining**3)
+            return final + rounded_up((size - final) * remaining**3)
 
         if scope == "leaf":
-            planned = zip(weights, sparse_leaves(x, x.sparsities), strict=True)
-            count = [live(w.size, w.size - kept(w.size, sparsity)) for w, sparsity in planned]
+            count = [live(w.size, final) for w, final in zip(weights, planned_counts(x), strict=True)]
         else:
-            count = live(sum(w.size for w in weights), total_zeros(x))
+            count = live(sparse_size(x), global_count(x))
         scores = [jnp.abs(w) for w in weights]
         if isinstance(x.structure, NM):
             new = _largest_beside_groups(scores, count, masks, x.structure)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._pruning import dense_init, global_count, keep_largest, warn_if_collapsed
+from s2sam_jax._growth import global_count
+from s2sam_jax._pruning import dense_init, keep_largest, warn_if_collapsed
 from s2sam_jax._types import Every, GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
 
 

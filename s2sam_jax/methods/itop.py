@@ -5,15 +5,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import (
-    cosine,
-    first_and_last,
-    move_smallest,
-    random_init,
-    replace_sparse,
-    rounded_up,
-    sparse_leaves,
-)
+from s2sam_jax._counts import rounded_up
+from s2sam_jax._growth import cosine, first_and_last, move_smallest, random_init, replace_sparse, sparse_leaves
 from s2sam_jax._select import random_scores
 from s2sam_jax._tree import find_states
 from s2sam_jax._types import MaskInputs, Masks, MaskUpdate, SparseMethod

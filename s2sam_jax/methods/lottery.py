@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from s2sam_jax._growth import global_count, sparse_size
 from s2sam_jax._pruning import keep_largest
 from s2sam_jax._rewind import remaining_weights, rewinding
-from s2sam_jax._select import kept
 from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
 from s2sam_jax._tree import map_named, masked
 from s2sam_jax._types import MaskInputs, Masks, Params, SparseMethod
@@ -106,11 +106,9 @@ def lottery_rounds(
         raise ValueError(f"lottery_rounds needs 0 < prune_fraction < 1; got {prune_fraction}.")
     plan = map_named(lambda name, p: sparsity if prunable(name, p) else 0.0, params)
     masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
-    size = sum(p.size for p, s in zip(jax.tree.leaves(params), jax.tree.leaves(plan), strict=True) if s)
-    weights = params
-    for number, count in enumerate(remaining_weights(size, kept(size, sparsity), prune_fraction)):
+    x, weights = MaskInputs(params, masks, plan), params
+    for number, count in enumerate(remaining_weights(sparse_size(x), global_count(x), prune_fraction)):
         if number:
-            x = MaskInputs(weights, None, masks, None, plan, jnp.int32(number), jax.random.key(0), None, None, None)
-            masks = keep_largest(x, jax.tree.map(jnp.abs, weights), count)
+            masks = keep_largest(x._replace(masks=masks), jax.tree.map(jnp.abs, weights), count)
         weights = train(masked(masks, params if rewind else weights), masks, number)
         yield Round(number, masks, count, weights)

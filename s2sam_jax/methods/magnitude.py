@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from s2sam_jax._growth import magnitude_init, replace_sparse, sparse_leaves, total_zeros
+from s2sam_jax._growth import global_count, magnitude_init, replace_sparse, sparse_leaves
 from s2sam_jax._select import Scope, select
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
@@ -42,8 +42,7 @@ def magnitude(scope: Scope = "leaf") -> SparseMethod:
         if scope == "leaf":
             return magnitude_init(x)
         scores = [jnp.abs(w) for w in sparse_leaves(x, x.params)]
-        count = sum(s.size for s in scores) - total_zeros(x)
-        return MaskUpdate(replace_sparse(x, x.masks, select(scores, count=count, scope="global")))
+        return MaskUpdate(replace_sparse(x, x.masks, select(scores, count=global_count(x), scope="global")))
 
     within = scope == "leaf"
     return SparseMethod(init, None, "per_layer" if within else "total", ranks=scope, structured=within)

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from s2sam_jax._counts import kept
 from s2sam_jax._growth import first_and_last, grow, magnitude_init, replace_sparse, sparse_leaves
-from s2sam_jax._select import kept, ones, random_scores, select
+from s2sam_jax._select import ones, random_scores, select
 from s2sam_jax._structure import NM
 from s2sam_jax._tree import named_leaves
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod

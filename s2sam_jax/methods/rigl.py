@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import cosine, move_smallest, random_init, rounded_down, sparse_leaves
+from s2sam_jax._counts import rounded_down
+from s2sam_jax._growth import cosine, move_smallest, random_init, sparse_leaves
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
 

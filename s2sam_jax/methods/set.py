@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import grow, random_init, rounded_down, sparse_leaves
+from s2sam_jax._counts import rounded_down
+from s2sam_jax._growth import grow, random_init, sparse_leaves
 from s2sam_jax._select import ones, random_scores, select
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._pruning import dense_init, global_count, keep_largest, warn_if_collapsed
+from s2sam_jax._growth import global_count
+from s2sam_jax._pruning import dense_init, keep_largest, warn_if_collapsed
 from s2sam_jax._types import Every, MaskInputs, MaskUpdate, Params, SparseMethod
 
 
