@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,9 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         jax.clear_caches()
         console.print(f"[dim]{section} took {time.perf_counter() - begin:.0f} s[/dim]")
     console.print(table(rows))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / f"bench_{_device()}.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in _merged(file, rows)))
+    jsonl.write(file, _merged(file, rows))
     console.print(f"Rows: {file}", soft_wrap=True)
 
 

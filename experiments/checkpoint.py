@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
-from experiments import sharding
+from experiments import files, sharding
 from s2sam_jax import TrainState
 
 _POLICIES = ocp.training.preservation_policies
@@ -130,9 +130,7 @@ def export(file: Path, params: Any, masks: Any = None) -> None:
     if masks is not None:
         arrays |= {f"mask/{name}": mask.astype(np.uint8) for name, mask in _named(masks).items()}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    partial = file.with_suffix(".partial")
-    save_file(arrays, partial)
-    os.replace(partial, file)
+    files.write_whole(file, partial(save_file, arrays))
 
 
 @contextlib.contextmanager

@@ -5,8 +5,10 @@ import hashlib
 import json
 import math
 import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 
@@ -29,6 +31,24 @@ DistributionName = Literal["uniform", "er", "erk"]
 # means since the row before it, so that they do depend on eval_every.)
 _NOT_HASHED = ("data", "out", "eval_every", "checkpoint_every", "seed")
 
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("at least 1", lambda x: x >= 1, (
+        "width", "image_size", "vocabulary", "max_length", "epochs", "batch_size", "accumulate", "sharpness_parts",
+        "looksam_every", "eval_every", "checkpoint_every", "rounds",
+    )),
+    ("at least 0", lambda x: x >= 0, (
+        "rho", "eta", "alpha", "learning_rate", "final_learning_rate", "warmup_epochs", "weight_decay", "rewind_epochs",
+        "cutout", "validation",
+    )),
+    ("above 0 epochs", lambda x: x > 0, ("update_every", "ssam_update_every")),
+    ("in [0, 1)", lambda x: 0 <= x < 1, ("sparsity", "ssam_sparsity", "label_smoothing", "label_noise", "momentum")),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, (
+        "update_end", "drop_fraction", "prune_fraction", "channel_sparsity", "explore",
+    )),
+    ("in (0, 1]", lambda x: 0 < x <= 1, ("esam_beta", "sharpest_fraction")),
+    ("in [0, 2**31)", lambda x: 0 <= x < 2**31, ("seed",)),
+)  # fmt: skip
 
 # Names of their own for the forms that papers report.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,7 +91,7 @@ class Config:
     base: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or Adam with decoupled weight decay.
     rho: float = 0.05  # Radius of the perturbation.
     rho_schedule: ScheduleName = "constant"  # Or a rise over the first third; or as the learning rate.
-    sharpness_parts: int = 1  # Parts of a batch that sam and its kin perturb for, each by its own gradient.
+    sharpness_parts: int = 1  # Parts of a batch that sam and its variants perturb for, each along its own gradient.
     eta: float = 0.01  # The constant of asam.
     ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.
     ssam_update_every: float = 1.0  # Epochs between two perturbation masks of ssam.
@@ -113,49 +133,32 @@ class Config:
     out: Path = Path("runs")  # The folder that run folders are made in.
 
     def __post_init__(self):
-        _check_name("dataset", self.dataset, get_args(DatasetName))
-        _check_name("model", self.model, get_args(ModelName))
-        _check_name("optimizer", self.optimizer, get_args(OptimizerName))
-        _check_name("method", self.method, method_names())
-        _check_name("rho_schedule", self.rho_schedule, get_args(ScheduleName))
-        _check_name("distribution", self.distribution, (None, *get_args(DistributionName)))
-        for name in (
-            "width", "image_size", "vocabulary", "max_length", "epochs", "batch_size", "accumulate", "sharpness_parts",
-            "looksam_every", "eval_every", "checkpoint_every",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            _check(value is None or value >= 1, name, "at least 1", value)
-        for name, value in dataclasses.asdict(self).items():
-            _check(not isinstance(value, float) or math.isfinite(value), name, "finite", value)
-        _check(0 <= self.seed < 2**31, "seed", "in [0, 2**31)", self.seed)
-        for name in ("sparsity", "ssam_sparsity", "label_smoothing", "label_noise", "momentum"):
-            _check(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        for name in ("update_end", "drop_fraction", "prune_fraction", "channel_sparsity", "explore"):
-            value = getattr(self, name)
-            _check(value is None or 0 <= value <= 1, name, "in [0, 1]", value)
-        for name in (
-            "rho", "eta", "learning_rate", "final_learning_rate", "warmup_epochs", "weight_decay", "rewind_epochs",
-            "cutout",
-        ):  # fmt: skip
-            _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
-        for name in ("esam_beta", "sharpest_fraction"):
-            _check(0 < getattr(self, name) <= 1, name, "in (0, 1]", getattr(self, name))
-        _check(self.alpha is None or self.alpha >= 0, "alpha", "at least 0", self.alpha)
-        for name in ("update_every", "ssam_update_every"):
-            value = getattr(self, name)
-            _check(value is None or value > 0, name, "above 0 epochs", value)
-        _check(self.rounds is None or self.rounds >= 1, "rounds", "at least 1", self.rounds)
-        rewinds = self.method in ("lottery", "lrr") and self.prune_fraction is not None
-        _check(not rewinds or 0 < (self.prune_fraction or 0) < 1, "prune_fraction", "in (0, 1)", self.prune_fraction)
-        _check(self.validation >= 0, "validation", "at least 0", self.validation)
-        streamed = self.dataset in ("imagenet2012", "wmt14")
-        for name in ("validation", "label_noise"):
-            _check(not (getattr(self, name) and streamed), name, f"0 for {self.dataset}", getattr(self, name))
-        structures.parse(self.structure)
-        _check(self.subset is None or self.subset >= self.batch_size, "subset", "at least one batch", self.subset)
+        self._check_names()
+        self._check_ranges()
         for name in ("accumulate", "sharpness_parts"):
             value = getattr(self, name)
             _check(self.batch_size % value == 0, name, "a divisor of batch_size", value)
+        _check(self.subset is None or self.subset >= self.batch_size, "subset", "at least one batch", self.subset)
+        if self.method in ("lottery", "lrr"):
+            prune = self.prune_fraction
+            _check(prune is None or 0 < prune < 1, "prune_fraction", "in (0, 1)", prune)
+        for name in ("validation", "label_noise"):
+            streamed = self.dataset in ("imagenet2012", "wmt14")
+            _check(not (getattr(self, name) and streamed), name, f"0 for {self.dataset}", getattr(self, name))
+        structures.parse(self.structure)
+
+    def _check_names(self):
+        for name, known in _LISTED.items():
+            _check_name(name, getattr(self, name), known)
+        _check_name("method", self.method, method_names())
+
+    def _check_ranges(self):
+        for name, value in dataclasses.asdict(self).items():
+            _check(not isinstance(value, float) or math.isfinite(value), name, "finite", value)
+        for expected, holds, names in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                _check(value is None or holds(value), name, expected, value)
 
     @property
     def name(self) -> str:
@@ -202,18 +205,20 @@ def choices(stored: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def differences(stored: dict[str, Any], wanted: Config) -> list[str]:
-    """In what a config as JSON is another run than the one wanted, a line a field."""
+def check_same(stored: dict[str, Any], wanted: Config, what: str, advice: str) -> None:
+    """Raises a ValueError that names, a line a field, in what a config as JSON is another run than the one wanted."""
     there = choices(stored) | {"seed": stored.get("seed")}
     here = choices(wanted.to_json()) | {"seed": wanted.seed}
-    return [
-        f"{field}: {json.dumps(there.get(field))} there, {json.dumps(here.get(field))} asked for"
+    differing = [
+        f"  {field}: {json.dumps(there.get(field))} there, {json.dumps(here.get(field))} asked for"
         for field in dict.fromkeys([*here, *there])
         if field not in here or there[field] != here[field]
     ]
+    if differing:
+        raise ValueError("\n".join([f"{what} another config:", *differing, advice]))
 
 
-def _check_name(field: str, value: str | None, known: Any) -> None:
+def _check_name(field: str, value: str | None, known: Sequence[str | None]) -> None:
     if value not in known:
         raise ValueError(f"Unknown {field} {value!r}; there are {', '.join(name for name in known if name)}.")
 
@@ -224,3 +229,9 @@ def _check(holds: bool, field: str, expected: str, value: Any) -> None:
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)} | {"out": "runs"}
+# The values of every field whose type lists them.
+_LISTED: dict[str, list[str | None]] = {}
+for _name, _kind in get_type_hints(Config).items():
+    for _part in (_kind, *get_args(_kind)):
+        if get_origin(_part) is Literal:
+            _LISTED[_name] = [*get_args(_part), *([None] if NoneType in get_args(_kind) else [])]

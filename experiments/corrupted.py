@@ -51,14 +51,14 @@ def run(arguments: Arguments) -> None:
     if arguments.examples < 1:
         raise ValueError(f"examples must be at least 1; got {arguments.examples}.")
     done = {(Config.from_json(row["config"]).digest, row["seed"]) for row in old}
-    configs = {folder: runs.read_config(folder) for folder in arguments.runs}
+    configs = {folder: runs.read_config(folder, arguments.data) for folder in arguments.runs}
     if foreign := {config.dataset for config in configs.values()} - {"cifar10"}:
         raise ValueError(f"There are corrupted forms of cifar10 alone; there are runs of {', '.join(foreign)}.")
     missing = {folder: config for folder, config in configs.items() if (config.digest, config.seed) not in done}
     if not missing:
         return
     first = next(iter(missing.values()))
-    loaded = tasks.load(dataclasses.replace(first, data=arguments.data or first.data))
+    loaded = tasks.load(first)
     pixels, labels = (np.asarray(x[: arguments.examples]) for x in (loaded.test_images, loaded.test_labels))
     cells = list(corruptions.computed(pixels, labels, BATCH, names=arguments.corruptions))
     same = {"examples": len(labels), "by_corruption": dict.fromkeys(cell.corruption for cell in cells)}

@@ -21,8 +21,7 @@ class Arguments:
 
 def evaluate(arguments: Arguments, console: Console) -> tuple[float, float]:
     """Prints and returns test accuracy and sparsity (fraction of zeros over all kernels)."""
-    config = runs.read_config(arguments.run_dir)
-    config = dataclasses.replace(config, data=arguments.data or config.data)
+    config = runs.read_config(arguments.run_dir, arguments.data)
     task = tasks.make(config, tasks.load(config))
     state = runs.restore(arguments.run_dir, arguments.which)
     params = eval_params(state.params, state.opt_state)

@@ -16,7 +16,7 @@ import tyro
 from rich.progress import track
 
 from experiments import cli, jsonl, landscapes, loop, runs, solution, spectrum, spread, surface, sweep, tasks
-from experiments.config import Config, OptimizerName, differences, portable
+from experiments.config import Config, OptimizerName, check_same, portable
 from experiments.record import Row
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
@@ -97,11 +97,9 @@ def _run_on_folders(arguments: Arguments, done: dict[sweep.Cell, Row]) -> None:
             config, found = solution.of_run(folder, arguments.data, arguments.examples)
             _store(cell, config, runs.rows(folder)[-1] | looked_at(found, config, arguments), arguments.rows)
             done[cell] = {"config": config.to_json()}
-        elif differing := differences(done[cell]["config"], config):
-            raise ValueError(
-                f"{arguments.rows} has a row like {folder}, which the figures could not tell apart, but of another "
-                "config:\n  " + "\n  ".join(differing) + "\nGive other --rows."
-            )
+        else:
+            what = f"{arguments.rows} has a row like {folder}, which the figures could not tell apart, but of"
+            check_same(done[cell]["config"], config, what, "Give other --rows.")
 
 
 def _run_on_digits(arguments: Arguments, done: dict[sweep.Cell, Row]) -> None:

@@ -1,9 +1,11 @@
 """Rows: a JSON object a line, added as soon as it is known. Pages and figures of results are made from them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from experiments import files
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,6 +28,12 @@ def read(file: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
             raise ValueError(f"{file}, line {number}, is a row of another kind: it lacks {', '.join(lacking)}.")
         rows.append(row)
     return rows
+
+
+def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """All rows, in place of those that the file had."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    files.write_whole(file, lambda path: path.write_text(text))
 
 
 def append(file: Path, *rows: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ python -m experiments.one_step
 """
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -106,13 +105,12 @@ def two_steps(config: Config) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """The command line; each row is written as soon as it is there."""
     arguments, console = tyro.cli(Arguments, args=argv), Console()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     rows = {row["model"]: row for row in jsonl.read(arguments.out)}
     for name in arguments.models:
         config = config_of(name, arguments.batch_size)
         rows[name] = {"model": name} | two_steps(config) | runs.provenance(config)
         console.print({k: rows[name][k] for k in ("model", "parameters", "loss_after", "seconds_with_compilation")})
-        arguments.out.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+        jsonl.write(arguments.out, rows.values())
         jax.clear_caches()
 
 

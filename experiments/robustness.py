@@ -6,7 +6,6 @@ Corruptions that are computed lack frost, and their mean is over the other fourt
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, data, models, runs, tasks
+from experiments import cli, data, jsonl, models, runs, tasks
 from experiments.config import Config
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import Cell
@@ -48,8 +47,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
 def evaluate(arguments: Arguments, console: Console) -> dict[str, object]:
     """Accuracy on every cell, written into the run's folder; returns the summary."""
-    config = runs.read_config(arguments.run_dir)
-    config = dataclasses.replace(config, data=arguments.data or config.data)
+    config = runs.read_config(arguments.run_dir, arguments.data)
     _check(arguments, config)
     state, loaded = runs.restore(arguments.run_dir), tasks.load(config)
     if arguments.corrupted is None:
@@ -64,7 +62,7 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, object]:
     summary = corruptions.summary(rows, clean)
     lines = [row | {"run": arguments.run_dir.name} for row in rows] + [{"summary": summary}]
     file = arguments.run_dir / runs.ROBUSTNESS
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    jsonl.write(file, lines)
     console.print(summary)
     console.print(f"Rows: {file}", soft_wrap=True)
     return summary

@@ -4,6 +4,7 @@ While the run is in progress the name ends in ``.partial``; several processes sh
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -17,8 +18,8 @@ from typing import Any, Literal
 import jax
 
 import s2sam_jax
-from experiments import checkpoint, jsonl, loop, optimizers, plots, sharding, tasks
-from experiments.config import Config, differences
+from experiments import checkpoint, files, jsonl, loop, optimizers, plots, sharding, tasks
+from experiments.config import Config, check_same, choices
 from experiments.record import Row
 from s2sam_jax import TrainState, eval_params, get_masks
 
@@ -79,7 +80,8 @@ def begin(config: Config, overwrite: bool = False) -> Path:
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
+        text = json.dumps(config.to_json(), indent=2) + "\n"
+        files.write_whole(folder / CONFIG, lambda path: path.write_text(text))
     sharding.wait_for_all("begin")
     return folder
 
@@ -94,7 +96,8 @@ def append(folder: Path, row: Row) -> None:
         file = folder / METRICS
         lines = file.read_text().splitlines() if file.is_file() else []
         kept = [line for line in lines if _epoch(line) < row["epoch"]]
-        write(file, "".join(line + "\n" for line in [*kept, json.dumps(row)]))
+        text = "".join(line + "\n" for line in [*kept, json.dumps(row)])
+        files.write_whole(file, lambda path: path.write_text(text))
 
 
 def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
@@ -141,8 +144,8 @@ def robustness(folder: Path) -> Row:
     return json.loads(file.read_text().splitlines()[-1])["summary"] if file.is_file() else {}
 
 
-def read_config(folder: Path) -> Config:
-    """The config of a finished run.
+def read_config(folder: Path, data: Path | None = None) -> Config:
+    """The config of a finished run, with its data set where ``data`` says, if it has moved.
 
     Raises:
       FileNotFoundError: when the folder holds none.
@@ -152,9 +155,10 @@ def read_config(folder: Path) -> Config:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {CONFIG}.")
     try:
-        return Config.from_json(json.loads(file.read_text()))
+        config = Config.from_json(json.loads(file.read_text()))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the config of a run ({error}).") from error
+    return dataclasses.replace(config, data=data or config.data)
 
 
 def restore(folder: Path, which: Which = "last") -> TrainState:
@@ -185,14 +189,12 @@ def _check_config(folder: Path, config: Config) -> None:
     if not file.is_file():
         return
     try:
-        differing = differences(json.loads(file.read_text()), config)
+        stored = json.loads(file.read_text())
+        choices(stored)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the config of a run ({error}). Train anew with --overwrite.") from error
-    if differing:
-        raise ValueError(
-            f"The unfinished run {folder} has another config:\n  " + "\n  ".join(differing) + "\n"
-            "Put back what it was to go on, or train anew with --overwrite."
-        )
+    advice = "Put back what it was to go on, or train anew with --overwrite."
+    check_same(stored, config, f"The unfinished run {folder} has", advice)
 
 
 def _epoch(line: str) -> float:
@@ -201,13 +203,6 @@ def _epoch(line: str) -> float:
         return json.loads(line)["epoch"]
     except (ValueError, TypeError, KeyError):
         return float("inf")
-
-
-def write(file: Path, text: str) -> None:
-    """The file is replaced at once or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
 
 
 def _commit() -> str | None:

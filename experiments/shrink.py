@@ -65,8 +65,7 @@ def shrink(arguments: Arguments, console: Console) -> Comparison:
       ValueError: when no channel can be removed, or the outputs differ by more than rounding.
     """
     folder = arguments.run_dir
-    config = runs.read_config(folder)
-    config = dataclasses.replace(config, data=arguments.data or config.data)
+    config = runs.read_config(folder, arguments.data)
     masked, small, widths = _networks(folder, config)
     found = compare(config, masked, small)
     console.print(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import runs, tasks
+from experiments import jsonl, runs, tasks
 from experiments.config import Config
 from experiments.tasks import Task
 from s2sam_jax import TrainState, eval_params, get_masks
@@ -29,8 +28,7 @@ class Solution:
 
 def of_run(folder: Path, data: Path | None, examples: int) -> tuple[Config, Solution]:
     """The final state of a finished run."""
-    config = runs.read_config(folder)
-    config = dataclasses.replace(config, data=data or config.data)
+    config = runs.read_config(folder, data)
     task = tasks.make(config, tasks.load(config))
     return config, of_state(config, task, runs.restore(folder), examples)
 
@@ -61,7 +59,7 @@ def present(
     console: Console,
 ) -> None:
     """Writes row and figure, both in the run's folder, and prints what there is to say."""
-    rows.write_text(json.dumps(row) + "\n")
+    jsonl.write(rows, [row])
     draw({rows.resolve().parent.name: row}, figure)
     for line in [*lines, f"Files: {rows}, {figure}"]:
         console.print(line, soft_wrap=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, comparison, jsonl, plots, recipes, runs, train, tune
-from experiments.config import Config, OptimizerName, differences, portable
+from experiments.config import Config, OptimizerName, check_same, portable
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.record import Row
@@ -95,12 +95,10 @@ def run(arguments: Arguments) -> list[Row]:
 
 def _check_same(row: Row | None, config: Config, file: Path) -> None:
     """Raises a ValueError that names in what a stored row is of another run: it is not to be replaced unasked."""
-    if row is not None and (differing := differences(row["config"], config)):
-        raise ValueError(
-            f"{file} has a row of {row['recipe']['name']}, seed {row['seed']}, from another config:\n  "
-            + "\n  ".join(differing)
-            + "\nPass --tuned if it was made so, give another folder as --results, or take the row out of the file."
-        )
+    if row is not None:
+        what = f"{file} has a row of {row['recipe']['name']}, seed {row['seed']}, from"
+        advice = "Pass --tuned if it was made so, give another folder as --results, or take the row out of the file."
+        check_same(row["config"], config, what, advice)
 
 
 def rows_file(arguments: Arguments) -> Path:
@@ -158,12 +156,11 @@ def _difference(value: float | None, baseline: float | None) -> float | None:
 
 def store(rows: list[Row], file: Path) -> list[Row]:
     """Adds rows to the file, in place of older ones of the same recipe and seed; returns all, in the table's order."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     old = jsonl.read(file)
     order = {name: place for place, name in enumerate(recipes.names())}
     merged = {(row["recipe"]["name"], row["seed"]): row for row in [*old, *rows]}
     kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
-    runs.write(file, "".join(json.dumps(row) + "\n" for row in kept))
+    jsonl.write(file, kept)
     return kept
 
 

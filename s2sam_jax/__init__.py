@@ -10,7 +10,6 @@ from s2sam_jax._checked import checked as checked
 from s2sam_jax._esam import ESAMState as ESAMState
 from s2sam_jax._esam import esam as esam
 from s2sam_jax._esam import sharpest as sharpest
-from s2sam_jax._gradient_point import perturb as perturb
 from s2sam_jax._gsam import GSAMState as GSAMState
 from s2sam_jax._gsam import gsam as gsam
 from s2sam_jax._gsam import rho_from_learning_rate as rho_from_learning_rate
@@ -31,6 +30,7 @@ from s2sam_jax._msam import msam as msam
 from s2sam_jax._nm_pack import NMPacked as NMPacked
 from s2sam_jax._nm_pack import nm_pack as nm_pack
 from s2sam_jax._nm_pack import nm_unpack as nm_unpack
+from s2sam_jax._perturb import perturb as perturb
 from s2sam_jax._rounding import stochastic_round as stochastic_round
 from s2sam_jax._s2sam import S2SAMState as S2SAMState
 from s2sam_jax._s2sam import s2sam as s2sam

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from s2sam_jax._ascent import ascent_point, check_non_negative, schedule
 from s2sam_jax._counts import rounded_down
-from s2sam_jax._perturb import ascent_point, check_non_negative, schedule
-from s2sam_jax._sam import climber
+from s2sam_jax._sam import second_gradient
 from s2sam_jax._tree import copy_key, increment
 from s2sam_jax._types import Params, ScalarOrSchedule
 
@@ -79,7 +79,7 @@ def esam(
 
     def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
         del extra_args
-        params, gradient_at = climber("esam", params, updates, grad_fn, grad_fn_by_part)
+        params, gradient_at = second_gradient("esam", params, updates, grad_fn, grad_fn_by_part)
         radius = rho_at(state.step)
         key = jax.random.fold_in(state.key, state.step)
 

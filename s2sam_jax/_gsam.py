@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._perturb import ascent_point, check_non_negative, perpendicular, schedule
-from s2sam_jax._sam import climber
+from s2sam_jax._ascent import ascent_point, check_non_negative, perpendicular, schedule
+from s2sam_jax._sam import second_gradient
 from s2sam_jax._tree import at_least_f32, increment
 from s2sam_jax._types import ScalarOrSchedule
 
@@ -71,7 +71,7 @@ def gsam(
 
     def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
         del extra_args
-        params, gradient_at = climber("gsam", params, updates, grad_fn, grad_fn_by_part)
+        params, gradient_at = second_gradient("gsam", params, updates, grad_fn, grad_fn_by_part)
         radius, weight = rho_at(state.step), alpha_at(state.step)
         found = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps))
         across = perpendicular(updates, found)

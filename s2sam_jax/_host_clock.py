@@ -61,7 +61,7 @@ class HostClock:
 
     def _owners(self, opt_state: Any) -> dict[str, Any]:
         """The states with a clock, by the name of their flag; none where calls and updates may differ."""
-        if any(find_states(opt_state, kind) for kind in self._SKIPPING):
+        if find_states(opt_state, self._SKIPPING):
             return {}
         found = {name: find_states(opt_state, kind) for kind, name in self._FLAGS}
         return {name: states[0] for name, states in found.items() if len(states) == 1}

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._perturb import ascent_point, check_non_negative, perpendicular, schedule
-from s2sam_jax._sam import climber
+from s2sam_jax._ascent import ascent_point, check_non_negative, perpendicular, schedule
+from s2sam_jax._sam import second_gradient
 from s2sam_jax._tree import at_least_f32, cond, increment, norm
 from s2sam_jax._types import Every, ScalarOrSchedule
 
@@ -83,17 +83,17 @@ def looksam(
         updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, refresh_sam=None, **extra_args
     ) -> Any:
         del extra_args
-        params, gradient_at = climber("looksam", params, updates, grad_fn, grad_fn_by_part)
+        params, gradient_at = second_gradient("looksam", params, updates, grad_fn, grad_fn_by_part)
         radius = rho_at(state.step)
 
         def look():
             found = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps))
-            return _cast(found, updates), _cast(perpendicular(found, updates), state.g_v)
+            return optax.tree.cast_like(found, updates), optax.tree.cast_like(perpendicular(found, updates), state.g_v)
 
         def reuse():
             scale = alpha_at(state.step) * norm(updates) / (norm(state.g_v) + eps)
             moved = jax.tree.map(lambda g, v: at_least_f32(g) + scale * at_least_f32(v), updates, state.g_v)
-            return _cast(moved, updates), state.g_v
+            return optax.tree.cast_like(moved, updates), state.g_v
 
         due = state.step >= state.next_update if refresh_sam is None else refresh_sam
         grads, g_v = cond(due, look, reuse)
@@ -101,7 +101,3 @@ def looksam(
         return grads, LookSAMState(step, clock.planned(state.next_update, due, step), radius, g_v)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _cast(tree: Any, like: Any) -> Any:
-    return jax.tree.map(lambda x, to: x.astype(to.dtype), tree, like)

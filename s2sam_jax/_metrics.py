@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._gradient_point import perturb
 from s2sam_jax._masks import SparseState, get_masks
+from s2sam_jax._perturb import perturb
 from s2sam_jax._rounding import FORMATS, round_to_nearest
 from s2sam_jax._s2sam import S2SAMState, last_gradient
 from s2sam_jax._tree import at_least_f32, check_same_leaves, find_states, named_leaves, norm

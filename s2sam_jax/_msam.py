@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from s2sam_jax._ascent import ascent, check_non_negative, schedule
 from s2sam_jax._masks import SparseState
-from s2sam_jax._perturb import ascent, check_non_negative, schedule
 from s2sam_jax._tree import Path, find_states, increment, named_leaves, scalar
 from s2sam_jax._types import ScalarOrSchedule
 
@@ -91,11 +91,7 @@ def momenta(opt_state: Any, leaves: Set[Path] | None) -> Iterator[tuple[MSAMStat
     A state looks no further than the ``sparsify`` or ``optax.masked`` that it is in; the groups of
     ``optax.multi_transform`` are such. ``leaves`` are the paths that have to be covered, where they are known.
     """
-
-    def is_scope(x):
-        return isinstance(x, MSAMState | SparseState | optax.MaskedState)
-
-    scopes = [x for x in jax.tree.leaves(opt_state, is_leaf=is_scope) if is_scope(x)]
+    scopes = find_states(opt_state, (MSAMState, SparseState, optax.MaskedState))
     for own in (x for x in scopes if isinstance(x, MSAMState)):
         if find_states(opt_state, SparseState):
             raise ValueError(

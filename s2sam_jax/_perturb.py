@@ -1,81 +1,108 @@
-"""The ascent vector that every sharpness-aware method adds to its weights."""
+"""The point at which a loop takes its gradient, where the optimizer state alone decides it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from s2sam_jax._tree import at_least_f32, norm
+from s2sam_jax import _msam, _s2sam
+from s2sam_jax._ascent import add
+from s2sam_jax._masks import SparseState
+from s2sam_jax._msam import MSAMState
+from s2sam_jax._s2sam import S2SAMState
+from s2sam_jax._tree import Path, find_states, named_leaves, path_names
 from s2sam_jax._types import Params
 
 
-def ascent(
-    grads: Sequence[jax.Array],
-    params: Sequence[jax.Array],
-    *,
-    rho: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
-    eta: jax.typing.ArrayLike | None = None,
-) -> list[jax.Array]:
-    """``rho * g / (||g|| + eps)``, or with ``eta`` ASAM's ``rho * T**2 g / (||T g|| + eps)``, ``T = |w| + eta``.
+def perturb(params: Params, opt_state: Any) -> Params:
+    r"""The point at which S2-SAM and Momentum-SAM take their gradient: ``params + epsilon``.
 
-    One norm over all leaves, in float32 or wider; the vectors come back in that precision.
-    A zero gradient gives a zero vector.
+    .. math:: w + \rho\, \hat g_{t-1} / (\|\hat g_{t-1}\|_2 + \mathrm{eps}), \qquad
+              w - \rho\, v_{t-1} / (\|v_{t-1}\|_2 + \mathrm{eps})
+
+    Finds the state of :func:`s2sam` or :func:`msam` anywhere inside ``opt_state`` (chains, wrappers, train states).
+    Several states on disjoint leaves, as under ``optax.multi_transform``, each use their own norm.
+
+    Args:
+      params: the clean parameters, any pytree.
+      opt_state: the optimizer state that holds an :class:`S2SAMState` or an :class:`MSAMState`, or a train state
+        around it.
+
+    Returns:
+      The perturbed parameters, in the parameters' structure and dtypes.
+
+    Raises:
+      ValueError: when there is no such state (silence would mean plain SGD), two states claim one leaf, a state belongs
+        to another model, ``s2sam`` or ``msam`` stands outside ``sparsify``, or ``msam`` finds no momentum.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax import perturb, s2sam
+      >>> tx, params = s2sam(rho=0.5), jnp.array([3.0, 4.0])
+      >>> _, state = tx.update(jnp.array([0.0, 2.0]), tx.init(params), params)
+      >>> print(perturb(params, state))
+      [3.  4.5]
     """
-    grads = [at_least_f32(g) for g in grads]
-    if eta is None:
-        scale = jnp.asarray(rho) / (norm(grads) + eps)
-        return [scale * g for g in grads]
-    scales = [jnp.abs(at_least_f32(w)) + eta for w in params]
-    scaled = [t * g for t, g in zip(scales, grads, strict=True)]
-    scale = jnp.asarray(rho) / (norm(scaled) + eps)
-    return [scale * t * tg for t, tg in zip(scales, scaled, strict=True)]
+    if not perturbing(opt_state):
+        raise ValueError(
+            f"perturb found no S2SAMState or MSAMState in opt_state (a {type(opt_state).__name__}). Put s2sam() or "
+            "msam() into the optimizer chain; if the state comes from a checkpoint, restore it into the structure of "
+            "tx.init(params)."
+        )
+    moved: dict[Path, jax.Array] = {}
+    for _, _, epsilon in perturbations(named_leaves(params), opt_state):
+        moved |= epsilon
+
+    def shift(key_path, param):
+        path = path_names(key_path)
+        return add(param, moved[path]) if path in moved else param
+
+    return jax.tree_util.tree_map_with_path(shift, params)
 
 
-def ascent_point(
-    params: Params,
-    grads: Params,
-    *,
-    rho: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
-    eta: jax.typing.ArrayLike | None = None,
-) -> Params:
-    """The parameters moved by :func:`ascent`."""
-    leaves, treedef = jax.tree.flatten(params)
-    epsilon = ascent(treedef.flatten_up_to(grads), leaves, rho=rho, eps=eps, eta=eta)
-    return treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
+def perturbing(opt_state: Any) -> list[S2SAMState | MSAMState]:
+    """The states that :func:`perturb` looks for."""
+    return [*find_states(opt_state, S2SAMState), *find_states(opt_state, MSAMState)]
 
 
-def perpendicular(tree: Params, to: Params) -> Params:
-    """What is left of ``tree`` without its projection on ``to``, over all leaves together, in float32 or wider."""
-    length = norm(to)
-    length = jnp.where(length > 0, length, 1.0)  # nothing is along a zero vector
-    unit = jax.tree.map(lambda x: at_least_f32(x) / length, to)
-    parts = jax.tree.map(lambda x, u: jnp.sum(at_least_f32(x) * u), tree, unit)
-    along = sum(jax.tree.leaves(parts), jnp.zeros(()))
-    return jax.tree.map(lambda x, u: at_least_f32(x) - along * u, tree, unit)
+def perturbations(
+    clean: dict[Path, Any], opt_state: Any
+) -> Iterator[tuple[S2SAMState | MSAMState, dict[Path, jax.Array], dict[Path, jax.Array]]]:
+    """Each state that perturbs, with its directions and the perturbation along them, by leaf."""
+    _check_inside_sparsify(opt_state)
+    owners: dict[Path, str] = {}
+    for state, directions in _directions(opt_state, clean):
+        name = type(state).__name__
+        for path, direction in directions.items():
+            where = "/".join(path)
+            if path not in clean or jnp.shape(clean[path]) != jnp.shape(direction):
+                raise ValueError(f"perturb: the {name} has a gradient {where}{jnp.shape(direction)} that params lack.")
+            if path in owners:
+                both = f"two {name}s" if owners[path] == name else f"{owners[path]} and {name}"
+                raise ValueError(f"perturb: {both} claim the leaf {where}; use one s2sam() or msam() per leaf.")
+            owners[path] = name
+        weights = [clean[path] for path in directions]
+        if isinstance(state, S2SAMState):
+            epsilon = _s2sam.epsilon(state, weights)
+        else:
+            epsilon = _msam.epsilon(state, list(directions.values()), weights)
+        yield state, directions, dict(zip(directions, epsilon, strict=True))
 
 
-def add(param: jax.Array, step: jax.Array) -> jax.Array:
-    """``param + step`` computed in the wider precision and stored in the parameter's."""
-    return (param.astype(jnp.promote_types(param.dtype, step.dtype)) + step).astype(param.dtype)
+def _directions(opt_state: Any, clean: dict[Path, Any]) -> Iterator[tuple[S2SAMState | MSAMState, dict[Path, Any]]]:
+    """Each state with what it perturbs along, by leaf."""
+    for state in find_states(opt_state, S2SAMState):
+        yield state, named_leaves(_s2sam.last_gradient(state))
+    yield from _msam.momenta(opt_state, set(clean))
 
 
-def schedule(value: float | jax.Array | Callable[[jax.Array], Any], name: str) -> Callable[[jax.Array], jax.Array]:
-    """A scalar or a schedule as a function of the step, in the default float type."""
-    if not callable(value):
-        check_non_negative(value, name)
-    return lambda step: jnp.array(value(step) if callable(value) else value, jnp.result_type(float))
-
-
-def check_non_negative(value: Any, name: str) -> None:
-    """Looks at concrete Python numbers alone, so that ``inject_hyperparams`` may pass arrays."""
-    if isinstance(value, int | float | np.integer | np.floating) and not value >= 0:
-        raise ValueError(f"{name} must be a number >= 0 or a schedule; got {value!r}.")
-
-
-def check_compat(compat: str) -> None:
-    if compat not in ("paper", "authors"):
-        raise ValueError(f"compat must be 'paper' or 'authors'; got {compat!r}.")
+def _check_inside_sparsify(opt_state: Any) -> None:
+    """An s2sam around sparsify would remember dense gradients and perturb pruned weights."""
+    outer = find_states(opt_state, (S2SAMState, SparseState))
+    pruned = {path for state in outer if isinstance(state, SparseState) for path in named_leaves(state.masks)}
+    for state in outer:
+        if isinstance(state, S2SAMState) and pruned & named_leaves(_s2sam.last_gradient(state)).keys():
+            raise ValueError(
+                "perturb: s2sam() stands outside sparsify(); put it inside, sparsify(chain(s2sam(), ...), ...)."
+            )

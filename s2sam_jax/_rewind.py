@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from s2sam_jax._counts import rounded_up
 from s2sam_jax._growth import global_count, sparse_size
 from s2sam_jax._pruning import dense_init, keep_largest
-from s2sam_jax._tree import masked, where
+from s2sam_jax._tree import masked
 from s2sam_jax._types import MaskInputs, MaskUpdate, Params, SparseMethod
 
 
@@ -57,11 +58,11 @@ def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights:
         ends_round = ~first & (state.firings < len(left))
         count = jnp.asarray(left, jnp.int32)[jnp.minimum(state.firings, len(left) - 1)]
         masks = keep_largest(x, jax.tree.map(jnp.abs, x.params), count)
-        saved_state = where(first, _untyped(x.inner_state, x.params), state.inner_state)
+        saved_state = optax.tree.where(first, _untyped(x.inner_state, x.params), state.inner_state)
         rewound = jax.tree.unflatten(jax.tree.structure(x.inner_state), jax.tree.leaves(saved_state))
-        inner_state = where(ends_round, rewound, x.inner_state)
-        params = where(first, x.params, state.params) if rewind_weights else None
-        values = where(ends_round, masked(masks, params), x.params) if rewind_weights else None
+        inner_state = optax.tree.where(ends_round, rewound, x.inner_state)
+        params = optax.tree.where(first, x.params, state.params) if rewind_weights else None
+        values = optax.tree.where(ends_round, masked(masks, params), x.params) if rewind_weights else None
         saved = RewindState(state.firings + 1, params, saved_state)
         return MaskUpdate(masks, saved, values, inner_state, skip=first | ends_round)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._perturb import ascent, check_compat, check_non_negative, schedule
+from s2sam_jax._ascent import ascent, check_compat, check_non_negative, schedule
 from s2sam_jax._tree import align, at_least_f32, increment, masked, norm, scalar
 from s2sam_jax._types import Compat, Masks, Params, ScalarOrSchedule, Unmasked
 

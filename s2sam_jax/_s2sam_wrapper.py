@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from s2sam_jax._ascent import ascent_point, check_non_negative, schedule
 from s2sam_jax._masks import SparseState, get_masks
 from s2sam_jax._msam import MSAMState
-from s2sam_jax._perturb import ascent_point, check_non_negative, schedule
 from s2sam_jax._s2sam import S2SAMState
 from s2sam_jax._tree import find_states, increment, masked
 from s2sam_jax._types import Params, ScalarOrSchedule

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._perturb import ascent_point, check_non_negative, schedule
+from s2sam_jax._ascent import ascent_point, check_non_negative, schedule
 from s2sam_jax._tree import increment
 from s2sam_jax._types import GradFn, Params, ScalarOrSchedule
 
@@ -80,7 +80,7 @@ def sam(
 
     def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
         del extra_args
-        params, gradient_at = climber("sam", params, updates, grad_fn, grad_fn_by_part)
+        params, gradient_at = second_gradient("sam", params, updates, grad_fn, grad_fn_by_part)
         radius = rho_at(state.step)
         used_eta = eta if adaptive else None
         grads = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps, eta=used_eta))
@@ -93,7 +93,7 @@ def _is_hidden(leaf: Any) -> bool:
     return isinstance(leaf, optax.MaskedNode)
 
 
-def climber(
+def second_gradient(
     name: str, params: Params | None, grads: Params, grad_fn: GradFn | None, grad_fn_by_part: GradFnByPart | None
 ) -> tuple[Params, GradFnByPart]:
     """The parameters, and a function from ``point`` (of a gradient) to the gradient there, of the batch or by part."""

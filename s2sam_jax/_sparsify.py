@@ -21,7 +21,6 @@ from s2sam_jax._tree import (
     mask_mirrored,
     masked,
     start_mirrored,
-    where,
 )
 from s2sam_jax._types import NEVER, Every, GradFn, MaskInputs, Masks, MaskUpdate, SparseMethod
 from s2sam_jax._units import fit_plan, structured
@@ -193,7 +192,7 @@ def sparsify(
         if skip is not True:
             moved = run_inner(updates, inner_state, weights, new.masks, grad_fn, extra_args)
             stayed = (steps, inner_state)
-            steps, inner_state = where(skip, stayed, moved) if isinstance(skip, jax.Array) else moved
+            steps, inner_state = optax.tree.where(skip, stayed, moved) if isinstance(skip, jax.Array) else moved
 
         step = increment(state.step)
         next_update = state.next_update if when is None else when.planned(state.next_update, due, step)

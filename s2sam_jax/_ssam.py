@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from s2sam_jax._ascent import add, ascent, check_compat, check_non_negative, schedule
 from s2sam_jax._growth import cosine
-from s2sam_jax._perturb import add, ascent, check_compat, check_non_negative, schedule
-from s2sam_jax._perturb_masks import move, move_as_released, move_in_groups, top, top_in_groups
-from s2sam_jax._sam import climber
+from s2sam_jax._sam import second_gradient
 from s2sam_jax._select import random_scores
 from s2sam_jax._sparsity import check_sparsity
+from s2sam_jax._ssam_masks import move, move_as_released, move_in_groups, top, top_in_groups
 from s2sam_jax._structure import NM, UNSTRUCTURED, Unstructured, same
 from s2sam_jax._tree import align, at_least_f32, cond, copy_key, increment
 from s2sam_jax._types import NEVER, Compat, Every, Masks, Params, ScalarOrSchedule
@@ -143,7 +143,7 @@ def ssam(
         **extra_args,
     ):
         del extra_args
-        params, gradient_at = climber("ssam", params, updates, grad_fn, grad_fn_by_part)
+        params, gradient_at = second_gradient("ssam", params, updates, grad_fn, grad_fn_by_part)
         live = None if masks is None else align(masks, params)
         due = state.step >= state.next_update if refresh_perturbation is None else refresh_perturbation
 

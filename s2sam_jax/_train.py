@@ -19,14 +19,20 @@ from s2sam_jax._gradient import (
     gradient_by_part,
     gradient_of_sharpest,
 )
-from s2sam_jax._gradient_point import perturb, perturbing
 from s2sam_jax._host_clock import HostClock
 from s2sam_jax._masks import SparseState
+from s2sam_jax._perturb import perturb, perturbing
 from s2sam_jax._s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._ssam import empirical_fisher
-from s2sam_jax._train_checks import check_climbs, check_metrics, check_options, check_state, climbing
+from s2sam_jax._train_checks import (
+    check_metrics,
+    check_options,
+    check_second_gradient,
+    check_state,
+    taking_second_gradients,
+)
 from s2sam_jax._train_state import TrainState
-from s2sam_jax._tree import find_states, norm, where, with_extra_args
+from s2sam_jax._tree import find_states, norm, with_extra_args
 from s2sam_jax._types import Params
 
 Flags = tuple[tuple[str, bool], ...]
@@ -46,12 +52,12 @@ def make_train_step(
     vmap: bool = False,
     state_sharding: Any = None,
 ) -> TrainStep:
-    r"""Builds the train step: the same one for SGD, S2-SAM, SAM and its kin, dense or sparse.
+    r"""Builds the train step: the same one for SGD, S2-SAM, SAM and its variants, dense or sparse.
 
     .. math:: \hat g = \nabla L(\mathrm{perturb}(w)), \qquad w \leftarrow w + \mathrm{tx}(\hat g, w)
 
     Where the gradient is taken, and how many there are, follows from the state of ``tx``. The model state kept is that
-    of the first gradient's forward pass (the only one, but for SAM and its kin). Called inside ``jit`` or
+    of the first gradient's forward pass (the only one, except for SAM and its variants). Called inside ``jit`` or
     ``lax.scan`` the step is a pure function; called from Python it is jitted, donates its state, and keeps the clocks
     of mask and perturbation updates on the host, so that they are separate programs on CPU.
 
@@ -61,11 +67,10 @@ def make_train_step(
       tx: the optimizer.
       accumulate: micro-batches per step. The batch is cut into as many equal parts; their gradients (and SAM's second
         ones) are averaged at one fixed perturbation.
-      sharpness_parts: the ``m`` of m-sharpness. The batch is cut into as many equal parts, side by side; ``sam`` and
-        its kin climb for each along its own gradient, and the mean of the gradients up there is taken. With a batch cut
-        up among devices and a part for each, that is the perturbation per device of SAM's authors. It takes as many
-        copies of the gradient.
-      sharpest_fraction: share of the batch that the second gradient of ``sam`` and its kin is taken on, as in ESAM: the
+      sharpness_parts: number of equal parts of the batch, for m-sharpness. ``sam`` and its variants perturb for each
+        part along its own gradient, and average the gradients at those points. With the batch sharded over devices and
+        one part per device, that is the per-device perturbation of SAM's authors. Memory: one gradient per part.
+      sharpest_fraction: share of the batch that ``sam`` and its variants take their second gradient on, as in ESAM: the
         examples whose loss the perturbation raises most (:func:`sharpest`).
       example_loss_fn: ``(params, model_state, batch, key) -> losses[B]``, for that choice: it is called twice, forward
         only, with the ``key`` of the step's gradient, so that an example has the same noise before and after. The
@@ -87,8 +92,8 @@ def make_train_step(
     Raises:
       ValueError: for ``accumulate`` or ``sharpness_parts`` below 1, a ``sharpest_fraction`` out of range or without
         ``example_loss_fn``, or more than one of the three in use, and from the step: a batch that does not divide, an
-        ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` or ``sharpest_fraction`` without ``sam`` or its
-        kin, or those inside ``optax.MultiSteps`` (use ``accumulate``).
+        ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` or ``sharpest_fraction`` without an
+        optimizer that takes a second gradient, or such a one inside ``optax.MultiSteps`` (use ``accumulate``).
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -115,7 +120,7 @@ def make_train_step(
 
     def differentiate(state: TrainState, batch: Batch) -> Gradient:
         check_state(tx, state)
-        check_climbs(state, sharpness_parts, sharpest_fraction)
+        check_second_gradient(state, sharpness_parts, sharpest_fraction)
         if sharpness_parts > 1:
             return by_part(state, batch)(lambda _: state.params, jnp.arange(sharpness_parts))
         point = perturb(state.params, state.opt_state) if perturbing(state.opt_state) else state.params
@@ -226,7 +231,7 @@ def _freeze_if_bad(
         lambda new, was: new if new is was else jnp.where(good, new, was), proposal, old
     )
     if passed_over:
-        model_state = where(jnp.isfinite(loss), model_state, state.model_state)
+        model_state = optax.tree.where(jnp.isfinite(loss), model_state, state.model_state)
     return state._replace(
         step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, first_bad_step=first_bad_step
     )
@@ -239,8 +244,8 @@ def _passes_over(opt_state: Any) -> bool:
 
 
 def _rho(before: Any, after: Any) -> Metrics:
-    """The radius of this step: what perturbs has stored the next one, what climbs the last."""
-    used = [*perturbing(before), *find_states(before, S2SAMWrapperState), *climbing(after)]
+    """The radius of this step: s2sam and msam store the next step's, SAM and its variants the last one's."""
+    used = [*perturbing(before), *find_states(before, S2SAMWrapperState), *taking_second_gradients(after)]
     return {"rho": used[0].rho} if used else {}
 
 

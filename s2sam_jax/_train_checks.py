@@ -14,14 +14,13 @@ from s2sam_jax._ssam import SSAMState
 from s2sam_jax._train_state import TrainState
 from s2sam_jax._tree import find_states
 
-# Who takes a second gradient, at the ascent point.
-CLIMBING = (SAMState, SSAMState, LookSAMState, GSAMState, ESAMState)
-KIN = "sam and its kin (ssam, looksam, gsam, esam)"
+SECOND_GRADIENT = (SAMState, SSAMState, LookSAMState, GSAMState, ESAMState)
+NAMES = "sam, ssam, looksam, gsam or esam"
 
 
-def climbing(opt_state: Any) -> list[Any]:
-    """The states of sam and its kin."""
-    return [state for kind in CLIMBING for state in find_states(opt_state, kind)]
+def taking_second_gradients(opt_state: Any) -> list[Any]:
+    """The states of SAM and its variants, which take a second gradient at the ascent point."""
+    return find_states(opt_state, SECOND_GRADIENT)
 
 
 def check_options(accumulate: int, sharpness_parts: int, sharpest_fraction: float, example_loss_fn: Any) -> None:
@@ -45,18 +44,18 @@ def check_options(accumulate: int, sharpness_parts: int, sharpest_fraction: floa
         )
 
 
-def check_climbs(state: TrainState, sharpness_parts: int, sharpest_fraction: float) -> None:
-    if climbing(state.opt_state):
+def check_second_gradient(state: TrainState, sharpness_parts: int, sharpest_fraction: float) -> None:
+    if taking_second_gradients(state.opt_state):
         return
     if sharpness_parts > 1:
         raise ValueError(
-            f"sharpness_parts cuts the batch for {KIN}, and tx has neither; s2sam has one perturbation for the whole "
-            "batch, from the gradient of the step before, and msam from the momentum. Leave it at 1."
+            f"sharpness_parts cuts the batch for {NAMES}, and tx has none of them; s2sam perturbs once for the whole "
+            "batch, along the gradient of the step before, and msam along the momentum. Leave it at 1."
         )
     if sharpest_fraction < 1:
         raise ValueError(
-            f"sharpest_fraction is the share of the batch in the second gradient of {KIN}, and tx takes none. Leave it "
-            "at 1."
+            f"sharpest_fraction is the share of the batch in the second gradient of {NAMES}, and tx has none of them. "
+            "Leave it at 1."
         )
 
 
@@ -70,14 +69,15 @@ def check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
             f":\n  expected {want}\n  got      {have}"
         )
     sparse = find_states(expected, SparseState)
-    if sparse and len(climbing(expected)) > sum(len(climbing(one.inner_state)) for one in sparse):
+    inside = [state for one in sparse for state in taking_second_gradients(one.inner_state)]
+    if sparse and len(taking_second_gradients(expected)) > len(inside):
         raise ValueError(
-            f"{KIN} outside sparsify would perturb pruned weights, along their dense gradients; put it inside: "
+            f"{NAMES} outside sparsify would perturb pruned weights, along their dense gradients; put it inside: "
             "sparsify(chain(sam(), ...))."
         )
-    if any(climbing(outer) for outer in find_states(expected, optax.MultiStepsState)):
+    if any(taking_second_gradients(outer) for outer in find_states(expected, optax.MultiStepsState)):
         raise ValueError(
-            f"{KIN} inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
+            f"{NAMES} inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
             "use make_train_step(..., accumulate=k) instead."
         )
 

@@ -55,8 +55,8 @@ def check_same_named(have: dict[Path, Any], want: dict[Path, Any], name: str, li
         raise ValueError(f"{name} must have the leaves of {like_name}, but:\n  " + "\n  ".join(sorted(problems)))
 
 
-def find_states(tree: Any, kind: type[T]) -> list[T]:
-    """All states of a type, wherever wrappers have put them."""
+def find_states(tree: Any, kind: type[T] | tuple[type[T], ...]) -> list[T]:
+    """All outermost states of a type, or of several, wherever wrappers have put them."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
@@ -114,11 +114,6 @@ def cond(due: bool | jax.Array, yes: Callable[[], T], no: Callable[[], T]) -> T:
 def masked(masks: Masks, tree: Any) -> Any:
     """Zero where a mask is off. ``where``, not a product: a NaN behind a mask must not survive."""
     return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), masks, tree)
-
-
-def where(condition: Any, on_true: Any, on_false: Any) -> Any:
-    """Leafwise choice between two trees of one structure."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
 def mask_mirrored(masks: Masks, state: Any) -> Any:

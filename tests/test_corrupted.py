@@ -79,7 +79,7 @@ def test_a_table_is_of_runs_that_differ_in_optimizer_and_seed(tmp_path):
 def test_runs_of_two_tables_are_refused_before_a_row_is_written(cifar_run, tmp_path, monkeypatch):
     other, read = tmp_path / "other", runs.read_config
     configs = {cifar_run: read(cifar_run), other: dataclasses.replace(read(cifar_run), rho=0.7)}
-    monkeypatch.setattr(runs, "read_config", configs.__getitem__)
+    monkeypatch.setattr(runs, "read_config", lambda folder, data: configs[folder])
     arguments = arguments_of(tmp_path, cifar_run, other)
     with pytest.raises(ValueError, match="these also differ in rho"):
         corrupted.run(arguments)
@@ -88,6 +88,6 @@ def test_runs_of_two_tables_are_refused_before_a_row_is_written(cifar_run, tmp_p
 
 def test_only_cifar10(cifar_run, tmp_path, monkeypatch):
     config = dataclasses.replace(runs.read_config(cifar_run), dataset="digits")
-    monkeypatch.setattr(runs, "read_config", lambda folder: config)
+    monkeypatch.setattr(runs, "read_config", lambda folder, data: config)
     with pytest.raises(ValueError, match="corrupted forms of cifar10 alone; there are runs of digits"):
         corrupted.run(arguments_of(tmp_path, cifar_run))

@@ -108,6 +108,10 @@ def test_config_survives_json():
     [
         ({"method": "rigel"}, "Unknown method 'rigel'; there are dense, .*rigl, .*static"),
         ({"dataset": "mnist"}, "Unknown dataset 'mnist'; there are digits, cifar10, cifar100"),
+        ({"base": "adam"}, "Unknown base 'adam'; there are sgd, adamw"),
+        ({"schedule": "linear"}, "Unknown schedule 'linear'; there are cosine, steps"),
+        ({"distribution": "even"}, "Unknown distribution 'even'; there are uniform, er, erk"),
+        ({"rounds": 0}, "rounds must be at least 1; got 0"),
         ({"optimizer": "adam"}, "Unknown optimizer 'adam'; there are sgd, sam"),
         ({"sparsity": 1.0}, r"sparsity must be in \[0, 1\); got 1.0"),
         ({"accumulate": 3}, "accumulate must be a divisor of batch_size; got 3"),

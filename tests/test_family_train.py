@@ -332,13 +332,13 @@ REFUSED = {
     "no_example_loss": (SGD, {"sharpest_fraction": 0.5}, r"sharpest_fraction=0\.5 needs example_loss_fn, \(par"),
     "accumulate": (SGD, {"accumulate": 2, **HALF}, r"accumulate and sharpness_parts have to be 1; got 2 and 1"),
     "parts": (optax.chain(sam(), SGD), {"sharpness_parts": 3, **HALF}, r"have to be 1; got 1 and 3"),
-    "s2sam": (optax.chain(s2sam(), SGD), HALF, r"second gradient of sam and its kin .* and tx takes none"),
-    "msam": (optax.chain(msam(), SGD), HALF, r"second gradient of sam and its kin .* and tx takes none"),
+    "s2sam": (optax.chain(s2sam(), SGD), HALF, r"second gradient of sam, .* and tx has none"),
+    "msam": (optax.chain(msam(), SGD), HALF, r"second gradient of sam, .* and tx has none"),
     "msam_parts": (optax.chain(msam(), SGD), {"sharpness_parts": 3}, r"tx has neither; .* msam from the momentum"),
     **{
         f"{name}_multi_steps": (
             optax.MultiSteps(optax.chain(FAMILY[name](), SGD), 2).gradient_transformation(), {},
-            r"sam and its kin \(.*looksam, gsam, esam\) inside optax\.MultiSteps .*accumulate=k",
+            r"looksam, gsam or esam inside optax\.MultiSteps .*accumulate=k",
         )
         for name in ("looksam", "gsam", "esam")
     },

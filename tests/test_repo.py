@@ -53,7 +53,7 @@ def test_methods_import_neither_each_other_nor_the_transforms(path):
 
 
 @pytest.mark.parametrize(
-    "name", [*TRANSFORMS, "_types", "_tree", "_perturb", "_select", "_sparsity", "_growth", "_masks"]
+    "name", [*TRANSFORMS, "_types", "_tree", "_ascent", "_select", "_sparsity", "_growth", "_masks"]
 )
 def test_lower_layers_do_not_import_methods_or_the_train_step(name):
     assert not under(imports(ROOT / f"s2sam_jax/{name}.py"), "s2sam_jax.methods", "s2sam_jax._train")

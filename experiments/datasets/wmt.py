@@ -3,14 +3,14 @@
 import dataclasses
 import hashlib
 import itertools
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from experiments import files
 from experiments.datasets import sources
 from experiments.datasets.stream import Evaluation, Stream
 
@@ -75,7 +75,7 @@ def vocabulary(file: Path, pairs: Pairs, size: int = 37_000) -> "Tokenizer":
     from tokenizers import Tokenizer
 
     if not file.is_file():
-        _write(file, lambda path: _train(pairs, size).save(str(path)))
+        files.write_whole(file, lambda path: _train(pairs, size).save(str(path)))
     tokenizer = Tokenizer.from_file(str(file))
     first = [tokenizer.id_to_token(i) for i in range(len(SPECIAL))]
     if tokenizer.get_vocab_size() != size or first != list(SPECIAL):
@@ -126,7 +126,7 @@ def tokenize(file: Path, pairs: Pairs, tokenizer: "Tokenizer") -> TokenPairs:
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     if not file.is_file():
         tokens, bounds = _encode(pairs, tokenizer)
-        _write(file, partial(_save_arrays, tokens=tokens, bounds=bounds, vocabulary=digest))
+        files.write_whole(file, partial(_save_arrays, tokens=tokens, bounds=bounds, vocabulary=digest))
     with np.load(file) as stored:
         if str(stored["vocabulary"]) != digest:
             raise ValueError(f"The tokens in {file} are of another vocabulary; delete it, or give another file.")
@@ -183,14 +183,6 @@ def _encode(pairs: Pairs, tokenizer: "Tokenizer") -> tuple[np.ndarray, np.ndarra
         tokens.append(np.fromiter(itertools.chain.from_iterable(encoded), dtype))
         lengths += map(len, encoded)
     return np.concatenate(tokens), np.cumsum(lengths)
-
-
-def _write(file: Path, save: Callable[[Path], Any]) -> None:
-    """Under another name first, so that a file that is there is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(file.name + ".partial")
-    save(unfinished)
-    os.replace(unfinished, file)
 
 
 def _save_arrays(file: Path, tokens: np.ndarray, bounds: np.ndarray, vocabulary: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._perturb import add, ascent
+from s2sam_jax._ascent import add, ascent
 from s2sam_jax._tree import check_same_leaves, masked, norm
 from s2sam_jax._types import Masks, Params
 from s2sam_jax.analysis.surface import LossFn
@@ -106,7 +106,7 @@ def sam_sharpness(
     (base, grads), epsilon = at(params), jax.tree.map(jnp.zeros_like, params)
     highest = base
     for step in range(steps):
-        epsilon = _climb(epsilon, grads, rho=rho, length=rho if step == 0 else rho / 3)
+        epsilon = _ascend(epsilon, grads, rho=rho, length=rho if step == 0 else rho / 3)
         loss, grads = at(jax.tree.map(add, params, epsilon))
         highest = max(highest, loss)
     return highest - base
@@ -118,7 +118,7 @@ def _value_and_grad(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, Params]]:
 
 
 @partial(jax.jit, static_argnames=("rho", "length"))
-def _climb(epsilon: Params, grads: Params, *, rho: float, length: float) -> Params:
+def _ascend(epsilon: Params, grads: Params, *, rho: float, length: float) -> Params:
     """A step of that length along the gradient, and back onto the sphere if it leads out of it."""
     leaves, treedef = jax.tree.flatten(grads)
     step = treedef.unflatten(ascent(leaves, leaves, rho=length, eps=1e-12))

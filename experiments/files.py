@@ -1,0 +1,14 @@
+"""Files that are there are whole."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(file: Path, save: Callable[[Path], Any]) -> None:
+    """Saves under another name first, so that the file is replaced at once or not at all; makes its folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    save(partial)
+    os.replace(partial, file)
