@@ -20,9 +20,9 @@ class Slice(NamedTuple):
 class ChannelGroup(NamedTuple):
     """Slices of several leaves that share one channel index, so that a channel can be removed from all at once.
 
-    A channel must be zero for those who read it once its slices are: the function between norm and readers maps
-    zero to zero (ReLU, swish, pooling), and nothing is added in between. The sum of a residual network has readers
-    everywhere and is best left out.
+    Zeroing a channel's slices must make its activation exactly zero at every layer that consumes it: what lies in
+    between maps zero to zero (ReLU, swish, pooling), and nothing is added. The residual stream, which every block
+    consumes and adds to, is best left out.
 
     Attributes:
       name: under which a model is rebuilt with fewer channels.

@@ -28,8 +28,8 @@ def stochastic_round(tree: Params, key: jax.Array, dtype: str) -> Params:
 
     .. math:: P(\hat x = \lceil x \rceil) = \frac{x - \lfloor x \rfloor}{\lceil x \rceil - \lfloor x \rfloor}
 
-    A perturbation below half a unit in the last place is lost for good where weights that lie on the format's own grid
-    are rounded to nearest; here it is kept on average, at the price of noise in every weight.
+    Where weights are numbers of the format already, rounding to nearest discards any perturbation below half a unit in
+    the last place; here it is kept in expectation, at the price of noise in every weight.
 
     Args:
       tree: any pytree of floating arrays; what is wider than float32 is first rounded to that.

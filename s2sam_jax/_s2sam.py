@@ -19,7 +19,7 @@ class S2SAMState(NamedTuple):
       rho: float[], radius of the next perturbation.
       eps: float[], added to the norm.
       eta: float[] in the adaptive form, else ``None``.
-      norm: float[] in the authors' adaptive form, else ``None``.
+      norm: float[], what the perturbation is divided by in the adaptive form of ``compat="authors"``, else ``None``.
       last_grad: the last gradient, a tree like the parameters, zero at first.
     """
 

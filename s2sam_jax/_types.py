@@ -83,8 +83,8 @@ class MaskInputs(NamedTuple):
       when: the update clock, for schedules that need its horizon; ``None`` when masks never change.
       grad_fn: ``params -> dense gradient`` on the current batch, or ``None`` if the loop offers none.
       inner_state: state of the wrapped optimizer, for methods that rewind it.
-      structure: what masks must keep to; ``NM`` or ``Unstructured``. Methods under blocks and channels see one weight a
-        unit instead: pooled magnitudes, and nothing of ``grad_fn`` and ``inner_state``.
+      structure: what masks must keep to; ``NM`` or ``Unstructured``. Under ``Block`` and ``Channel``, ``params`` and
+        ``grads`` hold pooled magnitudes, one entry per unit, and ``grad_fn`` and ``inner_state`` are ``None``.
     """
 
     params: Params
@@ -128,8 +128,8 @@ class SparseMethod(NamedTuple):
       init: ``MaskInputs -> MaskUpdate``, the first masks and the method's state.
       update: ``(MaskInputs, state) -> MaskUpdate``, called when the clock fires; ``None`` for masks that
         never change.
-      invariant: what stays true from call to call: ``"per_layer"`` (each leaf keeps its count), ``"total"``
-        (the sum of counts is kept), ``"monotone"`` (masks only shrink) or ``"bounded"``. The tests read it.
+      invariant: what every mask update preserves: ``"per_layer"`` (each leaf keeps its count), ``"total"`` (the sum
+        of counts is kept), ``"monotone"`` (masks only shrink, which ``sparsify`` relies on) or ``"bounded"``.
       ranks: whether it spends the sparsity ``"leaf"`` by leaf, or over all leaves together (``"global"``).
       when: the clock, if the method brings its own; ``sparsify(when=...)`` takes precedence.
       structured: whether it works under ``sparsify(structure=...)``: it ranks within leaves, by magnitudes, and

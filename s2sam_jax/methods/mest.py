@@ -31,8 +31,9 @@ def mest(
 
     Elastic mutation (EM) prunes to :math:`L = S_l + p_t` and grows to :math:`U = S_l`: the network is never denser than
     planned. With a soft memory bound (EM&S) it prunes to :math:`L = S_l` and grows to :math:`U = S_l - p_t`: denser
-    between updates, as planned from the last one on. There :math:`p_t = 0`, and where it is zero nothing moves but
-    what is too much. The first masks hold the planned number of the largest initial weights.
+    between updates. In a phase of :math:`p_t = 0`, as the one after the last update always is, no weights are
+    exchanged; only those above the planned number are pruned. The first masks hold the planned number of the largest
+    initial weights.
 
     Every grown weight starts from zero, also one that was pruned in the same update; that one keeps its optimizer
     state, while a truly new one has none. A pruned weight becomes zero and loses its state. No step is skipped.
