@@ -50,6 +50,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("in [0, 2**31)", lambda x: 0 <= x < 2**31, ("seed",)),
 )  # fmt: skip
 
+ROUNDS = ("lottery", "lrr")  # Methods that train several times in one run.
+
 # Names of their own for the forms that papers report.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude-global": ("magnitude", {"scope": "global"}),
@@ -139,7 +141,7 @@ class Config:
             value = getattr(self, name)
             _check(self.batch_size % value == 0, name, "a divisor of batch_size", value)
         _check(self.subset is None or self.subset >= self.batch_size, "subset", "at least one batch", self.subset)
-        if self.method in ("lottery", "lrr"):
+        if self.method in ROUNDS:
             prune = self.prune_fraction
             _check(prune is None or 0 < prune < 1, "prune_fraction", "in (0, 1)", prune)
         for name in ("validation", "label_noise"):

@@ -17,7 +17,7 @@ from rich.progress import track
 
 from experiments import cli, jsonl, landscapes, loop, runs, solution, spectrum, spread, surface, sweep, tasks
 from experiments.config import Config, OptimizerName, check_same, portable
-from experiments.record import Row
+from experiments.record import Last, Row
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
 FIGURES = (
@@ -54,7 +54,7 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int)
 
 def measured(config: Config, loaded: Any, arguments: Arguments) -> dict[str, Any]:
     """Trains, and looks at what came out."""
-    task, reporter = tasks.make(config, loaded), sweep.Last()
+    task, reporter = tasks.make(config, loaded), Last()
     state = loop.train(config, task, reporter)
     return reporter.last | looked_at(solution.of_state(config, task, state, arguments.examples), config, arguments)
 

@@ -142,7 +142,7 @@ def pruned_share(
         return np.ones(len(steps))
     updates = np.maximum(steps - clock.start, 0) // clock.every
     if family in sparse_methods.ROUNDS:
-        left = (1 - (config.prune_fraction or 0.2)) ** updates
+        left = (1 - (config.prune_fraction or sparse_methods.PRUNE_FRACTION)) ** updates
         return np.minimum((1 - left) / config.sparsity, 1)
     progress = np.minimum(updates * clock.every / max(clock.end or 0, 1), 1)  # of the clock, at the last update
     if family == "gmp":

@@ -2,19 +2,20 @@
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+from jax.experimental import checkify
 from jax.sharding import Mesh
 
 from experiments import optimizers, sharding
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config
-from experiments.debugging import DebugEpochs
 from experiments.models import Network
 from experiments.record import Record
-from experiments.tasks import Reporter, Task, images
+from experiments.tasks import Reporter, Step, Task, images, run_epoch
 from s2sam_jax import TrainState, checked, eval_params, make_train_step
 
 
@@ -75,9 +76,21 @@ def train(
         max(checkpoints.epochs, default=None) if checkpoints else None,
     )
     step = train_step(config, task, checked(tx) if debug else tx, state_sharding=sharding.of_state(task.mesh, state))
-    epoch = DebugEpochs(task, step) if debug else functools.partial(task.epoch, step)
+    epoch = _throwing(task, step) if debug else functools.partial(task.epoch, step)
     while record.epoch < config.epochs:
         started = time.perf_counter()
         state, metrics = epoch(state, record.epoch, reporter)
         record.add(state, metrics, time.perf_counter() - started)
     return record.finish(state)
+
+
+def _throwing(task: Task, step: Step) -> Callable[[TrainState, int, Reporter], Any]:
+    """Epochs of a step that checks itself, in which every step is waited for and raises what it has found."""
+    checking = jax.jit(checkify.checkify(step))
+
+    def throwing(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        error, result = checking(state, batch)
+        error.throw()
+        return result
+
+    return lambda state, number, reporter: run_epoch(throwing, state, task.batches(number), reporter)

@@ -20,7 +20,7 @@ from rich.progress import track
 
 from experiments import cli, jsonl, loop, runs, solution, sweep, tasks
 from experiments.config import Config
-from experiments.record import Row
+from experiments.record import Last, Row
 from experiments.solution import Solution
 from s2sam_jax import S2SAMState, perturb, sharpness_metrics, stochastic_round
 
@@ -134,7 +134,7 @@ def run(arguments: Arguments) -> None:
     cells = [cell for cell in itertools.product(arguments.methods, arguments.seeds) if cell not in done]
     for method, seed in track(cells, description="networks"):
         config = dataclasses.replace(sweep.config_of(method, "s2sam", 0.9, seed), epochs=arguments.epochs)
-        task, last = tasks.make(config, loaded), sweep.Last()
+        task, last = tasks.make(config, loaded), Last()
         state = loop.train(config, task, last)
         found = solution.of_state(config, task, state, arguments.examples)
         live = jax.tree.leaves(found.masks or jax.tree.map(jnp.ones_like, found.params))

@@ -18,6 +18,18 @@ RECALIBRATION_BATCHES = 20
 Row = dict[str, Any]
 
 
+class Last:
+    """A reporter that keeps the last row."""
+
+    def __init__(self):
+        self.last: Row = {}
+
+    def steps(self, count: int) -> None: ...
+
+    def row(self, row: Row) -> None:
+        self.last = row
+
+
 class Record:
     """Bookkeeping of one run.
 

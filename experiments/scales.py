@@ -25,7 +25,7 @@ def scaled(recipe: Recipe, scale: Scale) -> Config:
         return config
     if not config.dataset.startswith("cifar"):
         raise ValueError(f"The scale {scale} exists for CIFAR alone; {config.dataset} has the scale full.")
-    trainings, width = _trainings(config), models.MODELS[config.model].width
+    trainings, width = sparse_methods.trainings(config), models.MODELS[config.model].width
     config = dataclasses.replace(config, **_clocks(config))
     if scale == "smoke":
         return dataclasses.replace(config, width=max(2, width // 16), subset=256, epochs=trainings)
@@ -50,10 +50,3 @@ def _clocks(config: Config) -> dict[str, float]:
 
 def _share(recipe: Recipe, epochs: int) -> int:
     return max(1, round(recipe.share * epochs))
-
-
-def _trainings(config: Config) -> int:
-    """In one run."""
-    if config.method not in sparse_methods.ROUNDS:
-        return 1
-    return sparse_methods.rounds(config.sparsity, config.prune_fraction or 0.2) + 1

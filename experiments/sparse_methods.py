@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Sequence
 
-from experiments.config import VARIANTS, Config
+from experiments.config import ROUNDS, VARIANTS, Config
 from s2sam_jax import ChannelGroup, Every, SparseMethod, methods
 
 # Epochs between mask updates, and the fraction of training at which they end, as the CIFAR experiments of the papers
@@ -30,7 +30,7 @@ CIFAR_RECIPES = {
 }
 ELSEWHERE = (1.0, 0.75)
 OPTIONS = ("drop_fraction", "prune_fraction", "rounds", "channel_sparsity", "explore")
-ROUNDS = ("lottery", "lrr")
+PRUNE_FRACTION = 0.2  # Of a round, where the config gives none.
 ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # no clock, or one of their own
 
 
@@ -82,6 +82,13 @@ def rounds(sparsity: float, prune_fraction: float) -> int:
     return math.ceil(round(math.log(1 - sparsity) / math.log(1 - prune_fraction), 6))
 
 
+def trainings(config: Config) -> int:
+    """In one run: a lottery trains once before its first pruning, and once after each."""
+    if config.method not in ROUNDS:
+        return 1
+    return (config.rounds or rounds(config.sparsity, config.prune_fraction or PRUNE_FRACTION)) + 1
+
+
 def round_steps(config: Config, steps_per_epoch: int) -> int:
     """Steps of one round of a lottery: the epochs are shared out among all of them, the dense one first.
 
@@ -90,11 +97,10 @@ def round_steps(config: Config, steps_per_epoch: int) -> int:
     total = config.epochs * steps_per_epoch
     if config.method not in ROUNDS:
         return total
-    count = config.rounds or rounds(config.sparsity, config.prune_fraction or 0.2)
     rewind = round(config.rewind_epochs * steps_per_epoch)
-    length = (total - rewind) // (count + 1) + rewind - 1
+    length = (total - rewind) // trainings(config) + rewind - 1
     if length - rewind < 1:
-        raise ValueError(f"epochs={config.epochs} are too few for {count + 1} rounds; each needs some steps.")
+        raise ValueError(f"epochs={config.epochs} are too few for {trainings(config)} rounds; each needs some steps.")
     return length
 
 

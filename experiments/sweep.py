@@ -16,7 +16,7 @@ from rich.progress import track
 
 from experiments import cli, jsonl, loop, runs, sparse_methods, spread, tasks
 from experiments.config import Config, OptimizerName
-from experiments.record import Row
+from experiments.record import Last
 
 Cell = tuple[str, OptimizerName, float, int]
 CELL = ("method", "optimizer", "sparsity_asked", "seed")
@@ -44,22 +44,10 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int)
     """The fixed small scale: a ResNet-8 of width 8, 20 epochs; for rounds of pruning, 10 epochs each."""
     small = Config(width=8, epochs=20, eval_every=10_000)
     small = dataclasses.replace(small, method=method, optimizer=optimizer, sparsity=sparsity, seed=seed)
-    if method not in ("lottery", "lrr"):
+    if method not in sparse_methods.ROUNDS:
         return small
     epochs = ROUND_EPOCHS * (sparse_methods.rounds(sparsity, PRUNE_FRACTION) + 1)
     return dataclasses.replace(small, epochs=epochs, prune_fraction=PRUNE_FRACTION)
-
-
-class Last:
-    """A reporter that keeps the last row."""
-
-    def __init__(self):
-        self.last: Row = {}
-
-    def steps(self, count: int) -> None: ...
-
-    def row(self, row: Row) -> None:
-        self.last = row
 
 
 def run(sweep: Sweep) -> None:

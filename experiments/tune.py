@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cli, data, jsonl, loop, recipes, runs, sweep, tasks
+from experiments import cli, data, jsonl, loop, recipes, runs, tasks
 from experiments.config import Config
 from experiments.recipes import Recipe
+from experiments.record import Last
 from experiments.scales import Scale, scaled
 
 FIELDS = ("setting", "accuracy", "config")  # What a row must have.
@@ -97,7 +98,7 @@ def run(arguments: Arguments, file: Path) -> None:
         raise ValueError(f"held_out is the share of the training images to choose by; got {arguments.held_out}.")
     load = functools.cache(lambda dataset, subset: data.load(dataset, arguments.data, subset))
     for name, config in track(missing, description="runs"):
-        dataset, reporter = load(config.dataset, config.subset), sweep.Last()
+        dataset, reporter = load(config.dataset, config.subset), Last()
         config = dataclasses.replace(config, validation=max(1, round(arguments.held_out * len(dataset.train_labels))))
         try:
             loop.train(config, tasks.make(config, dataset), reporter)

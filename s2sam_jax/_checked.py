@@ -18,6 +18,7 @@ from s2sam_jax._tree import (
     Path,
     at_least_f32,
     check_same_leaves,
+    check_state_of_tx,
     find_states,
     map_states,
     mask_mirrored,
@@ -107,12 +108,7 @@ def _fitting(tx: optax.GradientTransformation, grads: Params, state: Any, params
     check_same_leaves(grads, params, "grads", "params")
     expected = jax.eval_shape(tx.init, params)
     check_same_leaves(state, expected, "opt_state", "tx.init(params)")
-    want, have = jax.tree.structure(expected), jax.tree.structure(state)
-    if want != have:
-        raise ValueError(
-            "opt_state is not a state of this tx; restore checkpoints into the structure of tx.init(params):\n"
-            f"  expected {want}\n  got      {have}"
-        )
+    check_state_of_tx(state, expected, "tx.init(params)")
     return params
 
 

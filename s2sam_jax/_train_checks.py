@@ -12,7 +12,7 @@ from s2sam_jax._masks import SparseState
 from s2sam_jax._sam import SAMState
 from s2sam_jax._ssam import SSAMState
 from s2sam_jax._train_state import TrainState
-from s2sam_jax._tree import find_states
+from s2sam_jax._tree import check_state_of_tx, find_states
 
 SECOND_GRADIENT = (SAMState, SSAMState, LookSAMState, GSAMState, ESAMState)
 NAMES = "sam, ssam, looksam, gsam or esam"
@@ -61,13 +61,7 @@ def check_second_gradient(state: TrainState, sharpness_parts: int, sharpest_frac
 
 def check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
     expected = jax.eval_shape(tx.init, state.params)
-    want, have = jax.tree.structure(expected), jax.tree.structure(state.opt_state)
-    if want != have:
-        raise ValueError(
-            "opt_state is not a state of this tx; restore checkpoints into the structure of "
-            "TrainState.create(params, tx)"
-            f":\n  expected {want}\n  got      {have}"
-        )
+    check_state_of_tx(state.opt_state, expected, "TrainState.create(params, tx)")
     sparse = find_states(expected, SparseState)
     inside = [state for one in sparse for state in taking_second_gradients(one.inner_state)]
     if sparse and len(taking_second_gradients(expected)) > len(inside):

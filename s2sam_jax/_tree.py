@@ -55,6 +55,16 @@ def check_same_named(have: dict[Path, Any], want: dict[Path, Any], name: str, li
         raise ValueError(f"{name} must have the leaves of {like_name}, but:\n  " + "\n  ".join(sorted(problems)))
 
 
+def check_state_of_tx(state: Any, expected: Any, like: str) -> None:
+    """Raises a ``ValueError`` where an optimizer state has another structure than a fresh one; ``like`` names that."""
+    want, have = jax.tree.structure(expected), jax.tree.structure(state)
+    if want != have:
+        raise ValueError(
+            f"opt_state is not a state of this tx; restore checkpoints into the structure of {like}:\n"
+            f"  expected {want}\n  got      {have}"
+        )
+
+
 def find_states(tree: Any, kind: type[T] | tuple[type[T], ...]) -> list[T]:
     """All outermost states of a type, or of several, wherever wrappers have put them."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))

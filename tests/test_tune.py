@@ -100,7 +100,7 @@ def test_what_breaks_down_is_never_the_best_and_ends_neither_a_grid_nor_a_table(
     assert [row["accuracy"] for row in found] == [0.0, 0.0, 0.1, 0.0]
     assert tune.best(tmp_path / "rows")["dense.s2sam"] == 0.05
 
-    monkeypatch.setattr(train, "train", lambda arguments, console: breaks_down(arguments.config, tune.sweep.Last()))
+    monkeypatch.setattr(train, "train", lambda arguments, console: breaks_down(arguments.config, tune.Last()))
     monkeypatch.setattr(table, "_row", lambda recipe, config, scale: {"recipe": {"name": recipe.name}, "seed": 0})
     kept = table.run(table.Arguments("budget", scale="digits", seeds=(0,), out=tmp_path, results=tmp_path))
     assert [row["recipe"]["name"] for row in kept] == ["budget.dense.s2sam"]

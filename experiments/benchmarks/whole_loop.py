@@ -6,19 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, loop, optimizers, record, tasks
+from experiments import data, loop, optimizers, tasks
 from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import Config
+from experiments.record import Last
 from experiments.tasks import arrays, images
 from s2sam_jax import make_train_step
-
-
-class _Silent:
-    def steps(self, count: int) -> None:
-        pass
-
-    def row(self, row: record.Row) -> None:
-        pass
 
 
 def throughput(name: str, config: Config, dataset: data.Dataset, steps: int, rounds: int) -> Iterator[Row]:
@@ -27,7 +20,7 @@ def throughput(name: str, config: Config, dataset: data.Dataset, steps: int, rou
     tx = optimizers.make(config, steps_per_epoch=10_000)
     step = make_train_step(images.loss_function(config, network), tx)
     held = {way: loop.initial_state(config, network, tx) for way in ("loop", "bare")}
-    epoch = arrays.epoch_runner(step, dataset, _Silent())
+    epoch = arrays.epoch_runner(step, dataset, Last())
     order = data.epoch_order(0, 0, len(dataset.train_labels), config.batch_size)[:steps]
     batch = (dataset.train_images[order[0]], dataset.train_labels[order[0]])
 

@@ -9,7 +9,6 @@ from experiments.config import Config, DatasetName, OptimizerName
 from experiments.recipes.base import S2SAM, Printed, Recipe, cell, lines, recipe
 
 EPOCHS = 160
-PRUNE_FRACTION = 0.2
 SPARSITIES = (0.9, 0.95, 0.98)
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "s2sam")
 
@@ -109,8 +108,9 @@ UNKNOWN = (
 def config(key: str, sparsity: float, optimizer: OptimizerName, **changes: Any) -> Config:
     """A row's run on ResNet-32 and CIFAR-10, but for the changes; a round of lottery or LRR is as long as a run."""
     options: dict[str, Any] = {"epochs": EPOCHS} | METHODS[key][1] | changes
-    if options["method"] in ("lottery", "lrr"):
-        options["epochs"] *= sparse_methods.rounds(sparsity, options.get("prune_fraction", PRUNE_FRACTION)) + 1
+    if options["method"] in sparse_methods.ROUNDS:
+        prune = options.get("prune_fraction", sparse_methods.PRUNE_FRACTION)
+        options["epochs"] *= sparse_methods.rounds(sparsity, prune) + 1
     if options["method"] != "dense":
         options["sparsity"] = sparsity
     if options["method"].startswith("mest-") and sparsity == 0.98:

@@ -19,7 +19,7 @@ from experiments.recipes.base import (
     lines,
     recipe,
 )
-from experiments.recipes.cifar import OPTIMIZERS, PRUNE_FRACTION
+from experiments.recipes.cifar import OPTIMIZERS
 
 EPOCHS = 100
 
@@ -87,7 +87,7 @@ SPEED_UNKNOWN = "The device, the batch, the network (the accuracies are those of
 def config(key: str, sparsity: float, optimizer: OptimizerName) -> Config:
     options = {"epochs": EPOCHS} | METHODS[key][1]
     if options["method"] == "lottery":
-        options["epochs"] *= sparse_methods.rounds(sparsity, PRUNE_FRACTION) + 1
+        options["epochs"] *= sparse_methods.rounds(sparsity, sparse_methods.PRUNE_FRACTION) + 1
     return dense(model="resnet50", optimizer=optimizer, sparsity=sparsity, **options)
 
 
