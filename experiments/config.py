@@ -194,11 +194,6 @@ class Config:
         return cls(**{**values, **paths})
 
 
-def portable(stored: dict[str, Any]) -> dict[str, Any]:
-    """A config as JSON without where things lie, which is of one machine alone."""
-    return {field: value for field, value in stored.items() if field not in ("data", "out")}
-
-
 def choices(stored: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on besides the seed, of a config as JSON; fields that it lacks have their defaults."""
     chosen = {k: v for k, v in (_DEFAULTS | stored).items() if k not in _NOT_HASHED}

@@ -16,7 +16,7 @@ import tyro
 from rich.progress import track
 
 from experiments import cli, data, jsonl, runs, spread, tasks
-from experiments.config import Config, choices, portable
+from experiments.config import Config, choices
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
 from experiments.recipes.base import LABELS
@@ -66,8 +66,7 @@ def run(arguments: Arguments) -> None:
     for folder, config in track(missing.items(), description="runs"):
         row: Row = {"optimizer": config.optimizer} | figures(folder, config, (pixels, labels), cells)
         row |= runs.provenance(config)
-        row["config"] = portable(row["config"])
-        jsonl.append(arguments.rows, row)
+            jsonl.append(arguments.rows, row)
 
 
 def check(rows: Sequence[Row]) -> None:

@@ -16,7 +16,7 @@ import tyro
 from rich.progress import track
 
 from experiments import cli, jsonl, landscapes, loop, runs, solution, spectrum, spread, surface, sweep, tasks
-from experiments.config import Config, OptimizerName, check_same, portable
+from experiments.config import Config, OptimizerName, check_same
 from experiments.record import Last, Row
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
@@ -119,7 +119,6 @@ def _run_on_digits(arguments: Arguments, done: dict[sweep.Cell, Row]) -> None:
 def _store(cell: sweep.Cell, config: Config, figures: dict[str, Any], file: Path) -> None:
     method, optimizer, sparsity, _ = cell
     row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | figures | runs.provenance(config)
-    row["config"] = portable(row["config"])
     jsonl.append(file, row)
 
 

@@ -65,9 +65,7 @@ def one(config: Config, kills: int, moments: random.Random, scratch: Path) -> di
     _start(killed, scratch).wait()
     states = [[np.asarray(_raw(x)) for x in jax.tree.leaves(runs.restore(c.run_dir))] for c in (whole, killed)]
     rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in runs.rows(c.run_dir)] for c in (whole, killed)]
-    choices = {name: value for name, value in config.to_json().items() if name not in ("data", "out")}
     return runs.provenance(config) | {
-        "config": choices,
         "kills": log,
         "leaves": len(states[0]),
         "equal": all(a.tobytes() == b.tobytes() for a, b in zip(*states, strict=True)),

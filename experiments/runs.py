@@ -172,9 +172,9 @@ def restore(folder: Path, which: Which = "last") -> TrainState:
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """What every row says about where it comes from."""
+    """What every row says about where it comes from; the config without paths, which are of one machine alone."""
     return {
-        "config": config.to_json(),
+        "config": {field: value for field, value in config.to_json().items() if field not in ("data", "out")},
         "seed": config.seed,
         "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, comparison, jsonl, plots, recipes, runs, train, tune
-from experiments.config import Config, OptimizerName, check_same, portable
+from experiments.config import Config, OptimizerName, check_same
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.record import Row
@@ -120,8 +120,7 @@ def _row(recipe: Recipe, config: Config, scale: Scale) -> Row:
     if metric is CORRUPTED and last.get("missing"):
         value = None  # a mean over some corruptions is not the paper's
     best = metric.scale * best_accuracy(rows) if metric is ACCURACY and len(rows) == config.epochs else None
-    mine = {"recipe": described(recipe), "scale": scale, "value": value, "best": best}
-    return mine | last | {"config": portable(last["config"])}
+    return {"recipe": described(recipe), "scale": scale, "value": value, "best": best} | last
 
 
 def best_accuracy(rows: list[Row]) -> float:
