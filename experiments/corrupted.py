@@ -66,7 +66,7 @@ def run(arguments: Arguments) -> None:
     for folder, config in track(missing.items(), description="runs"):
         row: Row = {"optimizer": config.optimizer} | figures(folder, config, (pixels, labels), cells)
         row |= runs.provenance(config)
-            jsonl.append(arguments.rows, row)
+        jsonl.append(arguments.rows, row)
 
 
 def check(rows: Sequence[Row]) -> None:
