@@ -265,12 +265,12 @@ def test_overfitting_has_a_dense_control():
 
 def test_label_noise_differs_in_optimizer_and_radius_alone():
     found = recipes.of_table("label-noise")
-    assert {recipe.config.label_noise for recipe in found} == {0.4}
-    assert [recipe.config.method for recipe in found] == ["dense"] * 16 + ["rigl"] * 16
+    assert [recipe.config.label_noise for recipe in found] == ([0.4] * 16 + [0.0] * 9) * 2
+    assert [recipe.config.method for recipe in found] == ["dense"] * 25 + ["rigl"] * 25
     for recipe in found:
         base = recipes.get(recipe.baseline or recipe.name)
         assert dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05) == base.config
-        assert base.config.method == recipe.config.method
+        assert (base.config.method, base.config.label_noise) == (recipe.config.method, recipe.config.label_noise)
 
 
 def test_work_a_step():

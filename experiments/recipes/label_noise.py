@@ -1,7 +1,7 @@
 """Does S2-SAM do what SAM does, where SAM is known to gain most? Digits of which 40 % have a wrong label.
 
 SAM keeps networks from learning wrong labels by heart (Baek, Kolter, Raghunathan, "Why is SAM robust to label noise?",
-ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right.
+ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right. Beside it, what the same radii do where all labels are.
 """
 
 import dataclasses
@@ -24,5 +24,7 @@ UNKNOWN = "All: 100 epochs, rho untuned, weight decay 5e-4 for all, RigL updates
 def recipes() -> Iterator[Recipe]:
     sparse = Config(label_noise=0.4, epochs=100, checkpoint_every=100, distribution="erk", update_every=1.0)
     dense = dataclasses.replace(sparse, method="dense", distribution=None, update_every=None)
-    yield from by_radius("label-noise", "dense", "dense", dense, RADII + RELATIVES, UNKNOWN)
-    yield from by_radius("label-noise", "rigl-erk", "RigL (ERK)", sparse, RADII + RELATIVES, UNKNOWN)
+    for key, label, base in (("dense", "dense", dense), ("rigl-erk", "RigL (ERK)", sparse)):
+        yield from by_radius("label-noise", key, label, base, RADII + RELATIVES, UNKNOWN)
+        right = dataclasses.replace(base, label_noise=0.0)
+        yield from by_radius("label-noise", f"right-{key}", f"right labels, {label}", right, RADII, UNKNOWN)
