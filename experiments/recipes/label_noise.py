@@ -1,7 +1,8 @@
 """Does S2-SAM do what SAM does, where SAM is known to gain most? Digits of which 40 % have a wrong label.
 
 SAM keeps networks from learning wrong labels by heart (Baek, Kolter, Raghunathan, "Why is SAM robust to label noise?",
-ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right. Beside it, what the same radii do where all labels are.
+ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right. Beside it, what the same radii do where all
+labels are.
 """
 
 import dataclasses
