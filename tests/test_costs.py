@@ -80,7 +80,8 @@ def test_as_one_program_s2sam_holds_one_gradient_more():
 
 def test_perturbing_and_remembering_costs_few_passes():
     """The last gradient is read for its norm and for the perturbation, and written; weights are read and written."""
-    assert copies(compiled_step(chain(s2sam(0.05)))) - copies(compiled_step(chain())) < 8
+    most = 8 if jax.__version_info__ > (0, 10, 0) else 11  # the compiler of 0.10.0 fuses less
+    assert copies(compiled_step(chain(s2sam(0.05)))) - copies(compiled_step(chain())) < most
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])

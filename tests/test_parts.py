@@ -143,8 +143,8 @@ def test_with_a_batch_cut_up_each_device_has_its_own_part():
         (sam, {"sharpness_parts": 0}, "sharpness_parts >= 1; got 0"),
         (sam, {"sharpness_parts": 2, "accumulate": 2}, "cut the batch in two ways"),
         (sam, {"sharpness_parts": 5}, r"sharpness_parts=5 does not divide a batch leaf of shape \(12, 5\)"),
-        (s2sam, {"sharpness_parts": 2}, "tx has neither; s2sam has one perturbation"),
-        (optax.identity, {"sharpness_parts": 2}, "tx has neither"),
+        (s2sam, {"sharpness_parts": 2}, "tx has none of them; s2sam perturbs once"),
+        (optax.identity, {"sharpness_parts": 2}, "tx has none of them"),
     ],
 )
 def test_what_cannot_be_cut(climb, options, message):
