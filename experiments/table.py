@@ -185,9 +185,9 @@ BEST = (
 def _head(rows: list[Row], file: Path) -> str:
     table, scale = file.stem.rsplit("_", 1)
     configs, versions = [row["config"] for row in rows], {json.dumps(row["versions"]) for row in rows}
-    size = ", ".join(
-        f"{field} {_all(configs, field)}" for field in ("model", "width", "subset", "epochs", "batch_size")
-    )
+    fields = ["model", "width", "subset", "epochs", "batch_size"]
+    fields += ["label_noise"] if any(config.get("label_noise") for config in configs) else []
+    size = ", ".join(f"{field} {_all(configs, field)}" for field in fields)
     has_best = any(row.get("best") is not None for row in rows)
     best = f" {BEST}" if has_best else ""
     small = "" if scale == "full" else " That is smaller than the paper's, so that the figures cannot be compared."
