@@ -265,11 +265,13 @@ def test_overfitting_has_a_dense_control():
 
 def test_label_noise_differs_in_optimizer_and_radius_alone():
     found = recipes.of_table("label-noise")
-    assert [recipe.config.label_noise for recipe in found] == ([0.4] * 16 + [0.0] * 9) * 2
-    assert [recipe.config.method for recipe in found] == ["dense"] * 25 + ["rigl"] * 25
+    assert [recipe.config.label_noise for recipe in found] == ([0.4] * 17 + [0.0] * 9) * 2
+    assert [recipe.config.method for recipe in found] == ["dense"] * 26 + ["rigl"] * 26
     for recipe in found:
         base = recipes.get(recipe.baseline or recipe.name)
-        assert dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05) == base.config
+        assert (recipe.config.rho_schedule == "warmup") == ("rising" in recipe.name)
+        plain = dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05, rho_schedule="constant")
+        assert plain == base.config
         assert (base.config.method, base.config.label_noise) == (recipe.config.method, recipe.config.label_noise)
 
 

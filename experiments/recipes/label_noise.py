@@ -27,5 +27,9 @@ def recipes() -> Iterator[Recipe]:
     dense = dataclasses.replace(sparse, method="dense", distribution=None, update_every=None)
     for key, label, base in (("dense", "dense", dense), ("rigl-erk", "RigL (ERK)", sparse)):
         yield from by_radius("label-noise", key, label, base, RADII + RELATIVES, UNKNOWN)
+        # A large radius from the start may keep a network from learning anything.
+        rising = dataclasses.replace(base, rho_schedule="warmup")
+        for found in by_radius("label-noise", f"{key}-rising", f"{label}, rising", rising, [("s2sam", 1.0)], UNKNOWN):
+            yield dataclasses.replace(found, baseline=f"label-noise.{key}-sgd")
         right = dataclasses.replace(base, label_noise=0.0)
         yield from by_radius("label-noise", f"right-{key}", f"right labels, {label}", right, RADII, UNKNOWN)
