@@ -60,7 +60,7 @@ def perpendicular(tree: Params, to: Params) -> Params:
 
 def add(param: jax.Array, step: jax.Array) -> jax.Array:
     """``param + step`` computed in the wider precision and stored in the parameter's."""
-    return (param.astype(jnp.promote_types(param.dtype, step.dtype)) + step).astype(param.dtype)
+    return (at_least_f32(param) + at_least_f32(step)).astype(param.dtype)
 
 
 def schedule(value: float | jax.Array | Callable[[jax.Array], Any], name: str) -> Callable[[jax.Array], jax.Array]:

@@ -1,14 +1,15 @@
 """BatchNorm statistics for the weights that are evaluated."""
 
+import warnings
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from s2sam_jax._train import Batch, LossFn, ModelState
-from s2sam_jax._tree import at_least_f32
+from s2sam_jax._tree import at_least_f32, named_leaves
 from s2sam_jax._types import Params
 
 
@@ -22,7 +23,8 @@ def recalibrate_batch_stats(
     S2-SAM gathers its statistics at perturbed weights and is evaluated at clean ones; this closes the gap. It works
     for any statistic kept as a moving average :math:`r \leftarrow \mu r + (1 - \mu) s_b`, whatever :math:`\mu` is: the
     first batch is seen from three values of ``r``, which give :math:`\mu`, one per leaf, and tell whether a leaf moves
-    like that at all. Others, such as the vectors of spectral norms, are kept.
+    like that at all. Others are kept, and named in a warning: the vectors of spectral norms, and statistics that depend
+    on these or on each other, as where running averages normalize in training mode too.
 
     Args:
       loss_fn: the training loss of :func:`make_train_step`, in training mode.
@@ -49,9 +51,11 @@ def recalibrate_batch_stats(
       >>> print(recalibrate_batch_stats(loss_fn, None, jnp.array(0.0), batches).round(3))
       4.0
     """
+    # Compiled anew at each call, as a loss may close over values that have changed.
+    statistics = jax.jit(lambda *args: _floats(loss_fn(*args)[1][0]))
 
     def forward(values, batch, index):
-        return _statistics(loss_fn)(params, at(values), batch, jax.random.fold_in(jax.random.key(seed), index))
+        return statistics(params, at(values), batch, jax.random.fold_in(jax.random.key(seed), index))
 
     def at(values):
         """The model state with other floating leaves, in float32 or wider."""
@@ -73,14 +77,9 @@ def recalibrate_batch_stats(
         count += 1
     if count == 0:
         raise ValueError("recalibrate_batch_stats needs at least one batch; got none.")
+    _warn_of_kept(averaged, model_state)
     averages = [jnp.where(a, t / count / r, x) for a, t, r, x in zip(averaged, total, rest, old, strict=True)]
     return jax.tree.map(lambda new, x: new.astype(x.dtype) if _is_float(x) else x, at(averages), model_state)
-
-
-@lru_cache(maxsize=8)  # one program for all the times a network is evaluated
-def _statistics(loss_fn: LossFn) -> Callable[..., list[jax.Array]]:
-    """The floating leaves of the model state after a batch."""
-    return jax.jit(lambda *args: _floats(loss_fn(*args)[1][0]))
 
 
 def _momentum(forward: Callable[[list[jax.Array]], list[jax.Array]], old: list[jax.Array]) -> list[jax.Array]:
@@ -98,6 +97,18 @@ def _momentum(forward: Callable[[list[jax.Array]], list[jax.Array]], old: list[j
         scale = jnp.max(jnp.abs(again), initial=0) + jnp.max(jnp.abs(mu * x), initial=0)
         found.append(jnp.where(deviation <= 0.02 * scale, mu, jnp.nan))  # bfloat16 rounds by less
     return found
+
+
+def _warn_of_kept(averaged: list[jax.Array], model_state: ModelState) -> None:
+    if any(isinstance(a, jax.core.Tracer) for a in averaged):  # nobody to tell inside a program
+        return
+    names = ["/".join(path) for path, x in named_leaves(model_state).items() if _is_float(x)]
+    if kept := [name for name, a in zip(names, averaged, strict=True) if not a]:
+        warnings.warn(
+            f"recalibrate_batch_stats kept {kept}: they are no moving averages of the batch alone (or nothing of it "
+            "gets in), as statistics that depend on each other or on a spectral norm.",
+            stacklevel=3,
+        )
 
 
 def _is_float(x: jax.Array) -> bool:

@@ -198,6 +198,7 @@ def _left_over(before: Any, after: Any, refresh: bool | None) -> Iterator[Fault]
     """
     sparse = find_states(before, SparseState)
     due = jnp.array([s.step >= s.next_update if refresh is None else refresh for s in sparse], bool).any()
+    due |= jnp.array([s.step == 0 for s in sparse], bool).any()  # what init has left there is masked at the first call
     text = "{} entries of pruned weights were not zero; restore the whole state, or set_masks(opt_state, masks)"
     left = _off_masks(after)
     for name, number in _off_masks(before).items():

@@ -5,19 +5,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_NUMBERS = (int, float, np.integer, np.floating)
 
 
 def rounded_down(amount: Any) -> Any:
     """The floor, an int or int32; an amount that rounding has put just below a whole number counts as that."""
-    if isinstance(amount, int | float):
-        return math.floor(round(amount, 6))
+    if isinstance(amount, _NUMBERS):
+        return math.floor(round(float(amount), 6))
     return jnp.floor(amount + _slack(amount)).astype(jnp.int32)
 
 
 def rounded_up(amount: Any) -> Any:
     """The ceiling, an int or int32; an amount that rounding has put just above a whole number counts as that."""
-    if isinstance(amount, int | float):
-        return math.ceil(round(amount, 6))
+    if isinstance(amount, _NUMBERS):
+        return math.ceil(round(float(amount), 6))
     return jnp.ceil(amount - _slack(amount)).astype(jnp.int32)
 
 

@@ -243,6 +243,11 @@ def check_masks(params: Params, opt_state: Any) -> None:
     for state in _sparse_states(opt_state, "check_masks"):
         masks = named_leaves(state.masks)
         check_same_named(masks, {path: p for path, p in named.items() if path in masks}, "the masks", "params")
+        if jnp.ndim(scalar(state.nnz)) > 1:
+            raise ValueError(
+                "check_masks looks at one network; this state is of several: take one from params and opt_state, "
+                "jax.tree.map(lambda x: x[i], ...)."
+            )
         faults += sparse_faults(named, state, np.asarray)
     if problems := [f.line.format(f.value, f.wanted) for f in faults if f.value != f.wanted]:
         raise ValueError("check_masks found:\n  " + "\n  ".join(problems))

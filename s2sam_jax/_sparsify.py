@@ -64,7 +64,8 @@ def sparsify(
         N:M, where no other will do.
       when: when masks change, counted in calls of update; needed by methods whose masks change, unless they bring a
         clock of their own.
-      prunable: ``(path, leaf) -> bool``; by default leaves of two or more dimensions.
+      prunable: ``(path, leaf) -> bool``; by default leaves of two or more dimensions, but for those named ``bias``,
+        ``scale``, ``beta`` or ``gamma``.
       overrides: sparsity by path pattern, as in :func:`uniform`.
       structure: ``NM(n, m)`` keeps n of every m, ``Block(shape)`` and ``Channel()`` keep whole units, so that the
         sparsity of a leaf counts units. For methods that rank within leaves.
@@ -115,9 +116,8 @@ def sparsify(
         inputs = MaskInputs(
             params, dense, plan(params), None, sizes, step, first_key, when, None, inner_state, structure
         )
+        # The state is masked before the first update only: until then set_masks may bring other weights to life.
         new = method.init(inputs)
-        if mask_grads:
-            inner_state = mask_mirrored(new.masks, inner_state)
         nnz = count_masks(new.masks)
         first = jnp.full((), NEVER, jnp.int32) if method.update is None or when is None else when.at_or_after(0)
         return SparseState(step, first, new.masks, nnz, key, new.state, inner_state)

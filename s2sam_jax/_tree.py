@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from s2sam_jax._types import NEVER, Masks, Unmasked
@@ -98,6 +99,8 @@ def copy_key(seed: int | jax.Array, purpose: str) -> jax.Array:
 
     One integer for several purposes, as the default 0, gives them independent keys; a key is taken as it is.
     """
+    if isinstance(seed, int | np.integer):  # of any size, which an array's would not be
+        return jax.random.fold_in(jax.random.key(int(seed)), zlib.crc32(purpose.encode()))
     if not jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key):
         if jnp.ndim(seed) == 0:
             return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
@@ -106,7 +109,8 @@ def copy_key(seed: int | jax.Array, purpose: str) -> jax.Array:
 
 
 def at_least_f32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32  # float8 promotes to nothing
+    return x.astype(jnp.float32 if narrow else jnp.promote_types(x.dtype, jnp.float32))
 
 
 def norm(tree: Any) -> jax.Array:
@@ -150,7 +154,7 @@ def map_mirrored(fn: Callable[..., jax.Array], masks: Masks, state: Any, *rest: 
         return isinstance(node, Unmasked) or jax.tree.structure(node) == structure
 
     def one(mask, leaf, *others):
-        if mask is None or mask.shape != leaf.shape or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if mask is None or mask.shape != jnp.shape(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             return leaf
         return fn(mask, leaf, *others)
 

@@ -16,7 +16,7 @@ GradFn = Callable[[Params], Params]
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 Compat = Literal["paper", "authors"]
 
-NEVER = jnp.iinfo(jnp.int32).max
+NEVER = int(jnp.iinfo(jnp.int32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,12 @@ class Every:
             ) from error
         if self.start < 0 or self.every < 1:
             raise ValueError(f"Every needs start >= 0 and every >= 1; got start={self.start}, every={self.every}.")
+        if self.start >= NEVER or self.every >= NEVER:
+            raise ValueError(f"Every counts in int32: start and every must be below 2**31 - 1; got {self}.")
         if self.end is not None and self.end < self.start:
             raise ValueError(f"Every needs end >= start; got start={self.start}, end={self.end}.")
+        if self.end is not None:
+            object.__setattr__(self, "end", min(self.end, NEVER - 1))
 
     def at_or_after(self, step: jax.typing.ArrayLike) -> jax.Array:
         """The first firing at or after ``step`` as int32[]; ``NEVER`` when there is none."""

@@ -1,6 +1,7 @@
 """What models, optimizers and loops of users do that the library's own tests would not."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from s2sam_jax import (
     Every,
     TrainState,
     analysis,
+    apply_masks,
     check_masks,
     get_masks,
     looksam,
     make_train_step,
     methods,
+    perturb,
     recalibrate_batch_stats,
     s2sam,
     sam,
@@ -73,7 +76,8 @@ def test_what_is_no_moving_average_survives_recalibration():
     draw = np.random.default_rng(0)
     batches = [jnp.asarray(draw.normal(size=(6, 3)) + 1, jnp.float32) for _ in range(4)]
     state = {"vector": jnp.array([1.0, 0.0, 0.0]), "factor": jnp.float32(2), "mean": jnp.float32(0.3)}
-    found = recalibrate_batch_stats(step, None, state | {"key": jax.random.key(1)}, batches)
+    with pytest.warns(UserWarning, match="kept .*'factor', .*'vector'"):
+        found = recalibrate_batch_stats(step, None, state | {"key": jax.random.key(1)}, batches)
     np.testing.assert_array_equal(found["vector"], state["vector"])
     assert float(found["factor"]) == 2
     assert found["key"] == jax.random.key(1)
@@ -228,37 +232,113 @@ def test_numbers_of_numpy():
 
 # Programs
 
+LOOKS = {
+    "hessian": lambda loss, w, batches: analysis.hessian_trace(loss, w, jax.random.key(0), batches, samples=2)[0],
+    "sharpness": lambda loss, w, batches: analysis.sam_sharpness(loss, w, batches, rho=0.1),
+    "surface": lambda loss, w, batches: analysis.loss_surface(loss, w, [w], batches, n=3).max(),
+}
 
-@pytest.mark.parametrize(
-    "look",
-    [
-        lambda loss, w, batches: analysis.hessian_trace(loss, w, jax.random.key(0), batches, samples=2),
-        lambda loss, w, batches: analysis.sam_sharpness(loss, w, batches, rho=0.1),
-        lambda loss, w, batches: analysis.loss_surface(loss, w, [w], batches, n=3),
-    ],
-    ids=["hessian", "sharpness", "surface"],
-)
-def test_looking_twice_traces_once(look):
-    traces = []
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS.keys())
+def test_a_loss_that_closes_over_other_values_is_another_loss(look):
+    """As one in evaluation mode does over BatchNorm statistics. A call is one program for all its batches."""
+    stats, traces = {"scale": 1.0}, []
 
     def loss(w, batch):
         traces.append(1)
-        return jnp.sum(batch * w**2)
+        return stats["scale"] * jnp.sum(batch * w**2)
 
-    counts = []
-    for weights in (jnp.ones(3), jnp.zeros(3)):
-        look(loss, weights, [jnp.ones(3)])
-        counts.append(len(traces))
-    assert counts[0] == counts[1] > 0
+    batches = [jnp.ones(3)] * 4
+    first, traced = look(loss, jnp.ones(3), batches), len(traces)
+    stats["scale"] = 10.0
+    np.testing.assert_allclose(look(loss, jnp.ones(3), batches), 10 * first, rtol=1e-5)
+    assert len(traces) == 2 * traced < 8
 
 
-def test_recalibrating_twice_traces_once():
+def test_recalibrating_traces_once_a_call_and_names_what_it_keeps():
     traces = []
 
-    def loss(params, mean, batch, key):
+    def loss(params, state, batch, key):
         traces.append(1)
-        return jnp.sum(params), (0.9 * mean + 0.1 * jnp.mean(batch), {})
+        vector = jnp.tanh(params * state["vector"])
+        h = batch / jnp.sum(vector)
+        return jnp.sum(params), ({"vector": vector, "mean": 0.9 * state["mean"] + 0.1 * jnp.mean(h)}, {})
 
-    for weights in (jnp.ones(3), jnp.zeros(3)):
-        recalibrate_batch_stats(loss, weights, jnp.zeros(()), [jnp.ones(3), jnp.zeros(3)])
+    state = {"vector": jnp.full(3, 0.3), "mean": jnp.zeros(())}
+    with pytest.warns(UserWarning, match=r"recalibrate_batch_stats kept \['mean', 'vector'\]"):
+        recalibrate_batch_stats(loss, 2 * jnp.ones(3), state, [jnp.ones(3), jnp.zeros(3)])
     assert len(traces) == 1
+
+
+# States and clocks
+
+
+@pytest.mark.parametrize("inner", [optax.contrib.schedule_free_sgd(1e-3), optax.rprop(0.1)], ids=["free", "rprop"])
+def test_masks_set_on_a_fresh_state_leave_their_weights_alone(inner):
+    old = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, seed=1).init(PARAMS)
+    params, tx = apply_masks(PARAMS, old), sparsify(inner, methods.static(), sparsity=0.5)
+    state = set_masks(tx.init(params), get_masks(old))
+    updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    np.testing.assert_allclose(optax.apply_updates(params, updates)["kernel"], params["kernel"], rtol=1e-6)
+    for _ in range(2):  # steps that move: not only the weights, the state of the optimizer is live as well
+        updates, state = tx.update(params, state, params)
+    moved = np.asarray(updates["kernel"] != 0)
+    np.testing.assert_array_equal(moved, np.asarray(get_masks(old)["kernel"]))
+
+
+def skip_spikes(inner, most):
+    """A wrapper as users write them, which leaves everything as it was where the gradient is large."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(grads, state, params=None, **extra_args):
+        updates, new = inner.update(grads, state, params, **extra_args)
+        bad = optax.tree.norm(grads) > most
+        updates = jax.tree.map(lambda u: jnp.where(bad, 0 * u, u), updates)
+        return updates, jax.tree.map(lambda before, after: jnp.where(bad, before, after), state, new)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def test_the_clock_on_the_host_waits_for_a_users_wrapper():
+    tx = skip_spikes(sparsify(optax.sgd(1e-3), methods.set(0.5), sparsity=0.5, when=Every(5, 5, 20)), most=100.0)
+    step, state, fired = make_train_step(loss_fn, tx), TrainState.create(PARAMS, tx), []
+    for call in range(20):
+        before = np.asarray(get_masks(state.opt_state)["kernel"])
+        state, _ = step(state, jnp.full(4, 1e6 if call in (1, 3) else 1.0))
+        if (np.asarray(get_masks(state.opt_state)["kernel"]) != before).any():
+            fired.append(call)
+    assert fired == [7, 12, 17]  # two calls later than without the two that were skipped
+
+
+def test_options_of_numpy_and_large_seeds_and_ends():
+    tx = sparsify(optax.sgd(0.1), methods.set(), sparsity=np.float32(0.8), when=Every(1, 2, sys.maxsize), seed=2**40)
+    state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)[1]
+    assert int(state.nnz[0]) == 20
+    assert TrainState.create(PARAMS, tx, seed=2**32 - 1).key.shape == ()
+    with pytest.raises(ValueError, match=r"start and every must be below 2\*\*31 - 1"):
+        Every(2**31)
+
+
+@pytest.mark.parametrize("name", ["rigl", "set", "itop", "mest", "gmp"])
+def test_strict_promotion(name):
+    tx = sparsify(optax.sgd(0.1), getattr(methods, name)(), sparsity=0.5, when=Every(0, 2, 20))
+    with jax.numpy_dtype_promotion("strict"):
+        state = tx.init(PARAMS)
+        _, state = jax.jit(tx.update)(PARAMS, state, apply_masks(PARAMS, state))
+    check = 100 if name == "gmp" else 50
+    assert int(state.nnz[0]) == check
+
+
+def test_memory_in_float8():
+    tx = s2sam(rho=0.5, grad_dtype=jnp.float8_e4m3fn)
+    _, state = tx.update(jnp.array([0.0, 2.0]), tx.init(jnp.ones(2)), jnp.ones(2))
+    np.testing.assert_allclose(perturb(jnp.array([3.0, 4.0]), state), [3.0, 4.5])
+
+
+def test_masks_of_several_networks_are_looked_at_one_by_one():
+    tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5)
+    states = jax.vmap(lambda key: TrainState.create(PARAMS, tx, seed=key))(jax.random.split(jax.random.key(0), 3))
+    with pytest.raises(ValueError, match="check_masks looks at one network"):
+        check_masks(states.params, states)
+    one = jax.tree.map(lambda x: x[1], states)
+    check_masks(one.params, one)

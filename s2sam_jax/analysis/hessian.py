@@ -242,8 +242,10 @@ def _product(
         check_same_leaves(masks, params, "masks", "params")
         live = ravel_pytree(masks)[0].astype(flat.dtype)
 
+    flat_hvp = _flat_hvp(loss_fn)
+
     def product(vector):
-        total = functools.reduce(jnp.add, (_flat_hvp(loss_fn)(params, live, vector, batch) for batch in batches))
+        total = functools.reduce(jnp.add, (flat_hvp(params, live, vector, batch) for batch in batches))
         if progress is not None:
             progress(1)
         return total / len(batches)
@@ -251,7 +253,6 @@ def _product(
     return product, int(live.sum()), live
 
 
-@functools.lru_cache(maxsize=8)  # one program for all that is asked of a solution
 def _flat_hvp(loss_fn: LossFn) -> Callable[..., jax.Array]:
     def product(params, live, vector, batch):
         return live * ravel_pytree(hvp(loss_fn, params, ravel_pytree(params)[1](live * vector), batch))[0]

@@ -1,7 +1,7 @@
 """How sharp a solution is along the steps that sharpness-aware methods take."""
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,8 +98,10 @@ def sam_sharpness(
     if masks is not None:
         check_same_leaves(masks, params, "masks", "params")
 
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
+
     def at(point):
-        losses, grads = zip(*(_value_and_grad(loss_fn)(point, batch) for batch in batches), strict=True)
+        losses, grads = zip(*(value_and_grad(point, batch) for batch in batches), strict=True)
         mean = jax.tree.map(lambda *g: sum(g) / len(batches), *grads)
         return float(sum(losses) / len(batches)), mean if masks is None else masked(masks, mean)
 
@@ -110,11 +112,6 @@ def sam_sharpness(
         loss, grads = at(jax.tree.map(add, params, epsilon))
         highest = max(highest, loss)
     return highest - base
-
-
-@lru_cache(maxsize=8)
-def _value_and_grad(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, Params]]:
-    return jax.jit(jax.value_and_grad(loss_fn))
 
 
 @partial(jax.jit, static_argnames=("rho", "length"))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import jax
@@ -143,7 +142,6 @@ def loss_surface(
     return (total / len(batches)).reshape((n,) * len(directions))
 
 
-@lru_cache(maxsize=8)
 def _losses_along(loss_fn: LossFn, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
     def at(params, directions, point, batch):
         def move(w, *ds):

@@ -72,7 +72,7 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
         grown = _share(jnp.sum(pruned), survivors, free, first)
         grown = grown + _fill(jnp.sum(pruned) - jnp.sum(grown), pruned, first)
         # Scores lie in [0, 1): below them all come the positions just pruned.
-        scores = [s - m for s, m in zip(random_scores(score_key, magnitudes), old, strict=True)]
+        scores = [s - m.astype(s.dtype) for s, m in zip(random_scores(score_key, magnitudes), old, strict=True)]
         masks = grow(x, keep, list(grown), scores)
 
         wanted = target * jnp.sum(live) if isinstance(target, float) else target

@@ -1,5 +1,6 @@
 """MEST: prune a little further than needed and grow back at random, or train a little denser than needed."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -82,7 +83,7 @@ def mest(
         keep = select(scores, count=lower, among=sparse_leaves(x, x.masks))
         added = [n - k for n, k in zip(upper, ones(keep), strict=True)]
         masks = grow(x, keep, added, random_scores(x.key, weights))
-        restart = replace_sparse(x, jax.tree.map(jnp.zeros_like, x.masks), [~k for k in keep])
+        restart = replace_sparse(x, jax.tree.map(lambda m: m & ~m, x.masks), [~k for k in keep])
         return MaskUpdate(masks, state, restart=restart)
 
     def _bounds(x: MaskInputs, weights: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -90,7 +91,7 @@ def mest(
         _, last = first_and_last(x, "mest")
         begins = [min(round(start * last, 6), last) for start, _ in extra] + [last]
         amounts = [p for _, p in extra] + [0.0]
-        phase = jnp.sum(x.step >= jnp.asarray(begins)) - 1
+        phase = jnp.sum(x.step >= jnp.asarray([math.ceil(begin) for begin in begins], jnp.int32)) - 1
 
         def counts(sign: int) -> list[jax.Array]:
             planned = zip(weights, sparse_leaves(x, x.sparsities), strict=True)

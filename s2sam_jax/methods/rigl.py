@@ -59,7 +59,8 @@ def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: 
         return random_init(x)
 
     def update(x: MaskInputs, state: Any) -> MaskUpdate:
-        moved = [rounded_down(n * jnp.asarray(fraction(x), jnp.float32)) for n in sparse_leaves(x, x.nnz)]
+        share = jnp.asarray(fraction(x), jnp.float32)
+        moved = [rounded_down(n.astype(jnp.float32) * share) for n in sparse_leaves(x, x.nnz)]
         masks = move_smallest(x, moved, [jnp.abs(g) for g in sparse_leaves(x, x.grads)])
         return MaskUpdate(masks, state, skip=skip_step)
 

@@ -58,7 +58,7 @@ def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: boo
         groups = _by_sign(weights, old) if by_sign else [old]
         among = [mask for group in groups for mask in group]
         live = ones(among) if by_sign else sparse_leaves(x, x.nnz)
-        dropped = [rounded_down(n * jnp.asarray(fraction, jnp.float32)) for n in live]
+        dropped = [rounded_down(n.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)) for n in live]
         chosen = select(
             [jnp.abs(w) for w in weights] * len(groups),
             count=[n - k for n, k in zip(live, dropped, strict=True)],
