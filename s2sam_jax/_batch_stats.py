@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from s2sam_jax._train import Batch, LossFn, ModelState
 from s2sam_jax._tree import at_least_f32, named_leaves
@@ -100,7 +101,7 @@ def _momentum(forward: Callable[[list[jax.Array]], list[jax.Array]], old: list[j
 
 
 def _warn_of_kept(averaged: list[jax.Array], model_state: ModelState) -> None:
-    if any(isinstance(a, jax.core.Tracer) for a in averaged):  # nobody to tell inside a program
+    if any(isinstance(a, Tracer) for a in averaged):  # nobody to tell inside a program
         return
     names = ["/".join(path) for path, x in named_leaves(model_state).items() if _is_float(x)]
     if kept := [name for name, a in zip(names, averaged, strict=True) if not a]:

@@ -242,7 +242,9 @@ def _product(
         check_same_leaves(masks, params, "masks", "params")
         live = ravel_pytree(masks)[0].astype(flat.dtype)
 
-    flat_hvp = _flat_hvp(loss_fn)
+    @jax.jit
+    def flat_hvp(params, live, vector, batch):
+        return live * ravel_pytree(hvp(loss_fn, params, ravel_pytree(params)[1](live * vector), batch))[0]
 
     def product(vector):
         total = functools.reduce(jnp.add, (flat_hvp(params, live, vector, batch) for batch in batches))
@@ -251,13 +253,6 @@ def _product(
         return total / len(batches)
 
     return product, int(live.sum()), live
-
-
-def _flat_hvp(loss_fn: LossFn) -> Callable[..., jax.Array]:
-    def product(params, live, vector, batch):
-        return live * ravel_pytree(hvp(loss_fn, params, ravel_pytree(params)[1](live * vector), batch))[0]
-
-    return jax.jit(product)
 
 
 def _ritz(product: Product, start: jax.Array, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
