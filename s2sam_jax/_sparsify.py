@@ -116,8 +116,10 @@ def sparsify(
         inputs = MaskInputs(
             params, dense, plan(params), None, sizes, step, first_key, when, None, inner_state, structure
         )
-        # The state is masked before the first update only: until then set_masks may bring other weights to life.
         new = method.init(inputs)
+        # Masked before the first update only, as set_masks may bring other weights to life until then; by masks that
+        # are all true it gets the types that it will have.
+        inner_state = mask_mirrored(dense, inner_state)
         nnz = count_masks(new.masks)
         first = jnp.full((), NEVER, jnp.int32) if method.update is None or when is None else when.at_or_after(0)
         return SparseState(step, first, new.masks, nnz, key, new.state, inner_state)

@@ -71,7 +71,8 @@ def test_full_size_step(name, config, monkeypatch):
     assert metrics["loss"].shape == ()
     assert metrics["loss"].dtype == jnp.float32
     assert bool(find_states(after.opt_state, SparseState)) == (config.method != "dense")
-    assert sum(np.prod(p.shape) for p in jax.tree.leaves(after.params)) > 1e6
+    size = sum(np.prod(p.shape) for p in jax.tree.leaves(after.params))
+    assert size > (5e4 if config.dataset == "digits" else 1e6)
 
 
 # Narrow networks

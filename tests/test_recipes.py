@@ -340,7 +340,8 @@ def trained(monkeypatch):
         done.append(config)
         config.run_dir.mkdir(parents=True)
         row = {
-            "config": config.to_json(), "seed": config.seed, "device": "cpu", "xla_flags": "", "versions": {"jax": "1"},
+            "config": runs.provenance(config)["config"], "seed": config.seed, "device": "cpu", "xla_flags": "",
+            "versions": {"jax": "1"},
             "test_accuracy_recalibrated": (0.5 if config.optimizer == "sgd" else 0.52) + config.seed / 100,
         }  # fmt: skip
         (config.run_dir / runs.METRICS).write_text('{"seed": 0}\n' + json.dumps(row) + "\n")
