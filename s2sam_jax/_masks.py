@@ -95,7 +95,8 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     """Installs masks (from one-shot scores, a file, another run) in an optimizer state.
 
     Counts are renewed and the state of the wrapped optimizer is zeroed off the new masks. Call :func:`apply_masks`
-    on the parameters afterwards.
+    on the parameters afterwards. A fresh state fits any masks; in one that has been trained with, a weight that was
+    pruned comes to life with a state of zeros, which suits SGD and Adam but not ``schedule_free`` or Rprop.
 
     Args:
       opt_state: a state with a :class:`SparseState`.
