@@ -32,8 +32,7 @@ def read(file: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """All rows, in place of those that the file had."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    files.write_whole(file, lambda path: path.write_text(text))
+    files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append(file: Path, *rows: dict[str, Any]) -> None:

@@ -80,8 +80,7 @@ def begin(config: Config, overwrite: bool = False) -> Path:
         if overwrite:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config.to_json(), indent=2) + "\n"
-        files.write_whole(folder / CONFIG, lambda path: path.write_text(text))
+        files.write_text(folder / CONFIG, json.dumps(config.to_json(), indent=2) + "\n")
     sharding.wait_for_all("begin")
     return folder
 
@@ -96,8 +95,7 @@ def append(folder: Path, row: Row) -> None:
         file = folder / METRICS
         lines = file.read_text().splitlines() if file.is_file() else []
         kept = [line for line in lines if _epoch(line) < row["epoch"]]
-        text = "".join(line + "\n" for line in [*kept, json.dumps(row)])
-        files.write_whole(file, lambda path: path.write_text(text))
+        files.write_text(file, "".join(line + "\n" for line in [*kept, json.dumps(row)]))
 
 
 def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:

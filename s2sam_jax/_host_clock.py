@@ -41,9 +41,9 @@ class HostClock:
     def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
         """What is due at this call. ``beside`` are further arrays, the same as before if the state is."""
         owners = self._owners(opt_state)
-        if not self._knows([*(state.step for state in owners.values()), *beside]):
-            self._clocks = self._read(owners)
-        if any(now >= due for now, due in self._clocks.values()):  # a wrapper of the user's may have skipped updates
+        known = self._knows([*(state.step for state in owners.values()), *beside])
+        # Where something is due, a wrapper of the user's may have skipped updates.
+        if not known or any(now >= due for now, due in self._clocks.values()):
             self._clocks = self._read(owners)
         return tuple((name, now >= due) for name, (now, due) in self._clocks.items())
 
