@@ -8,7 +8,7 @@ python -m experiments.draw surfaces runs/ONE_RUN runs/ANOTHER            # also 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,17 +19,12 @@ from experiments import cli, curves, jsonl, landscapes, mask_plots, ratio, runs,
 from experiments.flatness import FIGURES
 from experiments.record import Row
 
-FILES = {"surfaces": surface.ROWS, "spectra": spectrum.ROWS, "ratios": ratio.ROWS}
+ANALYSES = {"surfaces": surface.ANALYSIS, "spectra": spectrum.ANALYSIS, "ratios": ratio.ANALYSIS}
 SHOWN = {  # What a row must have, beside its config and seed.
     "curves": ("epoch", "train_loss", "test_accuracy"),
     "surfaces": ("surface", "span", "n", "roughness"),
     "spectra": ("nodes", "weights"),
     "ratios": ("r_edges", "r_counts", "r_below_zero"),
-}
-DRAW: dict[str, Callable[[dict[str, Row], Path], None]] = {
-    "surfaces": landscapes.draw_surfaces,
-    "spectra": landscapes.draw_spectra,
-    "ratios": landscapes.draw_ratios,
 }
 
 
@@ -50,7 +45,8 @@ def run(arguments: Arguments) -> Path:
     Raises:
       ValueError: where the rows do not hold what the figure shows.
     """
-    file, name = arguments.out or Path(f"{arguments.kind}.png"), FILES.get(arguments.kind, runs.METRICS)
+    file, analysis = arguments.out or Path(f"{arguments.kind}.png"), ANALYSES.get(arguments.kind)
+    name = runs.METRICS if analysis is None else analysis.rows
     fields = ("config", "seed", *SHOWN.get(arguments.kind, ()))
     rows = [row for path in arguments.rows for row in _read(path / name if path.is_dir() else path, fields)]
     if not rows:
@@ -66,10 +62,8 @@ def run(arguments: Arguments) -> Path:
         mask_plots.draw_masks(rows, title, file)
     elif arguments.kind == "sparsity":
         _against_sparsity(rows, arguments, file)
-    else:
-        DRAW[arguments.kind](
-            {f"{label}, seed {row['seed']}": row for label, mine in groups.items() for row in mine}, file
-        )
+    elif analysis is not None:
+        analysis.draw({f"{label}, seed {row['seed']}": row for label, mine in groups.items() for row in mine}, file)
     return file
 
 

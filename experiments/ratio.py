@@ -4,8 +4,6 @@ python -m experiments.ratio runs/SOME_RUN
 """
 
 import dataclasses
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,20 +13,17 @@ import tyro
 from rich.console import Console
 
 from experiments import cli, landscapes, solution
+from experiments.record import Row
 from experiments.solution import Solution
 from s2sam_jax import analysis, sam
 
-ROWS, FIGURE = "ratio.jsonl", "ratio.png"
 EDGES = np.linspace(-12.0, 6.0, 73)  # what lies outside goes into the first and the last bin
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(solution.Arguments):
     """Writes ratio.jsonl and ratio.png into the run's folder."""
 
-    run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
-    data: Path | None = None  # Where its data set lies, if no longer where it was.
-    examples: int = 1024  # Training images that the gradient is the mean of; whole batches are used.
     rho: float = 0.05  # Radius of SAM's perturbation.
     pruned: bool = False  # Coordinates of pruned weights as well.
 
@@ -62,27 +57,23 @@ def measure(found: Solution, *, rho: float, pruned: bool, progress: Any = None) 
     }
 
 
-def run(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Measures, writes and prints; returns the row."""
-    folder = arguments.run_dir
-    row = solution.look(
-        folder,
-        arguments.data,
-        arguments.examples,
-        console,
-        "gradients",
-        lambda found: 2 * len(found.batches),
-        partial(measure, rho=arguments.rho, pruned=arguments.pruned),
-    )
-    said = f"r < 0 at {row['r_below_zero']:.1%} of the weights (rho {arguments.rho:g})"
-    solution.present(row, folder / ROWS, folder / FIGURE, landscapes.draw_ratios, [said], console)
-    return row
+def said(row: Row) -> list[str]:
+    return [f"r < 0 at {row['r_below_zero']:.1%} of the weights (rho {row['rho']:g})"]
+
+
+ANALYSIS = solution.Analysis(
+    name="ratio",
+    work="gradients",
+    total=lambda _, found: 2 * len(found.batches),
+    measure=measure,
+    draw=landscapes.draw_ratios,
+    say=said,
+)
 
 
 @cli.one_line()
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = tyro.cli(Arguments, args=argv)
-    return run(arguments, Console())
+def main(argv: list[str] | None = None) -> Row:
+    return ANALYSIS.run(tyro.cli(Arguments, args=argv), Console())
 
 
 if __name__ == "__main__":

@@ -7,13 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tyro
 from rich.console import Console
 from rich.progress import Progress
 
 from experiments import jsonl, runs, tasks
 from experiments.config import Config
+from experiments.record import Row
 from experiments.tasks import Task
 from s2sam_jax import TrainState, eval_params, get_masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What every analysis of a finished run is told; its own options come on top."""
+
+    run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
+    data: Path | None = None  # Where its data set lies, if no longer where it was.
+    examples: int = 1024  # Training images to look at; whole batches are used.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,43 +37,47 @@ class Solution:
     batches: list[Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """A command that looks at a finished run, and leaves NAME.jsonl and NAME.png in its folder."""
+
+    name: str
+    work: str  # What the progress bar counts,
+    total: Callable[[Any, Solution], int]  # and how many of them there are for these arguments.
+    measure: Callable[..., dict[str, Any]]  # Of a solution, the analysis's own options and progress(count).
+    draw: Callable[[dict[str, Row], Path], None]
+    say: Callable[[Row], list[str]]
+
+    @property
+    def rows(self) -> str:
+        return f"{self.name}.jsonl"
+
+    @property
+    def figure(self) -> str:
+        return f"{self.name}.png"
+
+    def run(self, arguments: Arguments, console: Console) -> Row:
+        """Measures, writes, draws and prints; returns the row."""
+        folder = arguments.run_dir
+        config, found = of_run(folder, arguments.data, arguments.examples)
+        common = {field.name for field in dataclasses.fields(Arguments)}
+        options = {name: value for name, value in vars(arguments).items() if name not in common}
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task(self.work, total=self.total(arguments, found))
+            figures = self.measure(found, **options, progress=lambda count: bar.advance(task, count))
+        row = runs.provenance(config) | figures | {"examples": len(found.batches) * config.batch_size}
+        jsonl.write(folder / self.rows, [row])
+        self.draw({folder.resolve().name: row}, folder / self.figure)
+        for line in [*self.say(row), f"Files: {folder / self.rows}, {folder / self.figure}"]:
+            console.print(line, soft_wrap=True)
+        return row
+
+
 def of_run(folder: Path, data: Path | None, examples: int) -> tuple[Config, Solution]:
     """The final state of a finished run."""
     config = runs.read_config(folder, data)
     task = tasks.make(config, tasks.load(config))
     return config, of_state(config, task, runs.restore(folder), examples)
-
-
-def look(
-    folder: Path,
-    data: Path | None,
-    examples: int,
-    console: Console,
-    work: str,
-    total: Callable[[Solution], int],
-    measure: Callable[..., dict[str, Any]],
-) -> dict[str, Any]:
-    """A row of what ``measure(solution, progress=...)`` finds at a finished run, under a bar of ``total`` steps."""
-    config, found = of_run(folder, data, examples)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(work, total=total(found))
-        figures = measure(found, progress=lambda count: bar.advance(task, count))
-    return runs.provenance(config) | figures | {"examples": len(found.batches) * config.batch_size}
-
-
-def present(
-    row: dict[str, Any],
-    rows: Path,
-    figure: Path,
-    draw: Callable[[dict[str, Any], Path], None],
-    lines: list[str],
-    console: Console,
-) -> None:
-    """Writes row and figure, both in the run's folder, and prints what there is to say."""
-    jsonl.write(rows, [row])
-    draw({rows.resolve().parent.name: row}, figure)
-    for line in [*lines, f"Files: {rows}, {figure}"]:
-        console.print(line, soft_wrap=True)
 
 
 def of_state(config: Config, task: Task, state: TrainState, examples: int) -> Solution:

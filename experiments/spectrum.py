@@ -4,8 +4,6 @@ python -m experiments.spectrum runs/SOME_RUN
 """
 
 import dataclasses
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,20 +11,17 @@ import tyro
 from rich.console import Console
 
 from experiments import cli, landscapes, solution
+from experiments.record import Row
 from experiments.solution import Solution
 from s2sam_jax import analysis
 
-ROWS, FIGURE = "spectrum.jsonl", "spectrum.png"
 EIGENVALUES = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(solution.Arguments):
     """Writes spectrum.jsonl and spectrum.png into the run's folder."""
 
-    run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
-    data: Path | None = None  # Where its data set lies, if no longer where it was.
-    examples: int = 1024  # Training images that the loss is the mean of; whole batches are used.
     steps: int = 60  # Of Lanczos.
     samples: int = 20  # For the trace.
     rho: float = 0.05  # Radius of SAM's sharpness.
@@ -59,32 +54,27 @@ def measure(
     }
 
 
-def run(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Measures, writes and prints; returns the row."""
-    folder = arguments.run_dir
-    options = {name: getattr(arguments, name) for name in ("steps", "samples", "rho", "seed", "pruned")}
-    row = solution.look(
-        folder,
-        arguments.data,
-        arguments.examples,
-        console,
-        "products with the Hessian",
-        lambda _: 2 * arguments.steps + arguments.samples,
-        partial(measure, **options),
-    )
+def said(row: Row) -> list[str]:
     largest = ", ".join(f"{value:.4g}" for value in row["eigenvalues"])
-    said = [
+    return [
         f"eigenvalues {largest}; trace {row['trace']:.4g} ± {row['trace_error']:.2g}",
-        f"SAM's sharpness at rho {arguments.rho:g}: {row['sam_sharpness']:.4g}",
+        f"SAM's sharpness at rho {row['sharpness_rho']:g}: {row['sam_sharpness']:.4g}",
     ]
-    solution.present(row, folder / ROWS, folder / FIGURE, landscapes.draw_spectra, said, console)
-    return row
+
+
+ANALYSIS = solution.Analysis(
+    name="spectrum",
+    work="products with the Hessian",
+    total=lambda arguments, _: 2 * arguments.steps + arguments.samples,
+    measure=measure,
+    draw=landscapes.draw_spectra,
+    say=said,
+)
 
 
 @cli.one_line()
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = tyro.cli(Arguments, args=argv)
-    return run(arguments, Console())
+def main(argv: list[str] | None = None) -> Row:
+    return ANALYSIS.run(tyro.cli(Arguments, args=argv), Console())
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ python -m experiments.surface runs/SOME_RUN
 """
 
 import dataclasses
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,19 +11,15 @@ import tyro
 from rich.console import Console
 
 from experiments import cli, landscapes, solution
+from experiments.record import Row
 from experiments.solution import Solution
 from s2sam_jax import analysis
 
-ROWS, FIGURE = "surface.jsonl", "surface.png"
-
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(solution.Arguments):
     """Writes surface.jsonl and surface.png into the run's folder."""
 
-    run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
-    data: Path | None = None  # Where its data set lies, if no longer where it was.
-    examples: int = 1024  # Training images that the loss is the mean of; whole batches are used.
     span: float = 1.0  # The grid runs from -span to span filter norms.
     n: int = 25  # Points along each of the two directions.
     seed: int = 0  # Of the directions.
@@ -49,28 +43,23 @@ def measure(found: Solution, *, span: float, n: int, seed: int, pruned: bool, pr
     }
 
 
-def run(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Measures, writes and prints; returns the row."""
-    folder = arguments.run_dir
-    options = {name: getattr(arguments, name) for name in ("span", "n", "seed", "pruned")}
-    row = solution.look(
-        folder,
-        arguments.data,
-        arguments.examples,
-        console,
-        "losses",
-        lambda found: arguments.n**2 * len(found.batches),
-        partial(measure, **options),
-    )
-    said = f"Ra = {row['roughness']:.4g} (span {arguments.span:g}, {row['examples']} training images)"
-    solution.present(row, folder / ROWS, folder / FIGURE, landscapes.draw_surfaces, [said], console)
-    return row
+def said(row: Row) -> list[str]:
+    return [f"Ra = {row['roughness']:.4g} (span {row['span']:g}, {row['examples']} training images)"]
+
+
+ANALYSIS = solution.Analysis(
+    name="surface",
+    work="losses",
+    total=lambda arguments, found: arguments.n**2 * len(found.batches),
+    measure=measure,
+    draw=landscapes.draw_surfaces,
+    say=said,
+)
 
 
 @cli.one_line()
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    arguments = tyro.cli(Arguments, args=argv)
-    return run(arguments, Console())
+def main(argv: list[str] | None = None) -> Row:
+    return ANALYSIS.run(tyro.cli(Arguments, args=argv), Console())
 
 
 if __name__ == "__main__":

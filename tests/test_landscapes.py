@@ -79,8 +79,8 @@ def test_surface_of_a_run(folder):
     assert heights[1, 1] == pytest.approx(losses.mean(), rel=1e-5)
     assert row["roughness"] == pytest.approx(np.abs(heights - heights.mean()).mean())
     assert row["examples"] == 64
-    assert json.loads((folder / surface.ROWS).read_text()) == row
-    assert imread(folder / surface.FIGURE).std() > 0.05
+    assert json.loads((folder / surface.ANALYSIS.rows).read_text()) == row
+    assert imread(folder / surface.ANALYSIS.figure).std() > 0.05
     with pytest.raises(SystemExit, match="at least one batch of 32"):
         surface.main([str(folder), "--examples", "8"])
     with pytest.raises(SystemExit, match="not the folder of a finished run"):
@@ -107,7 +107,7 @@ def test_spectrum_of_a_run(folder):
     assert 0 < quotient / squares <= values[0] * 1.001
     assert np.sum(row["weights"]) == pytest.approx(1.0, abs=1e-6)
     assert row["sam_sharpness"] > 0
-    assert imread(folder / spectrum.FIGURE).std() > 0.02
+    assert imread(folder / spectrum.ANALYSIS.figure).std() > 0.02
 
 
 def test_flatness_of_a_finished_run(folder, tmp_path):

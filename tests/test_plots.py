@@ -130,11 +130,11 @@ def test_every_kind_of_figure_is_drawn_from_a_run(toy, tmp_path):
     words = f"--subset 128 --epochs 2 --out {tmp_path}"
     (folder,) = train.main(words.split()).values()
     row = ratio.main([str(folder), "--examples", "64"])
-    assert json.loads((folder / ratio.ROWS).read_text()) == row
-    assert imread(folder / ratio.FIGURE).std() > 0.02
+    assert json.loads((folder / ratio.ANALYSIS.rows).read_text()) == row
+    assert imread(folder / ratio.ANALYSIS.figure).std() > 0.02
     heights = {"surface": RNG.random((3, 3)).tolist(), "span": 1.0, "n": 3, "roughness": 1.0}
     nodes = {"nodes": [[-1.0, 3.0]], "weights": [[0.2, 0.8]]}
-    for name, found in ((surface.ROWS, heights), (spectrum.ROWS, nodes)):
+    for name, found in ((surface.ANALYSIS.rows, heights), (spectrum.ANALYSIS.rows, nodes)):
         (folder / name).write_text(json.dumps({key: row[key] for key in ("config", "seed")} | found) + "\n")
     for kind in ("curves", "masks", "sparsity", "surfaces", "spectra", "ratios"):
         file = draw.main([kind, str(folder), "--out", str(tmp_path / f"{kind}.png")])
