@@ -29,6 +29,13 @@ def kept(size: int, sparsity: float) -> int:
     return size - rounded_down(sparsity * size)
 
 
+def check_fractions(caller: str, **fractions: Any) -> None:
+    """Numbers must lie in [0, 1]; schedules and traced values are only known when they run."""
+    for name, value in fractions.items():
+        if isinstance(value, _NUMBERS) and not 0 <= value <= 1:
+            raise ValueError(f"{caller} needs 0 <= {name} <= 1; got {value}.")
+
+
 def _slack(amount: jax.Array) -> jax.Array:
     """A few ulps of float32, but never so much that an amount without a fraction would become another."""
     return jnp.minimum(amount * 2**-21, 1 / 8)

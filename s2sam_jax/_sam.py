@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._ascent import ascent_point, check_non_negative, schedule
-from s2sam_jax._tree import increment
+from s2sam_jax._tree import check_nothing_hidden, increment
 from s2sam_jax._types import GradFn, Params, ScalarOrSchedule
 
 # From (the gradient of a part of the batch -> a point) to the mean of the parts' gradients, each at its point.
@@ -89,21 +89,13 @@ def sam(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _is_hidden(leaf: Any) -> bool:
-    return isinstance(leaf, optax.MaskedNode)
-
-
 def second_gradient(
     name: str, params: Params | None, grads: Params, grad_fn: GradFn | None, grad_fn_by_part: GradFnByPart | None
 ) -> tuple[Params, GradFnByPart]:
     """The parameters, and a function from ``point`` (of a gradient) to the gradient there, of the batch or by part."""
     if params is None:
         raise ValueError(f"{name} needs params: call tx.update(grads, state, params, grad_fn=grad_fn).")
-    if any(map(_is_hidden, jax.tree.leaves(params, is_leaf=_is_hidden))):
-        raise TypeError(
-            f"{name} takes a gradient at all parameters, and optax.masked or multi_transform hides some from it; take "
-            "it out. s2sam can perturb some of the leaves: optax.masked(s2sam(), ...)."
-        )
+    check_nothing_hidden(params, name, "s2sam can perturb some of the leaves: optax.masked(s2sam(), ...).")
     if grad_fn_by_part is not None:
         return params, grad_fn_by_part
     if grad_fn is None:

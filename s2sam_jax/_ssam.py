@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._ascent import add, ascent, check_compat, check_non_negative, schedule
+from s2sam_jax._counts import check_fractions
 from s2sam_jax._growth import cosine
 from s2sam_jax._sam import second_gradient
 from s2sam_jax._select import random_scores
@@ -236,5 +237,4 @@ def _check(mask, sparsity, update_every, total_steps, drop_fraction, structure, 
         raise ValueError(f"ssam needs update_every >= 1; got {update_every}.")
     if mask == "dynamic" and total_steps is None:
         raise ValueError("ssam(mask='dynamic') anneals its drop fraction: give total_steps.")
-    if not 0 <= drop_fraction <= 1:
-        raise ValueError(f"ssam needs 0 <= drop_fraction <= 1; got {drop_fraction}.")
+    check_fractions("ssam", drop_fraction=drop_fraction)

@@ -84,6 +84,16 @@ def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransform
     return optax.with_extra_args_support(tx)
 
 
+def check_nothing_hidden(params: Any, caller: str, advice: str) -> None:
+    """Raises a ``TypeError`` where ``optax.masked`` and the like hide leaves from one who takes a gradient at all."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise TypeError(
+            f"{caller} takes a gradient at all parameters, and optax.masked or multi_transform hides some from it; "
+            f"take it out. {advice}"
+        )
+
+
 def scalar(x: Any) -> jax.Array:
     """The one array inside ``x``: a bare one, or one that Flax NNX has wrapped in a variable."""
     return jax.tree.leaves(x)[0]

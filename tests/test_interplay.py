@@ -111,6 +111,14 @@ def test_sam_that_sees_some_leaves_says_so():
         tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
 
 
+def test_grasp_that_sees_some_leaves_says_so():
+    sparse = sparsify(optax.sgd(0.1), methods.grasp(), sparsity=0.5, prunable=lambda path, leaf: True)
+    tx = optax.partition({"some": sparse, "rest": optax.sgd(0.1)}, {"a": "some", "b": "rest"})
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(TypeError, match=r"grasp takes a gradient at all parameters, and optax\.masked .* hides some"):
+        tx.update(params, tx.init(params), params, grad_fn=lambda p: {"a": p["b"], "b": p["a"]})
+
+
 def test_many_small_parts_add_up_in_bfloat16():
     def mean_loss(params, model_state, batch, key):
         return jnp.mean(batch @ params["w"]), (model_state, {})

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._channels import ChannelGroup, group_sizes
-from s2sam_jax._counts import rounded_down, rounded_up
+from s2sam_jax._counts import check_fractions, rounded_down, rounded_up
 from s2sam_jax._exploration import check_groups, filters, masks_of, total_width
 from s2sam_jax._growth import (
     cosine,
@@ -107,12 +107,10 @@ def chase(
     """
     groups = check_groups(groups, compat, "chase")
     check_sparsity(channel_sparsity, "channel_sparsity")
-    for name, value in dict(
-        min_width=min_width, removal_end=removal_end, extra=extra, exploration_end=exploration_end,
+    check_fractions(
+        "chase", min_width=min_width, removal_end=removal_end, extra=extra, exploration_end=exploration_end,
         drop_fraction=drop_fraction, final_fraction=final_fraction,
-    ).items():  # fmt: skip
-        if not 0 <= value <= 1:
-            raise ValueError(f"chase needs 0 <= {name} <= 1; got {value}.")
+    )  # fmt: skip
     if channel_every < 1:
         raise ValueError(f"chase needs channel_every >= 1; got {channel_every}.")
     drop, grow = (_drop_below, _grow_above) if compat == "authors" else (_exact, _exact)

@@ -9,6 +9,7 @@ import optax
 
 from s2sam_jax._growth import global_count
 from s2sam_jax._pruning import dense_init, keep_largest, warn_if_collapsed
+from s2sam_jax._tree import check_nothing_hidden
 from s2sam_jax._types import Every, GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
 
 
@@ -58,6 +59,7 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
             raise TypeError(
                 "grasp needs grad_fn for its Hessian product: tx.update(grads, state, params, grad_fn=grad_fn)."
             )
+        check_nothing_hidden(x.params, "grasp", "sparsify(prunable=...) keeps leaves dense.")
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), x.grads, x.params)
         scores = jax.tree.map(jnp.multiply, x.params, _hvp(x.grad_fn, x.params, grads))
         masks = keep_largest(x, scores, global_count(x), keep_at_least)

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._counts import rounded_up
+from s2sam_jax._counts import check_fractions, rounded_up
 from s2sam_jax._growth import cosine, first_and_last, move_smallest, random_init, replace_sparse, sparse_leaves
 from s2sam_jax._select import random_scores
 from s2sam_jax._tree import find_states
@@ -63,9 +63,7 @@ def itop(
     """
     if growth not in ("random", "gradient"):
         raise ValueError(f"itop needs growth 'random' or 'gradient'; got {growth!r}.")
-    for name, value in (("drop_fraction", drop_fraction), ("final_fraction", final_fraction)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"itop needs 0 <= {name} <= 1; got {value}.")
+    check_fractions("itop", drop_fraction=drop_fraction, final_fraction=final_fraction)
 
     def init(x: MaskInputs) -> MaskUpdate:
         first_and_last(x, "itop")

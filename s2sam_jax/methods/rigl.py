@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._counts import rounded_down
+from s2sam_jax._counts import check_fractions, rounded_down
 from s2sam_jax._growth import cosine, move_smallest, random_init, sparse_leaves
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
@@ -44,8 +44,7 @@ def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: 
       >>> print(tx.init({"kernel": jnp.ones((10, 10))}).nnz)
       [10]
     """
-    if isinstance(drop_fraction, int | float) and not 0 <= drop_fraction <= 1:
-        raise ValueError(f"rigl needs 0 <= drop_fraction <= 1; got {drop_fraction}.")
+    check_fractions("rigl", drop_fraction=drop_fraction)
 
     def fraction(x: MaskInputs) -> Any:
         if callable(drop_fraction):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._counts import rounded_down
+from s2sam_jax._counts import check_fractions, rounded_down
 from s2sam_jax._growth import grow, random_init, sparse_leaves
 from s2sam_jax._select import ones, random_scores, select
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
@@ -49,8 +49,7 @@ def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: boo
       >>> print(tx.init({"kernel": jnp.ones((10, 10))}).nnz)
       [10]
     """
-    if isinstance(drop_fraction, int | float) and not 0 <= drop_fraction <= 1:
-        raise ValueError(f"set needs 0 <= drop_fraction <= 1; got {drop_fraction}.")
+    check_fractions("set", drop_fraction=drop_fraction)
 
     def update(x: MaskInputs, state: Any) -> MaskUpdate:
         fraction = drop_fraction(x.step) if callable(drop_fraction) else drop_fraction
