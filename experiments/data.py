@@ -1,6 +1,5 @@
 """Image data sets that fit on the device: loading, order, augmentation, and exact evaluation batches."""
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -9,6 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from experiments.datasets import sources
+
+OR_NPZ = "Or pass --data FILE.npz with the arrays train_images, train_labels, test_images and test_labels."
 
 
 class Kind(NamedTuple):
@@ -142,7 +145,7 @@ def _digits() -> tuple[np.ndarray, ...]:
 
 def _from_npz(name: str, path: Path) -> tuple[np.ndarray, ...]:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. {_how_to_get(name)}")
+        raise FileNotFoundError(f"There is no file {path}. {sources.how_to_prepare(name)} {OR_NPZ}")
     fields = ("train_images", "train_labels", "test_images", "test_labels")
     try:
         with np.load(path) as stored:
@@ -173,23 +176,13 @@ def _from_npz(name: str, path: Path) -> tuple[np.ndarray, ...]:
 
 
 def _from_tfds(name: str, folder: Path | None) -> tuple[np.ndarray, ...]:
-    """Reads prepared array_record files, which needs no TensorFlow; sorted by id, which is the official order."""
-    folder = (folder or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))).expanduser()
-    if not any((folder / name).glob("*/dataset_info.json")):
-        raise FileNotFoundError(f"There is no prepared {name} in {folder}. {_how_to_get(name)}")
-    import tensorflow_datasets as tfds
-
+    """Sorted by id, which is the official order."""
     arrays = []
-    splits: Any = tfds.data_source(name, split=["train", "test"], data_dir=folder, download=False)
-    for split in splits:
-        rows = sorted(split, key=lambda row: row["id"])
+    for split in ("train", "test"):
+        try:
+            records: Any = sources.records(name, split, folder)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} {OR_NPZ}") from None
+        rows = sorted(records, key=lambda row: row["id"])
         arrays += [np.stack([row["image"] for row in rows]), np.array([row["label"] for row in rows])]
     return tuple(arrays)
-
-
-def _how_to_get(name: str) -> str:
-    return (
-        f'Prepare it once (this needs tensorflow installed): python -c "import tensorflow_datasets as tfds; '
-        f"tfds.data_source('{name}', data_dir='DIR')\", then pass --data DIR; or pass an .npz with train_images, "
-        "train_labels, test_images, test_labels as --data FILE.npz."
-    )

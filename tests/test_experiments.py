@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import toy
+from prepared import encoded, image_features, write_tfds
 from safetensors.numpy import load_file
 
 from experiments import (
@@ -196,17 +197,17 @@ def test_every_test_row_is_counted_once(digits):
     np.testing.assert_array_equal(labels[360:], np.full(40, -1))
 
 
-def test_tfds_and_npz_give_the_same_batches_and_losses(cifar_arrays, tmp_path, monkeypatch):
+def test_tfds_and_npz_give_the_same_batches_and_losses(cifar_arrays, tmp_path):
     import tensorflow_datasets as tfds
 
     def shuffled(split):
         images, labels = cifar_arrays[f"{split}_images"], cifar_arrays[f"{split}_labels"]
-        rows = [{"id": f"{split}_{i:05d}".encode(), "image": images[i], "label": labels[i]} for i in range(len(labels))]
-        return [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
+        order = np.random.default_rng(1).permutation(len(labels))
+        return [{"id": f"{split}_{i:05d}".encode(), "image": encoded(images[i]), "label": labels[i]} for i in order]
 
-    monkeypatch.setattr(tfds, "data_source", lambda name, split, **_: [shuffled(s) for s in split])
-    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
-    (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").touch()
+    features = {"id": tfds.features.Text(), **image_features()}
+    splits = {split: shuffled(split) for split in ("train", "test")}
+    write_tfds(tmp_path / "cifar10" / "3.0.2", features, splits)
     np.savez(tmp_path / "cifar.npz", **cifar_arrays)
     sets = [data.load("cifar10", path) for path in (tmp_path, tmp_path / "cifar.npz")]
 

@@ -39,7 +39,7 @@ def how_to_prepare(name: str) -> str:
     return (
         "Prepare it once (this needs tensorflow installed, and for imagenet2012 also its archives in "
         "DIR/downloads/manual): python -c "
-        f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='DIR')\", then give DIR."
+        f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='DIR')\", then pass --data DIR."
     )
 
 
