@@ -13,11 +13,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, data, jsonl, plots, runs
+from experiments import cli, data, jsonl, runs
 from experiments.benchmarks import inference, masks, steps, whole_loop
 from experiments.benchmarks.peers import Official
 from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import Config
+from experiments.figures import selection
 
 Section = Literal["step", "memory", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official", "growth"]
 
@@ -144,7 +145,7 @@ def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
 
 def draw_growth(file: Path) -> None:
     """The figure, from the rows alone."""
-    plots.draw_growth(jsonl.read(file), file.stem.removeprefix("bench_select_"), file.with_suffix(".png"))
+    selection.draw_growth(jsonl.read(file), file.stem.removeprefix("bench_select_"), file.with_suffix(".png"))
 
 
 def _merged(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

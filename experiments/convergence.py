@@ -21,7 +21,7 @@ from rich.progress import track
 
 from experiments import cli, jsonl, nonconvex, runs, stability
 from experiments.config import Config
-from experiments.plots import COLOURS, GREY, MARKERS
+from experiments.figures.style import COLOURS, GREY, MARKERS
 
 Row = dict[str, Any]
 FIGURES = ("gap", "excess", "distance")

@@ -15,7 +15,8 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from experiments import cli, curves, jsonl, landscapes, mask_plots, ratio, runs, spectrum, surface
+from experiments import cli, jsonl, ratio, runs, spectrum, surface
+from experiments.figures import curves, landscapes, masks
 from experiments.flatness import FIGURES
 from experiments.record import Row
 
@@ -59,7 +60,7 @@ def run(arguments: Arguments) -> Path:
             raise ValueError("Masks are drawn of one run; these rows are of several.")
         config = rows[0]["config"]
         title = f"{_common(rows)}, {config['method']} with {config['optimizer']}, {config['sparsity']:.0%} zeros"
-        mask_plots.draw_masks(rows, title, file)
+        masks.draw_masks(rows, title, file)
     elif arguments.kind == "sparsity":
         _against_sparsity(rows, arguments, file)
     elif analysis is not None:

@@ -15,8 +15,9 @@ from typing import Any
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, landscapes, loop, runs, solution, spectrum, spread, surface, sweep, tasks
+from experiments import cli, jsonl, loop, runs, solution, spectrum, spread, surface, sweep, tasks
 from experiments.config import Config, OptimizerName, check_same
+from experiments.figures import landscapes
 from experiments.record import Last, Row
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")

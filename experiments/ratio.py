@@ -12,7 +12,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import cli, landscapes, solution
+from experiments import cli, solution
+from experiments.figures import landscapes
 from experiments.record import Row
 from experiments.solution import Solution
 from s2sam_jax import analysis, sam

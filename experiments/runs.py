@@ -18,8 +18,9 @@ from typing import Any, Literal
 import jax
 
 import s2sam_jax
-from experiments import checkpoint, files, jsonl, loop, optimizers, plots, sharding, tasks
+from experiments import checkpoint, files, jsonl, loop, optimizers, sharding, tasks
 from experiments.config import Config, check_same, choices
+from experiments.figures import training
 from experiments.record import Row
 from s2sam_jax import TrainState, eval_params, get_masks
 
@@ -105,7 +106,7 @@ def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
     params, masks = sharding.gather((eval_params(state.params, state.opt_state), masks))
     if sharding.writes():
         checkpoint.export(folder / WEIGHTS, params, masks)
-        plots.draw({config.optimizer: rows(folder)}, config.name, folder / CURVES)
+        training.draw({config.optimizer: rows(folder)}, config.name, folder / CURVES)
         shutil.rmtree(folder / BEST, ignore_errors=True)
         shutil.copytree(best, folder / BEST)
         shutil.rmtree(config.run_dir, ignore_errors=True)

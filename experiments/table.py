@@ -15,8 +15,9 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, comparison, jsonl, plots, recipes, runs, train, tune
+from experiments import cli, comparison, jsonl, recipes, runs, train, tune
 from experiments.config import Config, OptimizerName, check_same
+from experiments.figures import tables
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.record import Row
@@ -169,9 +170,9 @@ def write(file: Path) -> list[comparison.Line]:
     lines, title = comparison.compare(rows), file.stem.replace("_", ", ")
     file.with_suffix(".md").write_text(f"# {title}\n\n{_head(rows, file)}\n\n{comparison.markdown(lines)}\n")
     file.with_suffix(".csv").write_text(comparison.comma_separated(lines))
-    plots.draw_comparison(lines, title, file.with_suffix(".png"))
+    tables.draw_comparison(lines, title, file.with_suffix(".png"))
     if file.stem.startswith(SWEEPS):
-        plots.draw_gains(lines, title, file.with_name(f"{file.stem}_gains.png"))
+        tables.draw_gains(lines, title, file.with_name(f"{file.stem}_gains.png"))
     return lines
 
 

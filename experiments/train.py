@@ -21,7 +21,6 @@ from experiments import (
     flops,
     loop,
     optimizers,
-    plots,
     recipes,
     runs,
     seeds,
@@ -31,6 +30,7 @@ from experiments import (
 )
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config, OptimizerName
+from experiments.figures import training
 from experiments.record import Row
 from experiments.tasks import Task
 from s2sam_jax import TrainState, get_masks
@@ -116,7 +116,7 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     if arguments.compare and sharding.writes():
         first = next(iter(configs.values()))
         file = arguments.config.out / f"compare-{'-'.join(arguments.compare)}-{first.name}.png"
-        plots.draw(rows, _title(arguments), file)
+        training.draw(rows, _title(arguments), file)
         console.print(f"Curves: {file}", soft_wrap=True)
     return folders
 

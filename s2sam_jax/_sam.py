@@ -1,7 +1,7 @@
 """SAM and ASAM as a transformation of gradients."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -196,9 +196,10 @@ PROCESS = """
 import glob, os, signal, sys, time
 sys.path.insert(0, "tests")
 import toy
-from experiments import plots, tasks, train
+from experiments import tasks, train
+from experiments.figures import training
 from experiments.tasks import arrays
-tasks.build, plots.draw = toy.build, lambda runs, title, file: file.touch()
+tasks.build, training.draw = toy.build, lambda runs, title, file: file.touch()
 
 epoch, saved = arrays.ImageArrays.epoch, os.environ.get("DIE_AFTER")
 

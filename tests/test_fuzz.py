@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import fuzz, fuzz_cases
+from experiments.reliability import fuzz, fuzz_cases
 
 CASE = dataclasses.replace(
     fuzz_cases.draw(random.Random(0), 0, False), tree="one", dtype="float32", optimizer="momentum", sharpness="none",

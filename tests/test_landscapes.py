@@ -8,7 +8,8 @@ import pytest
 from matplotlib.image import imread
 from toy import compiled_once, toy
 
-from experiments import flatness, landscapes, runs, solution, spectrum, surface, train
+from experiments import flatness, runs, solution, spectrum, surface, train
+from experiments.figures import landscapes
 
 __all__ = ["compiled_once", "toy"]
 

@@ -9,8 +9,9 @@ import pytest
 from matplotlib.image import imread
 from toy import compiled_once, toy
 
-from experiments import churn, curves, draw, landscapes, loop, mask_plots, ratio, spectrum, surface, tasks, train
+from experiments import churn, draw, loop, ratio, spectrum, surface, tasks, train
 from experiments.config import Config
+from experiments.figures import curves, landscapes, masks
 from experiments.solution import Solution
 
 __all__ = ["compiled_once", "toy"]
@@ -22,7 +23,7 @@ RNG = np.random.default_rng(0)
 def figures(monkeypatch):
     """What would be saved."""
     saved = []
-    for module in (curves, mask_plots, landscapes):
+    for module in (curves, masks, landscapes):
         monkeypatch.setattr(module.Figure, "savefig", lambda self, *_, **__: saved.append(self))
     return saved
 
@@ -98,15 +99,15 @@ def test_masks_show_density_and_change(figures, tmp_path):
         {"epoch": 2, "masks": {"a/kernel": [60, 100, 3, 4], "b": [10, 20, 0, 5]}},
         {"epoch": 4, "masks": {"a/kernel": [80, 100, 22, 2], "b": [10, 20, 1, 1]}},
     ]
-    mask_plots.draw_masks(rows, "title", tmp_path / "x.png")
+    masks.draw_masks(rows, "title", tmp_path / "x.png")
     density, change, total = figures[0].axes[:3]
     np.testing.assert_allclose(density.collections[0].get_array(), [[40, 20], [50, 50]])
     np.testing.assert_allclose(change.collections[0].get_array(), [[10, 10], [50, 10]])
     assert [label.get_text() for label in density.get_yticklabels()] == ["a", "b"]
     assert [bar.get_height() for bar in total.patches] == [9, 3, -3, -23]
-    mask_plots.draw_masks(rows[:1], "of one row", tmp_path / "x.png")
+    masks.draw_masks(rows[:1], "of one row", tmp_path / "x.png")
     with pytest.raises(ValueError, match="no counts of masks"):
-        mask_plots.draw_masks([{"epoch": 1}], "title", tmp_path / "x.png")
+        masks.draw_masks([{"epoch": 1}], "title", tmp_path / "x.png")
 
 
 def test_ratio_on_a_parabola():

@@ -13,7 +13,7 @@ import oracles
 import pytest
 from test_structure import groups_mask
 
-from experiments import fuzz, fuzz_cases
+from experiments.reliability import fuzz, fuzz_cases
 from s2sam_jax import (
     NM,
     Channel,
@@ -148,7 +148,7 @@ def test_distributions_spend_their_budget(shapes, sparsity, distribution):
 @hypothesis.settings(QUICK, max_examples=5)
 @hypothesis.given(st.randoms(use_true_random=False), st.integers(0, 999))
 def test_every_configuration_keeps_its_promises(rng, number):
-    """One that fails here is made as simple as it can be; ``experiments.fuzz`` runs many thousands."""
+    """One that fails here is made as simple as it can be; ``experiments.reliability.fuzz`` runs many thousands."""
     outcome = fuzz.run(fuzz_cases.draw(rng, number, jitted=False))  # raises for a broken promise
     assert outcome == "passed" or not outcome.startswith("jax: ")  # else refused, by a message that is meant for users
 

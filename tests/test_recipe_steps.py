@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, jsonl, models, narrow_steps, one_step, recipes, tasks
+from experiments import data, jsonl, models, recipes, tasks
 from experiments.config import Config
+from experiments.reliability import narrow_steps, one_step
 from s2sam_jax import SparseState
 from s2sam_jax._tree import find_states
 

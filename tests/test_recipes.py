@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from experiments import comparison, plots, recipes, runs, sparse_methods, table
+from experiments import comparison, recipes, runs, sparse_methods, table
+from experiments.figures import tables
 from experiments.recipes import base
 from experiments.recipes.ssam import DOUBTFUL
 from s2sam_jax import ChannelGroup, Every, Slice
@@ -515,13 +516,13 @@ def test_missing_cells_are_dashes():
 def test_gains_are_drawn_against_the_share_of_zeros(tmp_path, monkeypatch):
     """Of each method with what belongs to all; with intervals, and the paper's where there are some."""
     figures = []
-    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, file, dpi: figures.append(figure))
+    monkeypatch.setattr(tables.Figure, "savefig", lambda figure, file, dpi: figures.append(figure))
     rng, rows = np.random.default_rng(0), []
     for recipe in recipes.of_table("sparsities"):
         if recipe.sparsity in (None, 0.9, 0.98) and recipe.config.optimizer != "sam":
             rows += [{"recipe": table.described(recipe), "seed": s, "value": rng.normal(90, 1)} for s in range(3)]
     lines = comparison.compare(rows)
-    plots.draw_gains(lines, "sparsities", tmp_path / "gains.png")
+    tables.draw_gains(lines, "sparsities", tmp_path / "gains.png")
     panels = figures[0].axes
     assert [axes.get_title() for axes in panels] == ["MEST (EM)", "RigL (ERK)"]
     found = {line.name: line for line in lines}
@@ -537,14 +538,14 @@ def test_gains_are_drawn_against_the_share_of_zeros(tmp_path, monkeypatch):
 
 def test_no_gains_no_figure_and_no_interval_no_bar(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, file, dpi: drawn.append(figure))
+    monkeypatch.setattr(tables.Figure, "savefig", lambda figure, file, dpi: drawn.append(figure))
     rows = [
         {"recipe": table.described(recipes.get(f"sparsities.rigl-erk-0.9.{name}")), "seed": 0, "value": 90.0}
         for name in ("sgd", "s2sam")
     ]
-    plots.draw_gains(comparison.compare(rows[:1]), "sparsities", tmp_path / "gains.png")
+    tables.draw_gains(comparison.compare(rows[:1]), "sparsities", tmp_path / "gains.png")
     assert drawn == []
-    plots.draw_gains(comparison.compare(rows), "sparsities", tmp_path / "gains.png")
+    tables.draw_gains(comparison.compare(rows), "sparsities", tmp_path / "gains.png")
     (bars,) = drawn[0].axes[0].containers
     assert all(np.isnan(segment).any() or not len(segment) for segment in bars.lines[2][0].get_segments())
 
@@ -563,5 +564,5 @@ def test_terminal_table_and_plot(tmp_path):
     assert "table1, cpu" in text
     assert all(line.row in text for line in lines)
     assert all(column in text for column in comparison.HEADER)
-    plots.draw_comparison(lines, "table1, cpu", tmp_path / "table.png")
+    tables.draw_comparison(lines, "table1, cpu", tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000

@@ -101,9 +101,10 @@ CHILD = """
 import os, sys
 sys.path.insert(0, "tests")
 import toy
-from experiments import plots, tasks, train
+from experiments import tasks, train
+from experiments.figures import training
 from experiments.checkpoint import Checkpoints
-tasks.build, plots.draw = toy.build, lambda runs, title, file: file.touch()
+tasks.build, training.draw = toy.build, lambda runs, title, file: file.touch()
 save = Checkpoints.save
 def saving(self, epoch, *rest):
     save(self, epoch, *rest)

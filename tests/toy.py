@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import plots, tasks
+from experiments import tasks
+from experiments.figures import training
 from experiments.models import Network
 
 WIDTH = 96
@@ -48,5 +49,5 @@ def compiled_once(tmp_path_factory):
 def toy(monkeypatch, compiled_once):
     """In place of the models; and no curves are drawn."""
     monkeypatch.setattr(tasks, "build", build)
-    monkeypatch.setattr(plots, "draw", lambda runs, title, file: file.touch())
+    monkeypatch.setattr(training, "draw", lambda runs, title, file: file.touch())
     return compiled_once

@@ -1,6 +1,6 @@
 """Kills runs at random moments, lets them go on, and compares them bit by bit with runs that nothing happened to.
 
-    python -m experiments.resume_matrix
+    python -m experiments.reliability.resume_matrix
 
 One row for each method and optimizer.
 """

@@ -1,6 +1,6 @@
 """Random configurations of the library, each run for a few updates and checked after every one.
 
-    python -m experiments.fuzz --count 10000
+    python -m experiments.reliability.fuzz --count 10000
 
 A case follows from its number alone. It passes, or is refused by a ValueError or TypeError before anything was trained;
 all else is a finding. One row for each chunk of cases; the same command goes on after the last row.
@@ -25,9 +25,10 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, fuzz_cases, jsonl, runs
+from experiments import cli, jsonl, runs
 from experiments.config import Config
-from experiments.fuzz_cases import Case
+from experiments.reliability import fuzz_cases
+from experiments.reliability.fuzz_cases import Case
 from s2sam_jax import SparseState, _select, apply_masks, get_masks, perturb
 
 UPDATES = 6

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.plots import COLOURS, GREY, tidy
+from experiments.figures.style import COLOURS, GREY, tidy
 from experiments.record import Row
 
 

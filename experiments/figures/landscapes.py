@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.plots import COLOURS, GREY, MARKERS, tidy
+from experiments.figures.style import COLOURS, GREY, MARKERS, tidy
 from experiments.record import Row
 from s2sam_jax.analysis import Spectrum
 

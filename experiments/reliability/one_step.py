@@ -1,6 +1,6 @@
 """Every full-size model takes real steps under RigL with S2-SAM, one of them ordinary: that it fits together, as rows.
 
-python -m experiments.one_step
+python -m experiments.reliability.one_step
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.config import choices
-from experiments.plots import COLOURS, MARKERS, tidy
+from experiments.figures.style import COLOURS, MARKERS, tidy
 from experiments.record import Row
 
 PANELS = (

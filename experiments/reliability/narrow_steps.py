@@ -1,6 +1,6 @@
 """Two real train steps of each combination of model, method and optimizer among the recipes, on narrow networks.
 
-    python -m experiments.narrow_steps
+    python -m experiments.reliability.narrow_steps
 
 A network keeps its class and depth; width, images, vocabulary, sentences and batch are small. Each row is stored as
 soon as it is there, and what has a row is skipped, so that the same command goes on after an interruption.
@@ -13,8 +13,9 @@ import jax
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, models, one_step, recipes, runs
+from experiments import cli, jsonl, models, recipes, runs
 from experiments.config import Config
+from experiments.reliability import one_step
 
 Key = tuple[str, str, str]  # model, method, optimizer
 

@@ -1,0 +1,1 @@
+"""Every figure, drawn from rows alone, a kind of rows a file."""

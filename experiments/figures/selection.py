@@ -1,0 +1,28 @@
+"""How selection grows with the number of scores."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.figures.style import COLOURS
+
+
+def draw_growth(points: Sequence[Mapping[str, Any]], device: str, file: Path) -> None:
+    """Time and memory of selection against the number of scores, both axes logarithmic."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, field, label in (
+        (panels[0], "seconds", "time (s)"),
+        (panels[1], "temporary_bytes", "temporary memory (bytes)"),
+    ):
+        for way, colour in zip(dict.fromkeys(point["way"] for point in points), cycle(COLOURS)):
+            mine = [point for point in points if point["way"] == way]
+            axes.loglog([p["parameters"] for p in mine], [p[field] for p in mine], "o-", color=colour, label=way)
+        axes.set(xlabel="scores", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    figure.suptitle(f"Selecting the largest tenth, {device}")
+    figure.savefig(file, dpi=120)
