@@ -276,6 +276,17 @@ def test_label_noise_differs_in_optimizer_and_radius_alone():
         assert (base.config.method, base.config.label_noise) == (recipe.config.method, recipe.config.label_noise)
 
 
+def test_label_noise_of_cifar10_differs_in_optimizer_and_radius_alone():
+    found = recipes.of_table("label-noise-cifar10")
+    assert [recipe.config.method for recipe in found] == ["dense"] * 7 + ["rigl"] * 7
+    for recipe in found:
+        base = recipes.get(recipe.baseline or recipe.name).config
+        assert dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05) == base
+        assert (base.dataset, base.subset, base.label_noise, base.method) == (
+            ("cifar10", 1000, 0.4, recipe.config.method)
+        )  # fmt: skip
+
+
 def test_work_a_step():
     """SSAM's is that of its tables."""
     printed = {0.5: 1.65, 0.8: 1.44, 0.9: 1.36, 0.95: 1.33, 0.98: 1.31, 0.99: 1.30}

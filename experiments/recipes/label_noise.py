@@ -1,8 +1,8 @@
-"""Does S2-SAM do what SAM does, where SAM is known to gain most? Digits of which 40 % have a wrong label.
+"""Does S2-SAM do what SAM does, where SAM is known to gain most? Images of which 40 % have a wrong label.
 
 SAM keeps networks from learning wrong labels by heart (Baek, Kolter, Raghunathan, "Why is SAM robust to label noise?",
-ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right. Beside it, what the same radii do where all
-labels are.
+ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right. All of digits, and beside it what the same radii
+do where all labels are right; and 1,000 images of CIFAR-10.
 """
 
 import dataclasses
@@ -19,6 +19,9 @@ RADII: tuple[tuple[OptimizerName, float], ...] = (
 RELATIVES: tuple[tuple[OptimizerName, float], ...] = (
     ("asam", 2.0), ("ssam-f", 0.2), ("ssam-d", 0.2), ("msam", 0.2), ("looksam", 0.2), ("gsam", 0.2), ("esam", 0.2),
 )  # fmt: skip
+CIFAR_RADII: tuple[tuple[OptimizerName, float], ...] = (
+    ("sgd", 0.05), ("s2sam", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("s2sam", 1.0), ("sam", 0.05), ("sam", 0.2),
+)  # fmt: skip
 UNKNOWN = "All: 100 epochs, rho untuned, weight decay 5e-4 for all, RigL updates its masks once an epoch."
 
 
@@ -33,3 +36,5 @@ def recipes() -> Iterator[Recipe]:
             yield dataclasses.replace(found, baseline=f"label-noise.{key}-sgd")
         right = dataclasses.replace(base, label_noise=0.0)
         yield from by_radius("label-noise", f"right-{key}", f"right labels, {label}", right, RADII, UNKNOWN)
+        cifar = dataclasses.replace(base, dataset="cifar10", subset=1000, eval_every=10)
+        yield from by_radius("label-noise-cifar10", key, label, cifar, CIFAR_RADII, UNKNOWN)
