@@ -10,6 +10,7 @@ from s2sam_jax._checked import checked as checked
 from s2sam_jax._esam import ESAMState as ESAMState
 from s2sam_jax._esam import esam as esam
 from s2sam_jax._esam import sharpest as sharpest
+from s2sam_jax._faults import check_masks as check_masks
 from s2sam_jax._gsam import GSAMState as GSAMState
 from s2sam_jax._gsam import gsam as gsam
 from s2sam_jax._gsam import rho_from_learning_rate as rho_from_learning_rate
@@ -17,7 +18,6 @@ from s2sam_jax._looksam import LookSAMState as LookSAMState
 from s2sam_jax._looksam import looksam as looksam
 from s2sam_jax._masks import SparseState as SparseState
 from s2sam_jax._masks import apply_masks as apply_masks
-from s2sam_jax._masks import check_masks as check_masks
 from s2sam_jax._masks import get_masks as get_masks
 from s2sam_jax._masks import set_masks as set_masks
 from s2sam_jax._masks import update_masks as update_masks

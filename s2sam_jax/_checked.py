@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.experimental import checkify
 
-from s2sam_jax._faults import Fault, not_finite
-from s2sam_jax._masks import SparseState, get_masks, sparse_faults
+from s2sam_jax._faults import Fault, not_finite, sparse_faults
+from s2sam_jax._masks import SparseState, get_masks
 from s2sam_jax._perturb import perturb, perturbations, perturbing
 from s2sam_jax._s2sam import S2SAMState
 from s2sam_jax._tree import (

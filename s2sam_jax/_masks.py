@@ -1,17 +1,13 @@
-"""Masks in an optimizer state: where they are kept, and how to read, set, apply and check them."""
+"""Masks in an optimizer state: where they are kept, and how to read, set and apply them."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from s2sam_jax._faults import NOT_APPLIED, Fault, not_finite, of_mask, of_perturbation, of_pruned
 from s2sam_jax._select import ones
 from s2sam_jax._tree import (
-    Path,
     align,
     check_same_named,
     find_states,
@@ -19,7 +15,6 @@ from s2sam_jax._tree import (
     mask_mirrored,
     named_leaves,
     path_names,
-    scalar,
     with_extra_args,
 )
 from s2sam_jax._types import Masks, Params
@@ -80,7 +75,7 @@ def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
       >>> int(get_masks(state)["kernel"].sum())
       2
     """
-    states = _sparse_states(opt_state, "get_masks")
+    states = sparse_states(opt_state, "get_masks")
     if params is None:
         if len(states) > 1:
             raise ValueError("get_masks: opt_state holds several SparseStates; pass params to get one tree.")
@@ -124,7 +119,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
         raise TypeError(f"set_masks needs bool masks; these are not: {wrong}.")
     covered = {
         path: mask
-        for state in _sparse_states(opt_state, "set_masks")
+        for state in sparse_states(opt_state, "set_masks")
         for path, mask in named_leaves(state.masks).items()
     }
     given = named_leaves(masks)
@@ -163,7 +158,7 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
       4.0
     """
     leaves = {}
-    for state in _sparse_states(opt_state, "apply_masks"):
+    for state in sparse_states(opt_state, "apply_masks"):
         leaves |= named_leaves(state.masks)
     covered = {path: p for path, p in named_leaves(params).items() if path in leaves}
     check_same_named(covered, leaves, "params", "the masks in opt_state")
@@ -207,7 +202,7 @@ def update_masks(
       [[ True False]
        [ True False]]
     """
-    _sparse_states(opt_state, "update_masks")
+    sparse_states(opt_state, "update_masks")
     if find_states(opt_state, optax.MultiStepsState):
         raise ValueError("update_masks: inside optax.MultiSteps an update is not one call; let the clock decide there.")
     tx = with_extra_args(tx)
@@ -215,59 +210,7 @@ def update_masks(
     return optax.apply_updates(params, updates), opt_state
 
 
-def check_masks(params: Params, opt_state: Any) -> None:
-    """Raises if anything that sparse training promises does not hold. For the host; costs a few passes.
-
-    Checked per leaf: structure and shape of the masks, their count against the one recorded at the last mask update,
-    exact zeros off the mask in the parameters and in the gradient that :func:`s2sam` remembers, and finite weights.
-    Momenta are not: :func:`sparsify` zeroes them before they are used, and some optimizers leave tiny numbers there.
-
-    Args:
-      params: clean parameters.
-      opt_state: a state with a :class:`SparseState`.
-
-    Raises:
-      ValueError: listing every leaf that fails and how.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> from s2sam_jax import check_masks, methods, sparsify
-      >>> params = {"kernel": jnp.ones((2, 2))}
-      >>> state = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5).init(params)
-      >>> check_masks(params, state)
-      Traceback (most recent call last):
-      ValueError: check_masks found:
-        kernel: 2 pruned weights are not zero; call apply_masks(params, opt_state) after init or a restore
-    """
-    faults = []
-    named = named_leaves(params)
-    for state in _sparse_states(opt_state, "check_masks"):
-        masks = named_leaves(state.masks)
-        check_same_named(masks, {path: p for path, p in named.items() if path in masks}, "the masks", "params")
-        if jnp.ndim(scalar(state.nnz)) > 1:
-            raise ValueError(
-                "check_masks looks at one network; this state is of several: take one from params and opt_state, "
-                "jax.tree.map(lambda x: x[i], ...)."
-            )
-        faults += sparse_faults(named, state, np.asarray)
-    if problems := [f.line.format(f.value, f.wanted) for f in faults if f.value != f.wanted]:
-        raise ValueError("check_masks found:\n  " + "\n  ".join(problems))
-
-
-def sparse_faults(
-    weights: dict[Path, Any], state: SparseState, fetch: Callable[[Any], Any] = lambda x: x, advice: str = NOT_APPLIED
-) -> list[Fault]:
-    """What may be wrong with masks, with what is behind them, and with the perturbation of the next gradient."""
-    faults, masks = [], named_leaves(state.masks)
-    for (path, mask), count in zip(masks.items(), fetch(scalar(state.nnz)), strict=True):
-        name, weight, alive = "/".join(path), fetch(weights[path]), fetch(mask)
-        faults.append(of_mask(name, alive, count))
-        faults.append(of_pruned(name, weight, alive, advice))
-        faults.append(not_finite(name, weight, "weights"))
-    return faults + of_perturbation(state.inner_state, masks, fetch)
-
-
-def _sparse_states(opt_state: Any, caller: str) -> list[SparseState]:
+def sparse_states(opt_state: Any, caller: str) -> list[SparseState]:
     states = find_states(opt_state, SparseState)
     if not states:
         raise ValueError(
