@@ -16,11 +16,15 @@ PACKAGES = ("s2sam_jax", "experiments", "__main__")
 def one_line() -> Iterator[None]:
     """Ends a mistake of the user in its message and exit code 1; what nobody foresaw keeps its traceback.
 
-    A mistake is a missing file, or an error that our own code raises, rather than a library that it calls.
+    A mistake is a file that cannot be opened, or an error that our own code raises, rather than a library that it
+    calls. Ctrl-C ends in a line too, with exit code 130 as shells have it.
     """
     try:
         yield
-    except FileNotFoundError as error:
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
         sys.exit(f"error: {error}")
     except (ValueError, TypeError, FloatingPointError) as error:
         if not _raised_by_us(error):

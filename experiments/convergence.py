@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from experiments import cli, jsonl, nonconvex, runs, stability
+from experiments import cli, jsonl, missing, nonconvex, runs, stability
 from experiments.config import Config
 from experiments.figures.style import COLOURS, GREY, MARKERS
 
@@ -75,13 +75,16 @@ def risks(n: int, rho: float, sets: int) -> Row:
 def run(arguments: Arguments) -> None:
     """Each row is written as soon as it is there."""
     optimizers = [name for name in nonconvex.OPTIMIZERS if name != "sgd"]
-    cells = [("gradients", "sgd", 0.0)]
-    cells += [("gradients", name, rho) for rho in arguments.radii for name in optimizers]
-    cells += [("risk", n, rho) for rho in arguments.risk_radii for n in arguments.sizes]
-    done = {(row["part"], row["of"], row["rho"]) for row in jsonl.read(arguments.rows)}
+    walks = [("sgd", 0.0), *((name, rho) for rho in arguments.radii for name in optimizers)]
+    wanted: dict[tuple[str, Any, float], Row] = {
+        ("gradients", name, rho): {"last_step": arguments.steps, "seeds": arguments.seeds} for name, rho in walks
+    }
+    wanted |= {("risk", n, rho): {"sets": arguments.sets} for rho in arguments.risk_radii for n in arguments.sizes}
+    rows = jsonl.read(arguments.rows, ("part", "of", "rho"))
+    have = {(row["part"], row["of"], row["rho"]): row | {"last_step": row.get("steps", [0])[-1]} for row in rows}
     provenance = runs.provenance(Config())
     provenance = {name: provenance[name] for name in ("device", "xla_flags", "versions", "commit")}
-    for part, of, rho in track([cell for cell in cells if cell not in done], description="runs"):
+    for part, of, rho in track(missing.of(arguments.rows, have, wanted), description="runs"):
         row = {"part": part, "of": of, "rho": rho}
         if part == "gradients":
             row |= gradients(str(of), rho, arguments.steps, arguments.seeds)

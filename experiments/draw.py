@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments import cli, jsonl, ratio, runs, spectrum, surface
@@ -46,13 +47,15 @@ def run(arguments: Arguments) -> Path:
     Raises:
       ValueError: where the rows do not hold what the figure shows.
     """
-    file, analysis = arguments.out or Path(f"{arguments.kind}.png"), ANALYSES.get(arguments.kind)
+    file, analysis = _file(arguments), ANALYSES.get(arguments.kind)
     name = runs.METRICS if analysis is None else analysis.rows
     fields = ("config", "seed", *SHOWN.get(arguments.kind, ()))
     rows = [row for path in arguments.rows for row in _read(path / name if path.is_dir() else path, fields)]
     if not rows:
         raise ValueError(f"There are no rows in {', '.join(map(str, arguments.rows)) or 'nothing'}.")
     groups = curves.grouped(rows)
+    if arguments.kind == "curves" and len(groups) > curves.MOST:
+        raise ValueError(f"{len(groups)} curves look alike; draw at most {curves.MOST} at a time.")
     if arguments.kind == "curves":
         curves.draw_curves(groups, _common(rows), file)
     elif arguments.kind == "masks":
@@ -68,17 +71,29 @@ def run(arguments: Arguments) -> Path:
     return file
 
 
+def _file(arguments: Arguments) -> Path:
+    """Where the figure goes; a PNG where nothing says otherwise."""
+    file = arguments.out or Path(arguments.kind)
+    file = file if file.suffix else file.with_suffix(".png")
+    known = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:] not in known:
+        raise ValueError(f"--out must end in one of {', '.join(sorted(known))}; got {file}.")
+    return file
+
+
 def _against_sparsity(rows: list[Row], arguments: Arguments, file: Path) -> None:
     """The last row of each run; a row that says nothing else has method, optimizer and sparsity of its config."""
     finals = []
     for row in rows:
         config = row["config"]
-        named = {"method": config["method"], "optimizer": config["optimizer"], "sparsity_asked": config["sparsity"]}
-        if row.get("final", True) and row.get(arguments.field) is not None:
+        sparsity = 0.0 if config["method"] == "dense" else config["sparsity"]
+        named = {"method": config["method"], "optimizer": config["optimizer"], "sparsity_asked": sparsity}
+        if row.get("final", True) and isinstance(row.get(arguments.field), int | float):
             finals.append(named | row)
     finals = [row for row in finals if row["method"] in (arguments.methods or (row["method"],))]
     if not finals:
-        raise ValueError(f"No row of a finished run has {arguments.field} and is of {arguments.methods or 'a method'}.")
+        of = f" and is of {', '.join(arguments.methods)}" if arguments.methods else ""
+        raise ValueError(f"No row of a finished run has a number as {arguments.field}{of}.")
     cells = [(row["method"], row["optimizer"], row["sparsity_asked"], row["seed"]) for row in finals]
     if twice := {cell for cell in cells if cells.count(cell) > 1}:
         method, optimizer, sparsity, seed = min(twice)

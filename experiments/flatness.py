@@ -15,8 +15,8 @@ from typing import Any
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, loop, runs, solution, spectrum, spread, surface, sweep, tasks
-from experiments.config import Config, OptimizerName, check_same
+from experiments import cli, jsonl, loop, missing, runs, solution, spectrum, spread, surface, sweep, tasks
+from experiments.config import Config, OptimizerName
 from experiments.figures import landscapes
 from experiments.record import Last, Row
 
@@ -81,29 +81,34 @@ def run(arguments: Arguments) -> None:
     """Each row is written as soon as it is there.
 
     Raises:
-      ValueError: for a run of the same method, optimizer, sparsity and seed as a row, but otherwise another one.
+      ValueError: for a row of the same method, optimizer, sparsity and seed that is otherwise another one, or was
+        measured otherwise: the figures could not tell them apart.
     """
-    done = {sweep.cell_of(row): row for row in jsonl.read(arguments.rows, (*sweep.CELL, "examples", "config"))}
+    have = {sweep.cell_of(row): row for row in jsonl.read(arguments.rows, (*sweep.CELL, "examples", "config"))}
     if arguments.runs:
-        _run_on_folders(arguments, done)
+        _run_on_folders(arguments, have)
     else:
-        _run_on_digits(arguments, done)
+        _run_on_digits(arguments, have)
 
 
-def _run_on_folders(arguments: Arguments, done: dict[sweep.Cell, Row]) -> None:
+def _wanted(config: Config, arguments: Arguments) -> Row:
+    """What a row must say of itself."""
+    measured = {field: getattr(arguments, field) for field in ("span", "n", "steps")}
+    examples = min(arguments.examples, config.subset or arguments.examples)
+    return {"config": config, "examples": examples // config.batch_size * config.batch_size} | measured
+
+
+def _run_on_folders(arguments: Arguments, have: dict[sweep.Cell, Row]) -> None:
     for folder in track(arguments.runs, description="runs"):
         config = runs.read_config(folder)
         cell = config.method, config.optimizer, config.sparsity, config.seed
-        if cell not in done:
+        if missing.of(arguments.rows, have, {cell: _wanted(config, arguments)}):
             config, found = solution.of_run(folder, arguments.data, arguments.examples)
-            _store(cell, config, runs.rows(folder)[-1] | looked_at(found, config, arguments), arguments.rows)
-            done[cell] = {"config": config.to_json()}
-        else:
-            what = f"{arguments.rows} has a row like {folder}, which the figures could not tell apart, but of"
-            check_same(done[cell]["config"], config, what, "Give other --rows.")
+            figures = runs.rows(folder)[-1] | looked_at(found, config, arguments)
+            have[cell] = _store(cell, config, figures, arguments.rows)
 
 
-def _run_on_digits(arguments: Arguments, done: dict[sweep.Cell, Row]) -> None:
+def _run_on_digits(arguments: Arguments, have: dict[sweep.Cell, Row]) -> None:
     cells: list[sweep.Cell] = [
         (method, optimizer, sparsity, seed)
         for method in arguments.methods
@@ -112,15 +117,17 @@ def _run_on_digits(arguments: Arguments, done: dict[sweep.Cell, Row]) -> None:
         for seed in arguments.seeds
     ]
     loaded = tasks.load(Config())
-    for cell in track([cell for cell in cells if cell not in done], description="runs"):
+    wanted = {cell: _wanted(config_of(*cell), arguments) for cell in cells}
+    for cell in track(missing.of(arguments.rows, have, wanted), description="runs"):
         config = config_of(*cell)
         _store(cell, config, measured(config, loaded, arguments), arguments.rows)
 
 
-def _store(cell: sweep.Cell, config: Config, figures: dict[str, Any], file: Path) -> None:
+def _store(cell: sweep.Cell, config: Config, figures: dict[str, Any], file: Path) -> Row:
     method, optimizer, sparsity, _ = cell
     row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | figures | runs.provenance(config)
     jsonl.append(file, row)
+    return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ import optax
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, loop, runs, solution, sweep, tasks
+from experiments import cli, jsonl, loop, missing, runs, solution, sweep, tasks
 from experiments.config import Config
 from experiments.record import Last, Row
 from experiments.solution import Solution
@@ -127,13 +127,32 @@ def measure(found: Solution, opt_state: Any, arguments: Arguments) -> list[Row]:
     return rows
 
 
+def networks(file: Path) -> dict[tuple[str, int], Row]:
+    """What has been measured of each."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in jsonl.read(file, ("method", "seed", "config", "rho_measured", "draws")):
+        found.setdefault((row["method"], row["seed"]), []).append(row)
+    return {
+        network: {
+            "config": rows[0]["config"],
+            "radii": sorted({row["rho_measured"] for row in rows}),
+            "draws": max(row["draws"] for row in rows),
+        }
+        for network, rows in found.items()
+    }
+
+
 def run(arguments: Arguments) -> None:
     """Trains what has no rows yet; the rows of a network are written together."""
-    done = {(row["method"], row["seed"]) for row in jsonl.read(arguments.rows)}
     loaded = tasks.load(Config())
-    cells = [cell for cell in itertools.product(arguments.methods, arguments.seeds) if cell not in done]
-    for method, seed in track(cells, description="networks"):
-        config = dataclasses.replace(sweep.config_of(method, "s2sam", 0.9, seed), epochs=arguments.epochs)
+    configs = {
+        (method, seed): dataclasses.replace(sweep.config_of(method, "s2sam", 0.9, seed), epochs=arguments.epochs)
+        for method, seed in itertools.product(arguments.methods, arguments.seeds)
+    }
+    measured = {"radii": sorted(arguments.radii), "draws": arguments.draws}
+    wanted = {cell: {"config": config} | measured for cell, config in configs.items()}
+    for method, seed in track(missing.of(arguments.rows, networks(arguments.rows), wanted), description="networks"):
+        config = configs[method, seed]
         task, last = tasks.make(config, loaded), Last()
         state = loop.train(config, task, last)
         found = solution.of_state(config, task, state, arguments.examples)

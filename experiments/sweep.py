@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, loop, runs, sparse_methods, spread, tasks
+from experiments import cli, jsonl, loop, missing, runs, sparse_methods, spread, tasks
 from experiments.config import Config, OptimizerName
 from experiments.record import Last
 
@@ -54,16 +54,17 @@ def run(sweep: Sweep) -> None:
     """Trains what has no row yet; each row is written as soon as it is there.
 
     Raises:
-      ValueError: for a method that is not sparse.
+      ValueError: for a method that is not sparse, and for a row of another config.
     """
     if "dense" in sweep.methods:
         raise ValueError("The sweep is over sparse methods, at each sparsity; dense is none: leave it out.")
-    done = {cell_of(row) for row in jsonl.read(sweep.rows, CELL)}
+    have = {cell_of(row): row for row in jsonl.read(sweep.rows, (*CELL, "config"))}
     cells: list[Cell] = [
         (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds
     ]
     dataset = tasks.load(Config())
-    for cell in track([cell for cell in cells if cell not in done], description="runs"):
+    left = missing.of(sweep.rows, have, {cell: {"config": config_of(*cell)} for cell in cells})
+    for cell in track(left, description="runs"):
         config, last = config_of(*cell), Last()
         loop.train(config, tasks.make(config, dataset), last)
         method, optimizer, sparsity, _ = cell

@@ -15,13 +15,15 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, comparison, jsonl, recipes, runs, train, tune
-from experiments.config import Config, OptimizerName, check_same
+from experiments import cli, comparison, jsonl, missing, recipes, runs, train, tune
+from experiments.config import Config, OptimizerName
 from experiments.figures import tables
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.record import Row
 from experiments.scales import Scale, scaled
+
+OTHERWISE = "Pass --tuned if it was made so, give another folder as --results, or take the row out of the file."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +78,8 @@ def run(arguments: Arguments) -> list[Row]:
     best = None if arguments.tuned is None else tune.best(arguments.tuned)
     pairs = [(r, _config(r, seed, arguments, best)) for r in chosen(arguments) for seed in arguments.seeds]
     stored = {(row["recipe"]["name"], row["seed"]): row for row in jsonl.read(rows_file(arguments))}
-    for recipe, config in pairs:
-        _check_same(stored.get((recipe.name, config.seed)), config, rows_file(arguments))
+    wanted = {(recipe.name, config.seed): {"config": config} for recipe, config in pairs}
+    missing.of(rows_file(arguments), stored, wanted, OTHERWISE)
     rows = []
     for recipe, config in track(pairs, description="runs"):
         row = stored.get((recipe.name, config.seed))
@@ -92,14 +94,6 @@ def run(arguments: Arguments) -> list[Row]:
             store([row], rows_file(arguments))
         rows.append(row)
     return rows
-
-
-def _check_same(row: Row | None, config: Config, file: Path) -> None:
-    """Raises a ValueError that names in what a stored row is of another run: it is not to be replaced unasked."""
-    if row is not None:
-        what = f"{file} has a row of {row['recipe']['name']}, seed {row['seed']}, from"
-        advice = "Pass --tuned if it was made so, give another folder as --results, or take the row out of the file."
-        check_same(row["config"], config, what, advice)
 
 
 def rows_file(arguments: Arguments) -> Path:

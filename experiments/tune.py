@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cli, data, jsonl, loop, recipes, runs, tasks
+from experiments import cli, data, jsonl, loop, missing, recipes, runs, tasks
 from experiments.config import Config
 from experiments.recipes import Recipe
 from experiments.record import Last
@@ -92,14 +92,18 @@ def configs(arguments: Arguments) -> list[tuple[str, Config]]:
 
 def run(arguments: Arguments, file: Path) -> None:
     """Each row is written as soon as it is there; what broke down has an accuracy of zero."""
-    done = {(row["setting"], row["config"]["rho"]) for row in jsonl.read(file, FIELDS)}
-    missing = [(name, config) for name, config in configs(arguments) if (name, config.rho) not in done]
     if not arguments.held_out > 0:
         raise ValueError(f"held_out is the share of the training images to choose by; got {arguments.held_out}.")
     load = functools.cache(lambda dataset, subset: data.load(dataset, arguments.data, subset))
-    for name, config in track(missing, description="runs"):
-        dataset, reporter = load(config.dataset, config.subset), Last()
-        config = dataclasses.replace(config, validation=max(1, round(arguments.held_out * len(dataset.train_labels))))
+    wanted = {}
+    for name, config in configs(arguments):
+        images = len(load(config.dataset, config.subset).train_labels)
+        held_out = dataclasses.replace(config, validation=max(1, round(arguments.held_out * images)))
+        wanted[name, config.rho] = {"config": held_out}
+    have = {(row["setting"], row["config"]["rho"]): row for row in jsonl.read(file, FIELDS)}
+    for name, rho in track(missing.of(file, have, wanted), description="runs"):
+        config, reporter = wanted[name, rho]["config"], Last()
+        dataset = load(config.dataset, config.subset)
         try:
             loop.train(config, tasks.make(config, dataset), reporter)
             accuracy = reporter.last["test_accuracy_recalibrated"]
@@ -113,7 +117,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """Accuracy on held-out images by setting and radius."""
     radii = sorted({row["config"]["rho"] for row in rows})
     result = Table("held-out accuracy (%)", *(f"rho {rho:g}" for rho in radii))
-    accuracy = {(row["setting"], row["config"]["rho"]): f"{100 * row['accuracy']:.2f}" for row in rows}
+    accuracy = {
+        (row["setting"], row["config"]["rho"]): f"{100 * row['accuracy']:.2f}" if row["accuracy"] else "broke down"
+        for row in rows
+    }
     for name in dict.fromkeys(row["setting"] for row in rows):
         result.add_row(name, *(accuracy.get((name, rho), "–") for rho in radii))
     return result

@@ -11,7 +11,22 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from experiments import cli, draw, evaluate, flatness, jsonl, recipes, report, runs, sweep, table, train, tune
+from experiments import (
+    cli,
+    convergence,
+    draw,
+    evaluate,
+    flatness,
+    jsonl,
+    precision,
+    recipes,
+    report,
+    runs,
+    sweep,
+    table,
+    train,
+    tune,
+)
 from experiments.config import Config
 from experiments.scales import scaled
 from s2sam_jax import sam
@@ -119,6 +134,9 @@ TWO_RADII = [dataclasses.replace(Config(), rho=rho).to_json() for rho in (0.05, 
         (train.main, ["--drop-fraction", "0.3", "--method", "static"], "static has no such option"),
         (draw.main, ["spectra", "{rows}"], "it lacks config, seed, nodes, weights"),
         (draw.main, ["ratios", "{rows}"], "it lacks config, seed, r_edges"),
+        (draw.main, ["sparsity", "{twice}", "--field", "config"], "has a number as config"),
+        (draw.main, ["sparsity", "{twice}", "--out", "x.xyz"], "--out must end in one of"),
+        (train.main, ["--out", "{text}/runs"], "Not a directory"),
         (draw.main, ["sparsity", "{twice}"], "they differ in what this figure does not tell apart"),
     ],
 )
@@ -148,7 +166,7 @@ def test_a_row_of_another_run_is_not_replaced(tmp_path):
     file.write_text(json.dumps(row) + "\n")
     options = ["--scale", "digits", "--methods", "dense", "--optimizers", "s2sam", "--results", str(tmp_path)]
     with pytest.raises(
-        SystemExit, match=r"(?s)row of budget\.dense\.s2sam, seed 0, .*rho: 0\.2 there, 0\.05 asked for"
+        SystemExit, match=r"(?s)row of budget\.dense\.s2sam, 0, but of another config.*rho: 0\.2 there, 0\.05 asked for"
     ):
         table.main(["budget", *options, "--out", str(tmp_path / "runs")])
     assert json.loads(file.read_text()) == row
@@ -183,8 +201,37 @@ def test_flatness_refuses_a_run_that_its_figures_could_not_tell_apart(tmp_path):
     write(tmp_path / "run" / "config.json", json.dumps(config.to_json()))
     row = {"method": "rigl", "optimizer": "s2sam", "sparsity_asked": 0.9, "seed": 0, "examples": 512}
     rows = write(tmp_path / "rows.jsonl", json.dumps(row | {"config": Config().to_json()}) + "\n")
-    with pytest.raises(SystemExit, match=r"(?s)^error: .*rho: 0\.05 there, 0\.2 asked for\nGive other --rows"):
+    with pytest.raises(SystemExit, match=r"(?s)^error: .*rho: 0\.05 there, 0\.2 asked for\nGive another file"):
         flatness.main(flatness.Arguments(runs=(tmp_path / "run",), rows=pathlib.Path(rows)))
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "message"),
+    [
+        (convergence.main, convergence.Arguments(steps=1000), "last_step=100000, not 1000"),
+        (precision.main, precision.Arguments(draws=2), "draws=4, not 2"),
+        (precision.main, precision.Arguments(radii=(0.05,)), "radii=[0.005, 0.01, 0.05, 0.1, 0.5], not [0.05]"),
+        (precision.main, precision.Arguments(epochs=1), "epochs: 20 there, 1 asked for"),
+        (flatness.main, flatness.Arguments(n=3, examples=64), "examples=512, not 64; n=15, not 3"),
+    ],
+)
+def test_rows_that_were_made_otherwise_are_not_passed_off_as_what_is_asked_for(main, options, message, tmp_path):
+    """Copies of the committed rows, on which the command without options finds nothing left to do."""
+    rows = tmp_path / options.rows.name
+    rows.write_bytes(options.rows.read_bytes())
+    here = {"cache": tmp_path / "cache"} if hasattr(options, "cache") else {}
+    with pytest.raises(SystemExit, match=r"^error: .* has a row of ") as stop:
+        main(dataclasses.replace(options, rows=rows, **here))
+    assert message in str(stop.value)
+    assert rows.read_bytes() == options.rows.read_bytes()
+    main(dataclasses.replace(type(options)(), rows=rows, **here))
+    assert rows.read_bytes() == options.rows.read_bytes()
+
+
+def test_stopping_is_no_error(capsys):
+    with pytest.raises(SystemExit) as stop, cli.one_line():
+        raise KeyboardInterrupt
+    assert (stop.value.code, capsys.readouterr().err) == (130, "stopped\n")
 
 
 def test_claims_are_of_cells_that_have_sgd_beside():

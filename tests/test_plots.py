@@ -164,7 +164,7 @@ def test_what_cannot_be_drawn_is_said_in_a_line(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind, message in [
         ("masks", "Masks are drawn of one run; these rows are of several"),
-        ("sparsity", "No row of a finished run has test_accuracy_recalibrated"),
+        ("sparsity", "No row of a finished run has a number as test_accuracy_recalibrated"),
     ]:
         with pytest.raises(SystemExit, match=message):
             draw.main([kind, str(file)])

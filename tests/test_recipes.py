@@ -412,7 +412,7 @@ def test_rows_are_enough_to_go_on_from_unless_the_config_differs(tmp_path, train
     table.store([older], file)
     before = file.read_text()
     with pytest.raises(
-        ValueError, match=r"(?s)seed 1, from another config:\n  epochs: 3 there, 9 asked for\n.*take the row out"
+        ValueError, match=r"(?s), 1, but of another config:\n  epochs: 3 there, 9 asked for\n.*take the row out"
     ):
         table.run(arguments_of(tmp_path))
     assert file.read_text() == before

@@ -1,5 +1,6 @@
 """Choosing rho on held-out training images."""
 
+import dataclasses
 import json
 
 import jax
@@ -72,6 +73,13 @@ def test_what_is_missing_is_tried_and_a_table_takes_the_best(toy, tmp_path, monk
     tune.run(arguments, file)
     assert file.read_text() == before
     assert len(tune.table(found).rows) == 2
+    with pytest.raises(
+        ValueError, match=r"(?s)rigl-erk-0\.95\.sam, 0\.01, but of another config:\n  seed: 0 there, 1 asked"
+    ):
+        tune.run(dataclasses.replace(arguments, seed=1), file)
+    with pytest.raises(ValueError, match=r"validation: 64 there, 32 asked for"):
+        tune.run(dataclasses.replace(arguments, held_out=0.1), file)
+    assert file.read_text() == before
 
     file = rows(file, ("rigl-erk-0.95.sam", 0.3, 0.9))
     ran = []

@@ -14,6 +14,7 @@ from experiments.config import choices
 from experiments.figures.style import COLOURS, MARKERS, tidy
 from experiments.record import Row
 
+MOST = len(COLOURS) * len(MARKERS)  # Lines that look different.
 PANELS = (
     ("train_loss", 1.0, "Training loss", "loss (nats)"),
     ("test_accuracy", 100.0, "Test accuracy", "accuracy (%)"),
@@ -48,7 +49,7 @@ def draw_curves(groups: Mapping[str, Sequence[Row]], title: str, file: Path) -> 
     losses.set_yscale("log")
     for formatted in (losses.yaxis.set_major_formatter, losses.yaxis.set_minor_formatter):
         formatted("{x:g}")
-    accuracies.legend(frameon=False, fontsize=8)
+    figure.legend(*accuracies.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     seeds = sorted({len({row["seed"] for row in rows}) for rows in groups.values()})
     figure.suptitle(f"{title} (mean ± standard deviation, {' or '.join(map(str, seeds))} seeds)")
     figure.savefig(file, dpi=120)

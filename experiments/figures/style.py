@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 GREY = "#7F7F7F"  # What does not belong to one run alone.
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX"  # One more than colours, so that cycling through both repeats no pair early.
 
 
 def tidy(axes: Axes) -> None:

@@ -1,8 +1,8 @@
 """Does S2-SAM do what SAM does, where SAM is known to gain most? Images of which 40 % have a wrong label.
 
 SAM keeps networks from learning wrong labels by heart (Baek, Kolter, Raghunathan, "Why is SAM robust to label noise?",
-ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right. All of digits, and beside it what the same radii
-do where all labels are right; and 1,000 images of CIFAR-10.
+ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right. All of digits, and beside it what the same
+radii do where all labels are right; and 1,000 images of CIFAR-10.
 """
 
 import dataclasses
