@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._esam import sharpest
+from s2sam_jax._parts import Batch, beside, cut, rows_of, whole
 from s2sam_jax._types import Params
 
-Batch = Any  # a pytree whose leaves have the examples along their leading axis
 ModelState = Any
 Metrics = dict[str, jax.Array]
 LossFn = Callable[[Params, ModelState, Batch, jax.Array], tuple[jax.Array, tuple[ModelState, Metrics]]]
@@ -46,7 +46,7 @@ def averaged_gradient(
 
     if parts == 1:
         return single
-    micro = _cut(batch, parts, "accumulate")
+    micro = cut(batch, parts, "accumulate", split=1)
 
     def averaged(params):
         first = jax.eval_shape(one, params, model_state, jax.tree.map(lambda x: x[0], micro), key)[0]
@@ -76,12 +76,12 @@ def gradient_by_part(
     The function returned takes ``point``, where a part's gradient is taken, and a tree with an entry a part that
     ``point`` is called with. Statistics of the batch are averaged over the parts, as everything else is.
     """
-    one, cut = _gradient_of(loss_fn), _cut(batch, parts, "sharpness_parts")
+    one, pieces = _gradient_of(loss_fn), cut(batch, parts, "sharpness_parts", split=0)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
 
     def averaged(point, entries):
         each = jax.vmap(lambda entry, part, key: one(point(entry), model_state, part, key))
-        (by_part, loss, metrics), new = each(entries, cut, keys)
+        (by_part, loss, metrics), new = each(beside(pieces, entries), pieces, beside(pieces, keys))
         return Gradient(_mean(by_part), jnp.mean(loss), _mean(new), _mean(metrics), by_part)
 
     return averaged
@@ -104,8 +104,7 @@ def gradient_of_sharpest(
 
     def gradient(params):
         before, after = (example_loss_fn(at, model_state, batch, key) for at in (clean, params))
-        rows = sharpest(before, after, fraction)
-        part = jax.tree.map(lambda x: x[rows], batch)
+        part = rows_of(batch, sharpest(whole(before), whole(after), fraction), "sharpest_fraction")
         return averaged_gradient(loss_fn, model_state, part, key, 1)(params).grads
 
     return gradient
@@ -125,12 +124,3 @@ def _gradient_of(loss_fn: LossFn) -> Callable[..., Any]:
 def _mean(stacked: Any) -> Any:
     """Over the parts; what cannot be averaged, such as a counter, is that of the first."""
     return jax.tree.map(lambda x: jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0], stacked)
-
-
-def _cut(batch: Batch, parts: int, option: str) -> Batch:
-    def split(x):
-        if x.ndim == 0 or x.shape[0] % parts:
-            raise ValueError(f"{option}={parts} does not divide a batch leaf of shape {x.shape} along its first axis.")
-        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
-
-    return jax.tree.map(split, batch)

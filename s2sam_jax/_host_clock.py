@@ -41,7 +41,7 @@ class HostClock:
     def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
         """What is due at this call. ``beside`` are further arrays, the same as before if the state is."""
         owners = self._owners(opt_state)
-        known = self._knows([*(state.step for state in owners.values()), *beside])
+        known = self._knows([*_clocks_of(owners), *beside])
         # Where something is due, a wrapper of the user's may have skipped updates.
         if not known or any(now >= due for now, due in self._clocks.values()):
             self._clocks = self._read(owners)
@@ -53,7 +53,7 @@ class HostClock:
             self._clocks = self._read(owners)
         else:
             self._clocks = {name: (now + 1, due) for name, (now, due) in self._clocks.items()}
-        self._last = [weakref.ref(array) for array in (*(state.step for state in owners.values()), *beside)]
+        self._last = [weakref.ref(array) for array in (*_clocks_of(owners), *beside)]
 
     def _knows(self, arrays: list[Any]) -> bool:
         """Whether these are the very arrays that the last step has handed out."""
@@ -70,6 +70,10 @@ class HostClock:
 
     def _read(self, owners: dict[str, Any]) -> dict[str, tuple[int, int]]:
         return {name: (_newest(state.step), _newest(state.next_update)) for name, state in owners.items()}
+
+
+def _clocks_of(owners: dict[str, Any]) -> list[Any]:
+    return [array for state in owners.values() for array in (state.step, state.next_update)]
 
 
 def _newest(count: Any) -> int:

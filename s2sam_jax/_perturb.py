@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from s2sam_jax import _msam, _s2sam
 from s2sam_jax._ascent import add
@@ -34,7 +35,8 @@ def perturb(params: Params, opt_state: Any) -> Params:
 
     Raises:
       ValueError: when there is no such state (silence would mean plain SGD), two states claim one leaf, a state belongs
-        to another model, ``s2sam`` or ``msam`` stands outside ``sparsify``, or ``msam`` finds no momentum.
+        to another model, ``s2sam`` or ``msam`` stands outside ``sparsify`` or beside
+        ``MultiSteps`` or ``apply_if_finite``, or ``msam`` finds no momentum.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,7 +72,7 @@ def perturbations(
     clean: dict[Path, Any], opt_state: Any
 ) -> Iterator[tuple[S2SAMState | MSAMState, dict[Path, jax.Array], dict[Path, jax.Array]]]:
     """Each state that perturbs, with its directions and the perturbation along them, by leaf."""
-    _check_inside_sparsify(opt_state)
+    _check_order(opt_state)
     owners: dict[Path, str] = {}
     for state, directions in _directions(opt_state, clean):
         name = type(state).__name__
@@ -97,8 +99,19 @@ def _directions(opt_state: Any, clean: dict[Path, Any]) -> Iterator[tuple[S2SAMS
     yield from _msam.momenta(opt_state, set(clean))
 
 
+def _check_order(opt_state: Any) -> None:
+    """An s2sam around sparsify would remember dense gradients, around these wrappers gradients that they hold back."""
+    _check_inside_sparsify(opt_state)
+    for kind, name in ((optax.MultiStepsState, "MultiSteps"), (optax.ApplyIfFiniteState, "apply_if_finite")):
+        outer = find_states(opt_state, (S2SAMState, kind, optax.transforms.PartitionState))
+        if {type(state) for state in outer} >= {S2SAMState, kind}:
+            raise ValueError(
+                f"perturb: s2sam() stands beside optax.{name}(...), and would perturb along gradients that it holds "
+                f"back; put {name} around both: optax.{name}(chain(s2sam(), ...), ...)."
+            )
+
+
 def _check_inside_sparsify(opt_state: Any) -> None:
-    """An s2sam around sparsify would remember dense gradients and perturb pruned weights."""
     outer = find_states(opt_state, (S2SAMState, SparseState))
     pruned = {path for state in outer if isinstance(state, SparseState) for path in named_leaves(state.masks)}
     for state in outer:

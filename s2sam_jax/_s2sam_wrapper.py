@@ -10,7 +10,7 @@ from s2sam_jax._ascent import ascent_point, check_non_negative, schedule
 from s2sam_jax._masks import SparseState, get_masks
 from s2sam_jax._msam import MSAMState
 from s2sam_jax._s2sam import S2SAMState
-from s2sam_jax._tree import find_states, increment, masked
+from s2sam_jax._tree import check_same_named, find_states, increment, masked, named_leaves, path_names
 from s2sam_jax._types import Params, ScalarOrSchedule
 
 
@@ -134,9 +134,14 @@ def eval_params(params: Params, opt_state: Any) -> Params:
         return params
     if len(states) > 1 or find_states(states[0].inner_state, S2SAMWrapperState):
         raise ValueError("eval_params: s2sam_wrapper is in opt_state more than once; wrap the whole optimizer once.")
-    clean = jax.tree.leaves(_on_masks(states[0].inner_state, states[0].clean))
-    leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten([c.astype(p.dtype) for c, p in zip(clean, leaves, strict=True)])
+    clean = named_leaves(_on_masks(states[0].inner_state, states[0].clean))
+    covered = {path: p for path, p in named_leaves(params).items() if path in clean}
+    check_same_named(covered, clean, "params", "the s2sam_wrapper in opt_state")
+
+    def of(path, param):  # optax.masked and the like may have kept some from the wrapper
+        return clean[path_names(path)].astype(param.dtype) if path_names(path) in clean else param
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def _on_masks(inner_state: Any, tree: Any) -> Any:

@@ -17,7 +17,7 @@ from s2sam_jax._bisect import largest
 from s2sam_jax._blocks import all_in_block, best_of_groups, pool, spread
 from s2sam_jax._counts import kept, rounded_down
 from s2sam_jax._structure import NM, UNSTRUCTURED, Block, Channel, Structure, check_fits, check_structure, same
-from s2sam_jax._tree import check_same_leaves, map_named, named_leaves
+from s2sam_jax._tree import check_same_leaves, explicit_sharding, map_named, named_leaves
 from s2sam_jax._types import Masks
 
 Scope = Literal["leaf", "global"]
@@ -181,7 +181,7 @@ def random_scores(key: jax.Array, like: Any) -> Any:
     leaves, treedef = jax.tree.flatten(like)
     if not leaves:
         return like
-    shardings = [_explicit_sharding(leaf) for leaf in leaves]
+    shardings = [explicit_sharding(leaf) for leaf in leaves]
     if any(sharding is not None for sharding in shardings):
         keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
         drawn = zip(keys, leaves, shardings, strict=True)
@@ -190,12 +190,6 @@ def random_scores(key: jax.Array, like: Any) -> Any:
     ends = np.cumsum([leaf.size for leaf in leaves])
     pieces = jnp.split(jax.random.uniform(key, (sum(leaf.size for leaf in leaves),), jnp.float32), ends[:-1])
     return treedef.unflatten([piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)])
-
-
-def _explicit_sharding(leaf: jax.Array) -> Any:
-    """The sharding of an array, where it is part of its type; else ``None``."""
-    sharding = jax.typeof(leaf).sharding
-    return sharding if any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types) else None
 
 
 def _check_scores(name: str, x: Any) -> None:

@@ -17,7 +17,7 @@ Distribution = Callable[..., Any]
 
 
 # Attention has biases a head and scanned layers one more axis, so that dimensions alone do not tell.
-NO_KERNELS = ("bias", "scale", "beta", "gamma")
+NO_KERNELS = ("bias", "scale", "offset", "beta", "gamma")
 
 
 def kernels(path: str, leaf: Any) -> bool:

@@ -9,7 +9,6 @@ import optax
 from jax.core import Tracer
 
 from s2sam_jax._gradient import (
-    Batch,
     ExampleLossFn,
     Gradient,
     LossFn,
@@ -21,6 +20,7 @@ from s2sam_jax._gradient import (
 )
 from s2sam_jax._host_clock import HostClock
 from s2sam_jax._masks import SparseState
+from s2sam_jax._parts import Batch, first_examples
 from s2sam_jax._perturb import perturb, perturbing
 from s2sam_jax._s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._ssam import empirical_fisher
@@ -143,29 +143,26 @@ def make_train_step(
             state.params,
             value=loss,
             grad_fn=lambda params: gradient_fn(state, batch)(params).grads,
-            fisher_fn=lambda params: fisher(params, state.model_state, _first(batch, fisher_examples), key),
+            fisher_fn=lambda params: fisher(params, state.model_state, first_examples(batch, fisher_examples), key),
             **extra,
         )
         update_norm = norm(updates)
         proposal = (optax.apply_updates(state.params, updates), model_state, opt_state)
         new_state = _freeze_if_bad(state, proposal, loss, update_norm)
-        if state_sharding is not None:
-            new_state = jax.lax.with_sharding_constraint(new_state, state_sharding)
         own = {"loss": loss, "grad_norm": norm(grads), "update_norm": update_norm}
         own |= {"first_bad_step": new_state.first_bad_step}
         own |= _rho(state.opt_state, opt_state) | _sparsity(new_state)
         check_metrics(metrics, own)
         return new_state, metrics | own
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return update(state, differentiate(state, batch), batch, ())
+    each, updates = (jax.vmap(differentiate), _vmapped(update)) if vmap else (differentiate, update)
+    updates = updates if state_sharding is None else _placing(updates, state_sharding)
 
-    if vmap:
-        one, jitted = jax.vmap(step), _two_programs(jax.vmap(differentiate), _vmapped(update))
-    elif jax.default_backend() == "cpu":
-        one, jitted = step, _two_programs(differentiate, update)
-    else:
-        one, jitted = step, jax.jit(step, donate_argnames="state")
+    def one(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return updates(state, each(state, batch), batch, ())
+
+    apart = vmap or jax.default_backend() == "cpu"
+    jitted = _two_programs(each, updates) if apart else jax.jit(one, donate_argnames="state")
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch)))
@@ -200,8 +197,12 @@ def _vmapped(update: Callable[..., Any]) -> Callable[..., Any]:
     return updates
 
 
-def _first(batch: Batch, examples: int) -> Batch:
-    return jax.tree.map(lambda x: x[:examples], batch)
+def _placing(update: Callable[..., Any], state_sharding: Any) -> Callable[..., Any]:
+    def placing(state: TrainState, gradient: Gradient, batch: Batch, flags: Flags) -> tuple[TrainState, Metrics]:
+        new_state, metrics = update(state, gradient, batch, flags)
+        return jax.lax.with_sharding_constraint(new_state, state_sharding), metrics
+
+    return placing
 
 
 def _fisher_of(loss_fn: LossFn):

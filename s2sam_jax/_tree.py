@@ -94,6 +94,12 @@ def check_nothing_hidden(params: Any, caller: str, advice: str) -> None:
         )
 
 
+def explicit_sharding(leaf: jax.Array) -> Any:
+    """The sharding of an array, where it is part of its type; else ``None``."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding if any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types) else None
+
+
 def scalar(x: Any) -> jax.Array:
     """The one array inside ``x``: a bare one, or one that Flax NNX has wrapped in a variable."""
     return jax.tree.leaves(x)[0]
@@ -124,8 +130,10 @@ def at_least_f32(x: jax.Array) -> jax.Array:
 
 
 def norm(tree: Any) -> jax.Array:
-    """Global L2 norm, accumulated in float32 or wider."""
-    return jnp.sqrt(sum((jnp.sum(jnp.square(jnp.abs(at_least_f32(x)))) for x in jax.tree.leaves(tree)), jnp.zeros(())))
+    """Global L2 norm, accumulated in float32 or wider. Its derivative at zero is zero, not NaN."""
+    square = sum((jnp.sum(jnp.square(jnp.abs(at_least_f32(x)))) for x in jax.tree.leaves(tree)), jnp.zeros(()))
+    is_zero = square == 0  # not true of NaN
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def cond(due: bool | jax.Array, yes: Callable[[], T], no: Callable[[], T]) -> T:

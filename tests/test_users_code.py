@@ -18,6 +18,7 @@ from s2sam_jax import (
     analysis,
     apply_masks,
     check_masks,
+    eval_params,
     get_masks,
     looksam,
     make_train_step,
@@ -25,6 +26,7 @@ from s2sam_jax import (
     perturb,
     recalibrate_batch_stats,
     s2sam,
+    s2sam_wrapper,
     sam,
     select,
     set_masks,
@@ -342,3 +344,156 @@ def test_masks_of_several_networks_are_looked_at_one_by_one():
         check_masks(states.params, states)
     one = jax.tree.map(lambda x: x[1], states)
     check_masks(one.params, one)
+
+
+# Meshes, wrappers, precision, and derivatives of training itself
+
+EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
+
+
+def product_loss(params, model_state, batch, key):
+    return jnp.mean(jnp.square(batch @ params["kernel"])), (model_state, {})
+
+
+@pytest.mark.parametrize(
+    ("inner", "options"),
+    [
+        (s2sam(0.1), {"accumulate": 2}),
+        (s2sam(0.1), {"accumulate": 4}),  # micro-batches of 4 do not go onto 8 devices
+        (sam(0.1), {"sharpness_parts": 8}),
+        (sam(0.1), {"sharpness_parts": 2}),
+        (ssam(0.1, mask="fisher"), {"fisher_examples": 4}),
+        (sam(0.1), {"sharpest_fraction": 0.5,
+                    "example_loss_fn": lambda p, s, b, k: jnp.mean(jnp.square(b @ p["kernel"]), axis=1)}),
+    ],
+)  # fmt: skip
+def test_a_batch_whose_type_says_how_it_is_sharded(inner, options):
+    """As on the meshes that ``jax.make_mesh`` makes by default."""
+    tx = sparsify(optax.chain(inner, optax.sgd(0.1)), methods.rigl(0.5), sparsity=0.5, when=Every(0, 1, 9))
+    found = []
+    for batch in (IMAGES, jax.device_put(IMAGES, jax.NamedSharding(EXPLICIT, PartitionSpec("data")))):
+        state, step = TrainState.create({"kernel": jnp.ones((4, 8))}, tx), make_train_step(product_loss, tx, **options)
+        if batch is not IMAGES:
+            state = jax.device_put(state, jax.NamedSharding(EXPLICIT, PartitionSpec()))
+        for _ in range(3):
+            state, metrics = step(state, batch)
+        found.append((jax.device_get(state.params["kernel"]), float(metrics["loss"])))
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-5)
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-5)
+
+
+def test_several_networks_stay_where_they_are_told_to():
+    mesh = jax.make_mesh((8,), ("networks",), axis_types=(AxisType.Auto,))
+    states = jax.vmap(lambda key: TrainState.create({"kernel": jax.random.normal(key, (4, 6))}, optax.sgd(0.1)))(
+        jax.random.split(jax.random.key(0), 8)
+    )
+    spec = jax.tree.map(lambda _: jax.NamedSharding(mesh, PartitionSpec()), states)
+    spec = spec._replace(params={"kernel": jax.NamedSharding(mesh, PartitionSpec("networks"))})
+    step = make_train_step(product_loss, optax.sgd(0.1), vmap=True, state_sharding=spec)
+    batches = jnp.broadcast_to(IMAGES, (8, 16, 4))
+    state, _ = step(states, batches)
+    assert state.params["kernel"].sharding.spec == PartitionSpec("networks")
+    state, _ = jax.jit(step)(state, batches)
+    assert state.params["kernel"].sharding.spec == PartitionSpec("networks")
+
+
+def test_a_batch_leaf_without_examples_is_named():
+    def loss(params, model_state, batch, key):
+        return product_loss(params, model_state, batch["x"], key)
+
+    tx = optax.chain(ssam(0.1, mask="fisher"), optax.sgd(0.1))
+    state = TrainState.create({"kernel": jnp.ones((4, 8))}, tx)
+    with pytest.raises(ValueError, match=r"fisher_examples chooses examples, but a batch leaf has none"):
+        make_train_step(loss, tx)(state, {"x": IMAGES, "epoch": jnp.int32(1)})
+
+
+@pytest.mark.parametrize(
+    ("around", "name"),
+    [
+        (lambda tx: optax.apply_if_finite(tx, 5), "apply_if_finite"),
+        (lambda tx: optax.MultiSteps(tx, 2), "MultiSteps"),
+    ],
+)
+def test_s2sam_beside_a_wrapper_that_holds_gradients_back_is_refused(around, name):
+    apart = optax.chain(s2sam(0.1), around(optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=rf"s2sam\(\) stands beside optax\.{name}"):
+        perturb(PARAMS, apart.init(PARAMS))
+    perturb(PARAMS, around(optax.chain(s2sam(0.1), optax.sgd(0.1))).init(PARAMS))
+    parted = optax.partition({"a": s2sam(0.1), "b": around(optax.sgd(0.1))}, {"x": "a", "y": "b"})
+    two = {"x": jnp.ones(2), "y": jnp.ones(2)}
+    perturb(two, parted.init(two))  # of other leaves
+
+
+def test_derivatives_of_training_are_the_same_forwards_and_backwards():
+    tx = optax.chain(s2sam(0.1), optax.sgd(0.1))
+
+    def trained(w):
+        def body(carry, _):
+            w, state = carry
+            grads = jax.grad(lambda w: jnp.sum(w**4))(perturb(w, state))
+            updates, state = tx.update(grads, state, w)
+            return (optax.apply_updates(w, updates), state), None
+
+        (w, _), _ = jax.lax.scan(body, (w, tx.init(w)), None, length=3)
+        return jnp.sum(w**4)
+
+    start = jnp.array([0.3, 0.4, 0.5, 0.6])
+    backwards = jax.grad(trained)(start)
+    assert jnp.isfinite(backwards).all()
+    np.testing.assert_allclose(jax.jacfwd(trained)(start), backwards, rtol=1e-5)
+
+
+def test_eigenvalues_of_bfloat16_weights_are_those_of_float32():
+    curvature = jnp.concatenate([jnp.array([100.0, 5, 4, 3, 2]), jnp.linspace(0, 1, 95)])
+
+    def loss(w, batch):
+        return 0.5 * jnp.sum(batch * w.astype(jnp.float32) ** 2)
+
+    values, bounds = analysis.top_eigenvalues(
+        loss, jnp.ones(100, jnp.bfloat16), jax.random.key(0), [curvature], steps=60
+    )
+    np.testing.assert_allclose(values, [100, 5, 4, 3, 2], rtol=1e-4)
+    assert (bounds < 1e-2).all()
+
+
+def test_analyses_say_what_is_wrong_with_their_input():
+    key, one = jax.random.key(0), [jnp.ones(3)]
+    with pytest.raises(FloatingPointError, match="product with the Hessian is not finite"):
+        analysis.top_eigenvalues(lambda w, b: jnp.sum(jnp.sqrt(w - b)), jnp.ones(3), key, one, k=1)
+    with pytest.raises(ValueError, match="needs weights that are live"):
+        analysis.hessian_spectrum(lambda w, b: jnp.sum(w**2), jnp.ones(3), key, one, masks=jnp.zeros(3, bool))
+    with pytest.raises(ValueError, match="rho must be"):
+        analysis.sam_sharpness(lambda w, b: jnp.sum(w**2), jnp.ones(3), one, rho=-0.1)
+    exact = analysis.sam_sharpness(lambda w, b: jnp.sum(w**2), jnp.ones(3), one, rho=0.5)
+    assert analysis.sam_sharpness(lambda w, b: jnp.sum(w**2), jnp.ones(3), one, rho=jnp.float32(0.5)) == exact
+
+
+def test_offsets_of_haikus_norms_stay_dense():
+    params = {"batch_norm": {"offset": jnp.zeros((1, 1, 1, 8)), "scale": jnp.ones((1, 1, 1, 8))}, **PARAMS}
+    masks = get_masks(sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5).init(params))
+    assert all(bool(mask.all()) for mask in masks["batch_norm"].values())
+    assert int(masks["kernel"].sum()) == 50
+
+
+def test_a_clock_that_was_set_by_hand_is_heard():
+    tx = sparsify(optax.sgd(0.1), methods.set(0.5), sparsity=0.5, when=Every(50, 50, 100))
+    state, step = TrainState.create(PARAMS, tx), make_train_step(loss_fn, tx)
+    for _ in range(3):
+        state, _ = step(state, jnp.ones(2))
+    state = state._replace(opt_state=state.opt_state._replace(next_update=jnp.int32(3)))
+    before = jax.device_get(get_masks(state.opt_state)["kernel"])
+    state, _ = step(state, jnp.ones(2))
+    assert int(state.opt_state.next_update) == 50
+    assert (before != get_masks(state.opt_state)["kernel"]).any()
+
+
+def test_a_wrapper_of_some_leaves_has_their_clean_weights():
+    tx = optax.partition({"w": s2sam_wrapper(optax.sgd(0.1), rho=0.5), "s": optax.sgd(0.1)}, {"a": "w", "b": "s"})
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    updates, state = tx.update(params, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    clean = eval_params(params, state)
+    np.testing.assert_allclose(clean["a"], 0.9, rtol=1e-6)
+    np.testing.assert_allclose(params["a"], 0.9 + 0.5 / np.sqrt(2), rtol=1e-6)
+    np.testing.assert_array_equal(clean["b"], params["b"])

@@ -5,7 +5,7 @@ program.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from s2sam_jax._tree import check_same_leaves, masked
+from s2sam_jax._tree import at_least_f32, check_same_leaves, masked
 from s2sam_jax._types import Masks, Params
+from s2sam_jax.analysis._lanczos import Product, ritz
 from s2sam_jax.analysis.surface import LossFn, Progress
-
-Product = Callable[[jax.Array], jax.Array]
 
 
 def hvp(loss_fn: LossFn, params: Params, vector: Params, batch: Any, *, masks: Masks | None = None) -> Params:
@@ -123,7 +122,7 @@ def hessian_spectrum(
     steps = min(steps, size)
     nodes, weights = np.zeros((runs, steps)), np.zeros((runs, steps))
     for run, run_key in enumerate(jax.random.split(key, runs)):
-        theta, vectors, _ = _ritz(product, jax.random.rademacher(run_key, live.shape, live.dtype) * live, steps)
+        theta, vectors, _ = ritz(product, jax.random.rademacher(run_key, live.shape, live.dtype) * live, steps)
         nodes[run, : len(theta)], weights[run, : len(theta)] = theta, vectors[0] ** 2
         nodes[run, len(theta) :] = theta[-1]
     return Spectrum(nodes, weights)
@@ -178,7 +177,7 @@ def top_eigenvalues(
         raise ValueError(f"top_eigenvalues needs 1 <= k <= steps; got k={k} and steps={steps}.")
     product, size, live = _product(loss_fn, params, batches, masks, progress)
     start = jax.random.normal(key, live.shape, live.dtype) * live
-    theta, vectors, beta = _ritz(product, start, min(steps, size))
+    theta, vectors, beta = ritz(product, start, min(steps, size))
     return theta[::-1][:k], np.abs(beta * vectors[-1])[::-1][:k]
 
 
@@ -235,12 +234,15 @@ def _product(
     """Products of flat vectors with the Hessian, the number of weights that count, and ones where they are."""
     if not batches:
         raise ValueError("The Hessian of a loss needs batches; got none.")
+    params = jax.tree.map(at_least_f32, params)  # in bfloat16 Lanczos would soon see nothing new beside an outlier
     flat, _ = ravel_pytree(params)
     if masks is None:
         live = jnp.ones_like(flat)
     else:
         check_same_leaves(masks, params, "masks", "params")
         live = ravel_pytree(masks)[0].astype(flat.dtype)
+    if not live.any():
+        raise ValueError("The Hessian needs weights that are live: these masks, or params, leave none.")
 
     @jax.jit
     def flat_hvp(params, live, vector, batch):
@@ -253,44 +255,3 @@ def _product(
         return total / len(batches)
 
     return product, int(live.sum()), live
-
-
-def _ritz(product: Product, start: jax.Array, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Ritz values, ascending, the eigenvectors of the tridiagonal matrix as columns, and what would come next in it."""
-    alphas, betas = _lanczos(product, start, steps)
-    tridiagonal = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
-    values, vectors = np.linalg.eigh(tridiagonal)
-    return values, vectors, betas[-1]
-
-
-def _lanczos(product: Product, start: jax.Array, steps: int) -> tuple[list[float], list[float]]:
-    """Diagonal and off-diagonal; ends early where the Krylov space is complete."""
-    basis = jnp.zeros((steps, start.size), start.dtype).at[0].set(start / jnp.linalg.norm(start))
-    tiny = 10 * float(jnp.finfo(start.dtype).eps)
-    alphas: list[float] = []
-    betas: list[float] = []
-    for index in range(steps):
-        image = product(basis[index])
-        alpha, beta, rest = _orthogonal(basis, image, index)
-        alphas.append(float(alpha))
-        betas.append(float(beta))
-        if betas[-1] <= tiny * max(map(abs, alphas + betas)):
-            break
-        if index + 1 < steps:
-            basis = _with_row(basis, rest / beta, index + 1)
-    return alphas, betas
-
-
-@functools.partial(jax.jit, donate_argnames="basis")
-def _with_row(basis: jax.Array, row: jax.Array, index: int) -> jax.Array:
-    return basis.at[index].set(row)
-
-
-@jax.jit
-def _orthogonal(basis: jax.Array, image: jax.Array, index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The image's part along the last vector, and the length and direction of what is orthogonal to all."""
-    alpha = basis[index] @ image
-    rest = image
-    for _ in range(2):  # once leaves rounding errors behind
-        rest = rest - basis.T @ (basis @ rest)
-    return alpha, jnp.linalg.norm(rest), rest

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._ascent import add, ascent
+from s2sam_jax._ascent import add, ascent, check_non_negative
 from s2sam_jax._tree import check_same_leaves, masked, norm
 from s2sam_jax._types import Masks, Params
 from s2sam_jax.analysis.surface import LossFn
@@ -82,7 +82,7 @@ def sam_sharpness(
       A float, at least 0.
 
     Raises:
-      ValueError: for masks that do not fit, no batches, or ``steps`` below 1.
+      ValueError: for masks that do not fit, no batches, a negative ``rho``, or ``steps`` below 1.
 
     Reference:
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021, equation 1.
@@ -93,6 +93,8 @@ def sam_sharpness(
       >>> sam_sharpness(lambda w, batch: jnp.sum(w**2), jnp.array([3.0, 4.0]), [None], rho=1.0)
       11.0
     """
+    check_non_negative(rho, "rho")
+    rho = float(rho)
     if steps < 1 or not batches:
         raise ValueError(f"sam_sharpness needs steps >= 1 and batches; got {steps} and {len(batches)} batches.")
     if masks is not None:

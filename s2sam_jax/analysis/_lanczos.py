@@ -1,0 +1,54 @@
+"""Lanczos with full re-orthogonalisation, for any product with a symmetric matrix."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Product = Callable[[jax.Array], jax.Array]
+
+
+def ritz(product: Product, start: jax.Array, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Ritz values, ascending, the eigenvectors of the tridiagonal matrix as columns, and what would come next in it."""
+    alphas, betas = _lanczos(product, start, steps)
+    tridiagonal = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
+    values, vectors = np.linalg.eigh(tridiagonal)
+    return values, vectors, betas[-1]
+
+
+def _lanczos(product: Product, start: jax.Array, steps: int) -> tuple[list[float], list[float]]:
+    """Diagonal and off-diagonal; ends early where the Krylov space is complete."""
+    basis = jnp.zeros((steps, start.size), start.dtype).at[0].set(start / jnp.linalg.norm(start))
+    tiny = 10 * float(jnp.finfo(start.dtype).eps)
+    alphas: list[float] = []
+    betas: list[float] = []
+    for index in range(steps):
+        image = product(basis[index])
+        alpha, beta, rest = _orthogonal(basis, image, index)
+        alphas.append(float(alpha))
+        betas.append(float(beta))
+        if not math.isfinite(alphas[-1] + betas[-1]):
+            raise FloatingPointError("A product with the Hessian is not finite: the loss, or one of its derivatives.")
+        if betas[-1] <= tiny * max(map(abs, alphas + betas)):
+            break
+        if index + 1 < steps:
+            basis = _with_row(basis, rest / beta, index + 1)
+    return alphas, betas
+
+
+@functools.partial(jax.jit, donate_argnames="basis")
+def _with_row(basis: jax.Array, row: jax.Array, index: int) -> jax.Array:
+    return basis.at[index].set(row)
+
+
+@jax.jit
+def _orthogonal(basis: jax.Array, image: jax.Array, index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The image's part along the last vector, and the length and direction of what is orthogonal to all."""
+    alpha = basis[index] @ image
+    rest = image
+    for _ in range(2):  # once leaves rounding errors behind
+        rest = rest - basis.T @ (basis @ rest)
+    return alpha, jnp.linalg.norm(rest), rest
