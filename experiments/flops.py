@@ -1,6 +1,7 @@
 """The FLOPs of a run, as papers on sparse training count them: of every layer, in all, and of the training."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -64,20 +65,22 @@ def ledger(
       steps_per_epoch: of the run.
       masks: at its end; default: as sparse as planned.
       small: the network without its removed channels, by :func:`s2sam_jax.materialize`.
-      sparsities: recorded at evenly spaced times of training, to its end, for the methods whose density is not known
-        beforehand: chex and chase.
+      sparsities: after each epoch, for the methods whose density is not known beforehand, chex and chase; their
+        training has NaN without them.
     """
     layers = layer_flops(*_forward(config, network))
     sparse = _planned_flops(config, network, layers) if masks is None else masked_flops(layers, masks)
     smaller = {} if small is None else layer_flops(*_forward(config, small))
     f_dense, f_sparse = sum(layers.values()), sum(sparse.values())
     share = pruned_share(config, steps_per_epoch, network.groups, sparsities)
-    training = training_flops(
-        f_dense,
-        f_dense - share * (f_dense - f_sparse),
-        gradients=gradient_evaluations(config),
-        dense_gradient_every=_dense_gradient_every(config, steps_per_epoch),
-    )
+    training = math.nan
+    if share is not None:
+        training = training_flops(
+            f_dense,
+            f_dense - share * (f_dense - f_sparse),
+            gradients=gradient_evaluations(config),
+            dense_gradient_every=_dense_gradient_every(config, steps_per_epoch),
+        )
     samples = config.epochs * steps_per_epoch * config.batch_size
     plain = dataclasses.replace(config, method="dense", optimizer="sgd")
     copies = [_state_copies(each, network, steps_per_epoch) for each in (plain, config)]
@@ -99,7 +102,7 @@ def table(entries: Sequence[Entry], *, layers: bool = False) -> Table:
     for column in ("dense SGD", "this run", "ratio", *(["materialized"] if with_small else [])):
         result.add_column(column, justify="right")
     for entry in shown:
-        ratio = f"{entry.sparse / entry.dense:.4f}" if entry.dense else ""
+        ratio = f"{entry.sparse / entry.dense:.4f}" if entry.dense and not math.isnan(entry.sparse) else ""
         figures = [_figure(entry.dense, entry.unit), _figure(entry.sparse, entry.unit), ratio]
         if with_small:
             figures.append("" if entry.small is None else _figure(entry.small, entry.unit))
@@ -127,13 +130,13 @@ def pruned_share(
     steps_per_epoch: int,
     groups: Sequence[ChannelGroup] = (),
     sparsities: Sequence[float] | None = None,
-) -> np.ndarray:
+) -> np.ndarray | None:
     """Planned zeros of each step, as a share of the final ones: 1.0 at all of them where the density never changes.
 
-    Those recorded, for a method whose density is not known beforehand.
+    Those recorded, for a method whose density is not known beforehand; None if there are none.
 
     Raises:
-      ValueError: for such a method without recorded sparsities.
+      ValueError: for recorded sparsities of other than all epochs.
     """
     steps = np.arange(config.epochs * steps_per_epoch)
     family, options = VARIANTS.get(config.method, (config.method, {}))
@@ -153,8 +156,10 @@ def pruned_share(
         return np.maximum(1 - np.where(progress < 1, np.asarray(extra)[phase], 0.0) / config.sparsity, 0)
     if family == "mest" or sparse_methods.make(config, groups).invariant in ("per_layer", "total"):
         return np.ones(len(steps))
-    if not sparsities:
-        raise ValueError(f"The density of {config.method} is not known beforehand; give the sparsities of the run.")
+    if sparsities is None:
+        return None
+    if len(sparsities) != config.epochs:
+        raise ValueError(f"{config.method} needs a sparsity an epoch, {config.epochs}; got {len(sparsities)}.")
     recorded = np.asarray(sparsities, np.float64)
     return recorded / (recorded[-1] or 1.0)
 
@@ -203,4 +208,6 @@ def _state_copies(config: Config, network: Network, steps_per_epoch: int) -> flo
 
 
 def _figure(value: float, unit: str) -> str:
+    if math.isnan(value):
+        return "unknown"
     return f"{value:.2f} copies" if unit == "copies" else EngFormatter(unit, places=2)(value)

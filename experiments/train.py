@@ -179,7 +179,8 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
 def _flops(config: Config, task: Task, state: TrainState, layers: bool) -> Table:
     """What the run would cost if zeros cost nothing; its seeds cost the same."""
     masks = None if config.method == "dense" else sharding.gather(get_masks(state.opt_state, state.params))
-    recorded = [row["sparsity"] for row in runs.rows(config.run_dir)]
+    rows = runs.rows(config.run_dir)
+    recorded = [row["sparsity"] for row in rows] if len(rows) == config.epochs else None  # not with --eval-every
     entries = flops.ledger(config, task.network, task.steps_per_epoch, masks=masks, sparsities=recorded)
     return flops.table(entries, layers=layers)
 

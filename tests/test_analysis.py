@@ -108,7 +108,7 @@ def test_density_is_as_narrow_as_the_range_of_the_live_nodes_says(last, width):
 
 def test_reference_example_of_lanczos(x64):
     """H = diag(1, 2, 5) from the vector of ones: the numbers of PyHessian's recurrence."""
-    from s2sam_jax.analysis.hessian import _lanczos
+    from s2sam_jax.analysis._lanczos import _lanczos
 
     matrix = jnp.diag(jnp.array([1.0, 2.0, 5.0]))
     alphas, betas = _lanczos(lambda v: matrix @ v, jnp.ones(3), 3)

@@ -409,22 +409,27 @@ def test_planned_zeros_are_those_of_the_masks(method):
 
 
 def test_a_density_that_nobody_planned_must_be_recorded():
-    group = ChannelGroup("hidden", filters=(Slice("kernel", -1),))
-    with pytest.raises(ValueError, match="The density of chase is not known beforehand; give the sparsities"):
-        flops.pruned_share(dataclasses.replace(DIGITS, method="chase"), 10, [group])
+    group, config = ChannelGroup("hidden", filters=(Slice("kernel", -1),)), dataclasses.replace(DIGITS, method="chase")
+    assert flops.pruned_share(config, 10, [group]) is None
+    with pytest.raises(ValueError, match=r"chase needs a sparsity an epoch, 10; got 3"):
+        flops.pruned_share(config, 10, [group], [0.0, 0.3, 0.6])
+    unknown = by_name(dataclasses.replace(DIGITS, method="chex", sparsity=0.6))
+    assert np.isnan([unknown[flops.TRAINING].sparse, unknown[flops.RUN].sparse]).all()
+    assert unknown[flops.FORWARD].sparse > 0
+    assert "unknown" in [str(cell) for cell in flops.table(list(unknown.values())).columns[2].cells]
 
 
 def test_recorded_sparsities_and_masks():
     config = dataclasses.replace(DIGITS, method="chex", sparsity=0.6)
     network = network_of(dataclasses.replace(config, method="dense"))
     masks = jax.tree.map(lambda p: np.arange(np.prod(p.shape)).reshape(p.shape) % 4 == 0, network.params)
-    got = {e.name: e for e in flops.ledger(config, network, 28, masks=masks, sparsities=[0.0, 0.3, 0.6])}
+    got = {
+        e.name: e for e in flops.ledger(config, network, 28, masks=masks, sparsities=[0.0] * 4 + [0.3] * 3 + [0.6] * 3)
+    }
     dense, sparse = got[flops.FORWARD].dense, got[flops.FORWARD].sparse
     assert sparse == dense / 4
-    assert got[flops.TRAINING].sparse == pytest.approx(3 * (dense + (dense + sparse) / 2 + sparse) / 3)
+    assert got[flops.TRAINING].sparse == pytest.approx(3 * (0.4 * dense + 0.3 * (dense + sparse) / 2 + 0.3 * sparse))
     assert got[flops.RUN].sparse == pytest.approx(got[flops.TRAINING].sparse * 10 * 28 * 50)
-    with pytest.raises(ValueError, match="sparsities"):
-        flops.ledger(config, network, 28, sparsities=[])
     planned = dataclasses.replace(config, method="gmp")  # how often a run looks changes nothing there
     ledgers = [flops.ledger(planned, network, 28, masks=masks, sparsities=s) for s in (None, [0.6])]
     assert ledgers[0] == ledgers[1]
