@@ -15,7 +15,7 @@ from experiments.checkpoint import Checkpoints
 from experiments.config import Config
 from experiments.models import Network
 from experiments.record import Record
-from experiments.tasks import Reporter, Step, Task, images, run_epoch
+from experiments.tasks import Losses, Reporter, Step, Task, images, run_epoch
 from s2sam_jax import TrainState, checked, eval_params, make_train_step
 
 
@@ -39,17 +39,17 @@ def initial_state(
     return jax.jit(create, out_shardings=shardings)(*sharding.put(weights, sharding.everywhere(mesh)))
 
 
-def train_step(config: Config, task: Task, tx: optax.GradientTransformation, **options: Any) -> Any:
+def train_step(config: Config, losses: Losses, tx: optax.GradientTransformation, **options: Any) -> Any:
     """The library's step, as the config has it."""
     fraction = config.sharpest_fraction if config.optimizer == "esam" else 1.0
     step = make_train_step(
-        task.loss_fn,
+        losses.loss_fn,
         tx,
         accumulate=config.accumulate,
         sharpness_parts=config.sharpness_parts,
         sharpest_fraction=fraction,
-        example_loss_fn=task.example_loss_fn,
-        fisher_loss_fn=task.plain_loss_fn,
+        example_loss_fn=losses.example_loss_fn,
+        fisher_loss_fn=losses.plain_loss_fn,
         **options,
     )
     return step if fraction == 1 else lambda state, batch: step(state, images.numbered(batch))
@@ -75,7 +75,8 @@ def train(
         lambda: initial_state(config, task.network, tx, start, task.mesh),
         max(checkpoints.epochs, default=None) if checkpoints else None,
     )
-    step = train_step(config, task, checked(tx) if debug else tx, state_sharding=sharding.of_state(task.mesh, state))
+    placed = sharding.of_state(task.mesh, state)
+    step = train_step(config, task.losses, checked(tx) if debug else tx, state_sharding=placed)
     epoch = _throwing(task, step) if debug else functools.partial(task.epoch, step)
     while record.epoch < config.epochs:
         started = time.perf_counter()

@@ -151,5 +151,5 @@ def _recalibrated(config: Config, task: Task, state: TrainState) -> TrainState:
     batches = (batch for batch, _ in zip(task.batches(config.epochs), range(RECALIBRATION_BATCHES), strict=False))
     params = eval_params(state.params, state.opt_state)
     return state._replace(
-        model_state=recalibrate_batch_stats(task.loss_fn, params, state.model_state, batches, seed=config.seed)
+        model_state=recalibrate_batch_stats(task.losses.loss_fn, params, state.model_state, batches, seed=config.seed)
     )

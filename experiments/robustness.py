@@ -53,7 +53,8 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, object]:
     if arguments.corrupted is None:
         kept = slice(arguments.rows)
         loaded = loaded._replace(test_images=loaded.test_images[kept], test_labels=loaded.test_labels[kept])
-    cells, task = _cells(arguments, config, loaded), tasks.make(config, loaded)
+    # On test images, also of a run that was evaluated on held-out ones.
+    cells, task = _cells(arguments, config, loaded), tasks.make(dataclasses.replace(config, validation=0), loaded)
     params = eval_params(state.params, state.opt_state)
     predict = images.predictor(task.network, data.KINDS[config.dataset])
     clean = task.evaluate(params, state.model_state)["test_accuracy"]

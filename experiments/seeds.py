@@ -43,7 +43,7 @@ def train(
         for config, task, tx, record in zip(configs, tasks, txs, records, strict=True)
     ]
     # Seeds are in the states: the step is the same whichever config it is made from.
-    step, stacked = loop.train_step(configs[0], tasks[0], txs[0], vmap=True), _stack(*states)
+    step, stacked = loop.train_step(configs[0], tasks[0].losses, txs[0], vmap=True), _stack(*states)
     for number in range(records[0].epoch, configs[0].epochs):
         started = time.perf_counter()
         stacked, metrics = run_epoch(step, stacked, _batches(tasks, number), reporters[0])

@@ -91,7 +91,7 @@ def of_state(config: Config, task: Task, state: TrainState, examples: int) -> So
     batches = list(itertools.islice(task.batches(0), examples // config.batch_size))
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
-        return task.plain_loss_fn(params, state.model_state, batch, jax.random.key(0))[0]
+        return task.losses.plain_loss_fn(params, state.model_state, batch, jax.random.key(0))[0]
 
     masks = None if config.method == "dense" else get_masks(state.opt_state, state.params)
     return Solution(eval_params(state.params, state.opt_state), masks, loss_fn, batches)

@@ -115,10 +115,20 @@ def write(file: Path) -> None:
         "recalibrated for both; one image is 0.28 points. Mean ± standard deviation over seeds.\n\n"
         f"Device: {', '.join(sorted({row['device'] for row in rows}))}; XLA flags: "
         f"`{', '.join(sorted({row['xla_flags'] for row in rows})) or 'none'}`. Made by "
-        f"`python -m experiments.sweep` from `{file.name}`, which holds config, versions and commit of "
+        f"`python -m experiments.sweep`{_beside(rows)} from `{file.name}`, which holds config, versions and commit of "
         "each run.\n\n"
     )
     file.with_suffix(".md").write_text(head + table(rows) + "\n")
+
+
+def _beside(rows: list[dict[str, Any]]) -> str:
+    """The methods that were asked for on top of the command's own."""
+    others: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row["method"] not in METHODS:
+            others.setdefault(row["method"], {})[f"{row['sparsity_asked']:g}"] = None
+    said = [f"`--methods {method} --sparsities {' '.join(values)}`" for method, values in others.items()]
+    return "".join(f" and {words}" for words in said)
 
 
 @cli.one_line()

@@ -19,6 +19,7 @@ def first_examples(batch: Batch, count: int) -> Batch:
 
 def rows_of(batch: Batch, rows: jax.Array, option: str) -> Batch:
     def chosen(x):
+        x = jnp.asarray(x)  # NumPy's cannot be indexed by traced rows
         if x.ndim == 0:
             raise ValueError(f"{option} chooses examples, but a batch leaf has none: it is of shape ().")
         sharding = explicit_sharding(x)

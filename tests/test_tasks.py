@@ -11,10 +11,10 @@ import pytest
 from prepared import encoded, image_features, write_tfds
 from shallow import shallow
 
-from experiments import data, evaluate, optimizers, sharding, tasks, train
+from experiments import data, evaluate, loop, optimizers, sharding, tasks, train
 from experiments.config import Config
 from experiments.tasks.arrays import ImageArrays
-from s2sam_jax import TrainState, make_train_step
+from s2sam_jax import TrainState
 
 __all__ = ["shallow"]
 
@@ -133,8 +133,7 @@ def test_the_train_step_lowers_for_gpu_and_tpu(method, optimizer):
     config = Config(width=2, method=method, optimizer=optimizer, batch_size=16)
     network = tasks.build(config)
     tx = optimizers.make(config, steps_per_epoch=10)
-    task_loss = tasks.make(config, tasks.load(config))
-    step = make_train_step(task_loss.loss_fn, tx, fisher_loss_fn=task_loss.plain_loss_fn)
+    step = loop.train_step(config, tasks.losses(config, network), tx)
     state = TrainState.create(network.params, tx, model_state=network.model_state)
     batch = (jnp.zeros((16, 8, 8, 1), jnp.uint8), jnp.zeros(16, jnp.int32))
     exported = jax.export.export(jax.jit(lambda s, b: step(s, b)), platforms=("cuda", "tpu"))(state, batch)

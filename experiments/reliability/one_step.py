@@ -14,10 +14,9 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from experiments import cli, data, jsonl, models, optimizers, runs, tasks
+from experiments import cli, data, jsonl, loop, models, optimizers, runs, tasks
 from experiments.config import Config
-from experiments.tasks import images, text
-from s2sam_jax import TrainState, check_masks, get_masks, make_train_step
+from s2sam_jax import TrainState, check_masks, get_masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +52,7 @@ def step_and_state(config: Config, steps_per_epoch: int = 100) -> tuple[Any, Any
     """The train step of a config, and a function that makes its first state."""
     network = tasks.build(config)
     tx = optimizers.make(config, steps_per_epoch, network.groups)
-    if models.MODELS[config.model].text:
-        loss_fn = text.loss_function(config, network, train=True)
-        plain = text.loss_function(config, network, train=False)
-    else:
-        loss_fn = images.loss_function(config, network, augment=config.dataset != "imagenet2012")
-        plain = images.plain_loss_function(config, network)
-    step = make_train_step(loss_fn, tx, accumulate=config.accumulate, fisher_loss_fn=plain)
+    step = loop.train_step(config, tasks.losses(config, network), tx)
     return step, lambda: TrainState.create(network.params, tx, model_state=network.model_state)
 
 

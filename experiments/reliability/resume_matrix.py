@@ -6,7 +6,6 @@ One row for each method and optimizer.
 """
 
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -43,8 +42,8 @@ class Arguments:
 
 @cli.one_line()
 def main(arguments: Arguments) -> None:
-    moments, console = random.Random(arguments.seed), Console()
-    with tempfile.TemporaryDirectory() as scratch, arguments.out.open("w") as file:
+    moments, console, rows = random.Random(arguments.seed), Console(), []
+    with tempfile.TemporaryDirectory() as scratch:
         for method in arguments.methods:
             for optimizer in arguments.optimizers:
                 config = Config(
@@ -52,9 +51,9 @@ def main(arguments: Arguments) -> None:
                     sparsity=0.5 if method == "chex" else 0.9, prune_fraction=0.7 if method == "lottery" else None,
                 )  # fmt: skip
                 row = one(config, arguments.kills, moments, Path(scratch))
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+                rows.append(row)
                 console.print(method, optimizer, {name: row[name] for name in ("kills", "equal", "rows_equal")})
+    jsonl.write(arguments.out, rows)  # all together: an interrupted command leaves the old ones
 
 
 def one(config: Config, kills: int, moments: random.Random, scratch: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a run trains on, as the loop sees it: a network, its loss, epochs and an evaluation."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -14,6 +14,20 @@ from s2sam_jax import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 Loss = Callable[..., Any]
+
+
+class Losses(NamedTuple):
+    """The losses of a network on a data set.
+
+    Attributes:
+      loss_fn: with augmentation and dropout.
+      plain_loss_fn: without augmentation.
+      example_loss_fn: as ``loss_fn``, but the losses of the examples; ``None`` where the loss is no mean of such.
+    """
+
+    loss_fn: Loss
+    plain_loss_fn: Loss
+    example_loss_fn: Loss | None
 
 
 class Reporter(Protocol):
@@ -30,17 +44,13 @@ class Task(Protocol):
     Attributes:
       network: freshly initialised.
       steps_per_epoch: full batches.
-      loss_fn: with augmentation and dropout.
-      plain_loss_fn: without augmentation.
-      example_loss_fn: as ``loss_fn``, but the losses of the examples; ``None`` where the loss is no mean of such.
+      losses: of the network.
       mesh: of devices that it trains on.
     """
 
     network: Network
     steps_per_epoch: int
-    loss_fn: Loss
-    plain_loss_fn: Loss
-    example_loss_fn: Loss | None
+    losses: Losses
     mesh: Mesh
 
     def epoch(
@@ -76,6 +86,17 @@ def build(config: Config, widths: Mapping[str, int] | None = None) -> Network:
         dtype=config.compute,
         widths=widths,
     )
+
+
+def losses(config: Config, network: Network) -> Losses:
+    """Of a network on the data of a config, which need not be there."""
+    if config.dataset == "wmt14":
+        from experiments.tasks import text
+
+        return text.losses(config, network)
+    from experiments.tasks import images
+
+    return images.losses(config, network)
 
 
 def load(config: Config) -> Any:

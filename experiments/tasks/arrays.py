@@ -11,7 +11,7 @@ from experiments import data, sharding
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.models import Network
-from experiments.tasks import Loss, Reporter, Step, images, run_epoch
+from experiments.tasks import Reporter, Step, images, run_epoch
 from s2sam_jax import TrainState
 
 EVAL_BATCH = 500
@@ -33,9 +33,7 @@ class ImageArrays:
         if examples < config.batch_size:
             raise ValueError(f"batch_size={config.batch_size} is more than the {examples} training rows.")
         self.steps_per_epoch = examples // config.batch_size
-        self.loss_fn = images.loss_function(config, network)
-        self.plain_loss_fn = images.plain_loss_function(config, network)
-        self.example_loss_fn: Loss | None = images.example_loss_function(config, network)
+        self.losses = images.losses(config, network)
         self._predict = images.predictor(network, data.KINDS[config.dataset])
         batches = data.eval_batches(dataset.test_images, dataset.test_labels, sharding.fill(mesh, EVAL_BATCH))
         self._test = [sharding.put(batch, sharding.of_batch(mesh)) for batch in batches]

@@ -12,6 +12,17 @@ from experiments import data
 from experiments.config import Config
 from experiments.data import Kind
 from experiments.models import Network
+from experiments.tasks import Losses
+
+
+def losses(config: Config, network: Network) -> Losses:
+    """Images that are streamed have been augmented on the host."""
+    augment = config.dataset != "imagenet2012"
+    return Losses(
+        loss_function(config, network, augment=augment),
+        plain_loss_function(config, network),
+        example_loss_function(config, network, augment=augment),
+    )
 
 
 def loss_function(config: Config, network: Network, *, augment: bool = True) -> Callable[..., Any]:

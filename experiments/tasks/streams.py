@@ -12,7 +12,7 @@ from experiments.config import Config
 from experiments.datasets import imagenet
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
-from experiments.tasks import Loss, Reporter, Step, images, run_epoch
+from experiments.tasks import Reporter, Step, images, run_epoch
 from s2sam_jax import TrainState
 
 EVAL_BATCH = 256
@@ -39,9 +39,7 @@ class ImageStream:
         self._config, self._train, self.mesh = config, loaded.train, mesh
         self._test = dataclasses.replace(loaded.test, batch_size=sharding.fill(mesh, loaded.test.batch_size))
         self.network, self.steps_per_epoch = network, loaded.train.steps_per_epoch
-        self.loss_fn = images.loss_function(config, network, augment=False)
-        self.plain_loss_fn = images.plain_loss_function(config, network)
-        self.example_loss_fn: Loss | None = images.example_loss_function(config, network, augment=False)
+        self.losses = images.losses(config, network)
         self._predict = images.predictor(network, data.KINDS[config.dataset])
 
     def epoch(

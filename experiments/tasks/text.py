@@ -17,7 +17,7 @@ from experiments.config import Config
 from experiments.datasets import sources, translation, wmt
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
-from experiments.tasks import Loss, Reporter, Step, run_epoch
+from experiments.tasks import Losses, Reporter, Step, run_epoch
 from experiments.tasks.streams import epoch_batches
 from s2sam_jax import TrainState
 
@@ -63,9 +63,7 @@ class Translation:
         self._config, self._data, self.mesh = config, loaded, mesh
         self._test = dataclasses.replace(loaded.test, batch_size=sharding.fill(mesh, loaded.test.batch_size))
         self.network, self.steps_per_epoch = network, loaded.train.steps_per_epoch
-        self.loss_fn = loss_function(config, network, train=True)
-        self.plain_loss_fn = loss_function(config, network, train=False)
-        self.example_loss_fn: Loss | None = None
+        self.losses = losses(config, network)
         self._score = jax.jit(self._counts)
 
     def epoch(
@@ -87,7 +85,7 @@ class Translation:
 
     def _counts(self, params: Any, model_state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """The accuracy of a batch, and of how many tokens."""
-        _, (_, metrics) = self.plain_loss_fn(params, model_state, batch, jax.random.key(0))
+        _, (_, metrics) = self.losses.plain_loss_fn(params, model_state, batch, jax.random.key(0))
         return metrics["train_accuracy"], jnp.sum(batch["targets"] != wmt.PAD)
 
     def _bleu(self, params: Any, model_state: Any) -> float:
@@ -113,6 +111,11 @@ class Translation:
             return self.network.apply(params, model_state, (*memory, targets), False, method="decode")[0]
 
         return translation.beam_search(encode, decode, batch, max_length=self._config.max_length)
+
+
+def losses(config: Config, network: Network) -> Losses:
+    """The loss is a mean over tokens, not over examples."""
+    return Losses(loss_function(config, network, train=True), loss_function(config, network, train=False), None)
 
 
 def loss_function(config: Config, network: Network, *, train: bool) -> Any:
