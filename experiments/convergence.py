@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from experiments import cli, jsonl, missing, nonconvex, runs, stability
+from experiments import cli, files, jsonl, missing, nonconvex, runs, stability
 from experiments.config import Config
 from experiments.figures.style import COLOURS, GREY, MARKERS
 
@@ -229,7 +229,7 @@ def _finish(axes: Axes, title: str, x: str, y: str) -> None:
 def write(file: Path) -> None:
     """Page and figure, from the rows alone."""
     rows = jsonl.read(file)
-    file.with_suffix(".md").write_text(page(rows, file.name))
+    files.write_text(file.with_suffix(".md"), page(rows, file.name))
     draw(rows, file.with_suffix(".png"))
 
 

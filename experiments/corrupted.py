@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-from experiments import cli, data, jsonl, runs, spread, tasks
+from experiments import cli, data, files, jsonl, runs, spread, tasks
 from experiments.config import Config, choices
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
@@ -143,7 +143,7 @@ def write(file: Path) -> None:
         f"Device: {', '.join(sorted({row['device'] for row in rows}))}. Made by `python -m experiments.corrupted` from "
         f"`{file.name}`, which holds config, versions and commit of each row.\n"
     )
-    file.with_suffix(".md").write_text(page)
+    files.write_text(file.with_suffix(".md"), page)
 
 
 @cli.one_line()

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, loop, missing, runs, solution, spectrum, spread, surface, sweep, tasks
+from experiments import cli, files, jsonl, loop, missing, runs, solution, spectrum, spread, surface, sweep, tasks
 from experiments.config import Config, OptimizerName
 from experiments.figures import landscapes
 from experiments.record import Last, Row
@@ -205,7 +205,7 @@ def write(file: Path) -> None:
         f"Device: {', '.join(sorted({row['device'] for row in rows}))}. Made by `python -m experiments.flatness` from "
         f"`{file.name}`, which holds config, versions and commit of each run.\n\n"
     )
-    file.with_suffix(".md").write_text(f"{head}{claims(rows)}\n\n{table(rows)}\n")
+    files.write_text(file.with_suffix(".md"), f"{head}{claims(rows)}\n\n{table(rows)}\n")
     for field, label, title, scale, logarithmic in FIGURES:
         figure = file.with_name(f"{file.stem}_{field}.png")
         landscapes.draw_against_sparsity(rows, field, label, title, figure, scale=scale, logarithmic=logarithmic)

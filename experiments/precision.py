@@ -18,7 +18,7 @@ import optax
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, loop, missing, runs, solution, sweep, tasks
+from experiments import cli, files, jsonl, loop, missing, runs, solution, sweep, tasks
 from experiments.config import Config
 from experiments.record import Last, Row
 from experiments.solution import Solution
@@ -232,7 +232,7 @@ with changes averaged over draws. Device: {", ".join(sorted({row["device"] for r
 
 def write(file: Path) -> None:
     """The page, from the rows alone."""
-    file.with_suffix(".md").write_text(page(jsonl.read(file), file.name) + "\n")
+    files.write_text(file.with_suffix(".md"), page(jsonl.read(file), file.name) + "\n")
 
 
 @cli.one_line()

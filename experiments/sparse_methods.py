@@ -1,5 +1,6 @@
 """From a config to a sparse method and its clock."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Sequence
@@ -36,7 +37,9 @@ ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # no cl
 
 def check_dense(config: Config) -> None:
     """Raises a ValueError that names what only a sparse network has."""
-    if given := [option for option in OPTIONS if getattr(config, option) is not None]:
+    plain = dataclasses.asdict(Config(method="dense"))
+    options = (*OPTIONS, "sparsity", "distribution", "update_every", "update_end")
+    if given := [option for option in options if getattr(config, option) != plain[option]]:
         raise ValueError(f"{', '.join(given)} given, but dense has no such option; leave it out.")
     if config.structure != "unstructured":
         raise ValueError(f"structure={config.structure} given, but a dense network has none; leave it out.")

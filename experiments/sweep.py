@@ -14,7 +14,7 @@ from typing import Any, Literal
 import tyro
 from rich.progress import track
 
-from experiments import cli, jsonl, loop, missing, runs, sparse_methods, spread, tasks
+from experiments import cli, files, jsonl, loop, missing, runs, sparse_methods, spread, tasks
 from experiments.config import Config, OptimizerName
 from experiments.record import Last
 
@@ -118,7 +118,7 @@ def write(file: Path) -> None:
         f"`python -m experiments.sweep`{_beside(rows)} from `{file.name}`, which holds config, versions and commit of "
         "each run.\n\n"
     )
-    file.with_suffix(".md").write_text(head + table(rows) + "\n")
+    files.write_text(file.with_suffix(".md"), head + table(rows) + "\n")
 
 
 def _beside(rows: list[dict[str, Any]]) -> str:

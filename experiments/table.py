@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, comparison, jsonl, missing, recipes, runs, train, tune
+from experiments import cli, comparison, files, jsonl, missing, recipes, runs, train, tune
 from experiments.config import Config, OptimizerName
 from experiments.figures import tables
 from experiments.recipes import Recipe
@@ -162,8 +162,8 @@ def write(file: Path) -> list[comparison.Line]:
     """Page, figures and plot beside the rows' file, from the rows alone."""
     rows = jsonl.read(file)
     lines, title = comparison.compare(rows), file.stem.replace("_", ", ")
-    file.with_suffix(".md").write_text(f"# {title}\n\n{_head(rows, file)}\n\n{comparison.markdown(lines)}\n")
-    file.with_suffix(".csv").write_text(comparison.comma_separated(lines))
+    files.write_text(file.with_suffix(".md"), f"# {title}\n\n{_head(rows, file)}\n\n{comparison.markdown(lines)}\n")
+    files.write_text(file.with_suffix(".csv"), comparison.comma_separated(lines))
     tables.draw_comparison(lines, title, file.with_suffix(".png"))
     if file.stem.startswith(SWEEPS):
         tables.draw_gains(lines, title, file.with_name(f"{file.stem}_gains.png"))
