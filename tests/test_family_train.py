@@ -390,7 +390,7 @@ def test_esam_in_the_loop(monkeypatch):
     task = tasks.make(config, Dataset(*rows, *rows))
     tx = optimizers.make(config, task.steps_per_epoch)
     state, (batch,) = loop.initial_state(config, task.network, tx), task.batches(0)
-    state, metrics = loop.train_step(config, task, tx)(state, batch)
+    state, metrics = loop.train_step(config, task.losses, tx)(state, batch)
     assert int(state.first_bad_step) == -1
     assert float(metrics["rho"]) == pytest.approx(config.rho)
 
