@@ -80,6 +80,17 @@ def test_computed_corruptions_of_a_cifar10_run(cifar_run, capsys):
     assert "mean_corruption_accuracy" in capsys.readouterr().out
 
 
+def test_a_run_that_held_images_out_is_compared_on_test_images(cifar_run, tmp_path):
+    """Its config says how it was evaluated while training; shares of one accuracy and another would say nothing."""
+    folder = tmp_path / "run"
+    shutil.copytree(cifar_run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"validation": 64}))
+    found = robustness.main([str(folder), "--rows", str(ROWS), "--corruptions", "contrast"])
+    images, labels = (x[:ROWS] for x in pictures(80))
+    assert found["clean_accuracy"] == pytest.approx(np.mean(predictions(cifar_run, images) == labels))
+
+
 def test_released_files_with_the_same_images_give_the_same_rows(cifar_run, tmp_path):
     images, labels = pictures(80)
     np.save(tmp_path / "labels.npy", np.tile(labels, 5))
