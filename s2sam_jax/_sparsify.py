@@ -65,7 +65,7 @@ def sparsify(
       when: when masks change, counted in calls of update; needed by methods whose masks change, unless they bring a
         clock of their own.
       prunable: ``(path, leaf) -> bool``; by default leaves of two or more dimensions, but for those named ``bias``,
-        ``scale``, ``beta`` or ``gamma``.
+        ``scale``, ``offset``, ``beta`` or ``gamma``.
       overrides: sparsity by path pattern, as in :func:`uniform`.
       structure: ``NM(n, m)`` keeps n of every m, ``Block(shape)`` and ``Channel()`` keep whole units, so that the
         sparsity of a leaf counts units. For methods that rank within leaves.
