@@ -12,7 +12,7 @@ from s2sam_jax._ascent import add
 from s2sam_jax._masks import SparseState
 from s2sam_jax._msam import MSAMState
 from s2sam_jax._s2sam import S2SAMState
-from s2sam_jax._tree import Path, find_states, named_leaves, path_names
+from s2sam_jax._tree import HOLDING_BACK, Path, find_states, named_leaves, path_names
 from s2sam_jax._types import Params
 
 
@@ -102,7 +102,7 @@ def _directions(opt_state: Any, clean: dict[Path, Any]) -> Iterator[tuple[S2SAMS
 def _check_order(opt_state: Any) -> None:
     """An s2sam around sparsify would remember dense gradients, around these wrappers gradients that they hold back."""
     _check_inside_sparsify(opt_state)
-    for kind, name in ((optax.MultiStepsState, "MultiSteps"), (optax.ApplyIfFiniteState, "apply_if_finite")):
+    for kind, name in HOLDING_BACK:
         outer = find_states(opt_state, (S2SAMState, kind, optax.transforms.PartitionState))
         if {type(state) for state in outer} >= {S2SAMState, kind}:
             raise ValueError(

@@ -10,7 +10,7 @@ from s2sam_jax._ascent import ascent_point, check_non_negative, schedule
 from s2sam_jax._masks import SparseState, get_masks
 from s2sam_jax._msam import MSAMState
 from s2sam_jax._s2sam import S2SAMState
-from s2sam_jax._tree import check_same_named, find_states, increment, masked, named_leaves, path_names
+from s2sam_jax._tree import HOLDING_BACK, check_same_named, find_states, increment, masked, named_leaves, path_names
 from s2sam_jax._types import Params, ScalarOrSchedule
 
 
@@ -84,7 +84,7 @@ def s2sam_wrapper(
         inner_state = inner.init(clean)
         if find_states(inner_state, S2SAMState) or find_states(inner_state, MSAMState):
             raise ValueError("s2sam_wrapper around s2sam() or msam() would perturb twice; use one of them.")
-        for kind, name in ((optax.MultiStepsState, "MultiSteps"), (optax.ApplyIfFiniteState, "apply_if_finite")):
+        for kind, name in HOLDING_BACK:
             if find_states(inner_state, kind):
                 raise ValueError(
                     f"s2sam_wrapper(optax.{name}(...)) would perturb along gradients that {name} holds back; put "

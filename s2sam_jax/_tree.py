@@ -14,6 +14,8 @@ from s2sam_jax._types import NEVER, Masks, Unmasked
 Path = tuple[str, ...]
 T = TypeVar("T")
 
+# Wrappers that hold gradients back, which s2sam must not remember.
+HOLDING_BACK = ((optax.MultiStepsState, "MultiSteps"), (optax.ApplyIfFiniteState, "apply_if_finite"))
 NNX_VALUE = jax.tree_util.GetAttrKey("value")
 
 
