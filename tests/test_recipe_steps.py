@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 from types import SimpleNamespace
 
@@ -17,22 +16,28 @@ from experiments.reliability import narrow_steps, one_step
 from s2sam_jax import SparseState
 from s2sam_jax._tree import find_states
 
+CONFIGS = {name: recipes.get(name).config for name in recipes.names()}
 
-def kinds() -> dict[str, Config]:
-    """Few recipes at full size in which any two of model with data, method and optimizer that ever meet do meet."""
-    configs = {name: recipes.get(name).config for name in recipes.names()}
-    pairs = {name: _pairs(config) for name, config in configs.items() if config.subset is None}
-    left, found = set().union(*pairs.values()), {}
+
+def full_size() -> list[str]:
+    """Few recipes among which each model with its data, each method and each optimizer is at least once."""
+    parts = {name: _parts(config) for name, config in CONFIGS.items() if config.subset is None}
+    left, found = set().union(*parts.values()), []
     while left:
-        name = max(pairs, key=lambda name: len(pairs[name] & left))
-        left -= pairs[name]
-        found[name] = configs[name]
+        found.append(max(parts, key=lambda name: len(parts[name] & left)))
+        left -= parts[found[-1]]
     return found
 
 
-def _pairs(config):
-    parts = (config.model, config.dataset), config.method, (config.optimizer, config.base)
-    return set(itertools.combinations(parts, 2))
+def _parts(config):
+    return {(config.model, config.dataset), config.method, (config.optimizer, config.base)}
+
+
+def digits() -> dict[tuple[str, ...], Config]:
+    """Each method with each optimizer that it meets in recipes of images, on the smallest network."""
+    images = [config for config in CONFIGS.values() if not models.MODELS[config.model].text]
+    small = {(config.method, config.optimizer): config for config in images}
+    return {key: dataclasses.replace(c, model="resnet8", width=None, dataset="digits") for key, c in small.items()}
 
 
 @functools.cache
@@ -58,8 +63,17 @@ def network_of(config):
     return network._replace(params=params, model_state=model_state)
 
 
-@pytest.mark.parametrize(("name", "config"), kinds().items(), ids=kinds().keys())
-def test_full_size_step(name, config, monkeypatch):
+@pytest.mark.parametrize("name", full_size())
+def test_full_size_step(name, monkeypatch):
+    check_traced_step(CONFIGS[name], monkeypatch, least_size=5e4 if CONFIGS[name].dataset == "digits" else 1e6)
+
+
+@pytest.mark.parametrize("config", digits().values(), ids=map("-".join, digits()))
+def test_step_of_a_method_with_an_optimizer(config, monkeypatch):
+    check_traced_step(config, monkeypatch, least_size=5e4)
+
+
+def check_traced_step(config, monkeypatch, least_size):
     monkeypatch.setattr(tasks, "build", network_of)
 
     def step():
@@ -72,8 +86,7 @@ def test_full_size_step(name, config, monkeypatch):
     assert metrics["loss"].shape == ()
     assert metrics["loss"].dtype == jnp.float32
     assert bool(find_states(after.opt_state, SparseState)) == (config.method != "dense")
-    size = sum(np.prod(p.shape) for p in jax.tree.leaves(after.params))
-    assert size > (5e4 if config.dataset == "digits" else 1e6)
+    assert sum(np.prod(p.shape) for p in jax.tree.leaves(after.params)) > least_size
 
 
 # Narrow networks
@@ -91,8 +104,7 @@ def compilation_cache():
 
 def test_combinations_are_those_of_all_recipes_once():
     found = narrow_steps.combinations()
-    configs = [recipes.get(name).config for name in recipes.names()]
-    assert set(found) == {(config.model, config.method, config.optimizer) for config in configs}
+    assert set(found) == {(config.model, config.method, config.optimizer) for config in CONFIGS.values()}
     assert all(
         (config.model, config.method, config.optimizer) == key
         for key, config in ((key, recipes.get(name).config) for key, name in found.items())
