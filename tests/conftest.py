@@ -1,4 +1,4 @@
-"""Eight virtual devices for the sharding tests, and quick compilation: it is most of what the suite spends.
+"""Eight virtual devices for sharding, quick compilation (most of what the suite spends), and a toy for the models.
 
 Without optimization, and where it can do without its fusion emitters, XLA compiles in a quarter of the time; programs
 run slower, but briefly.
@@ -15,5 +15,36 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """The runs of a module share their programs, as those of a user do."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is options:
+            yield options["jax_compilation_cache_dir"]
+
+
+@pytest.fixture
+def toy(monkeypatch, compiled_once):
+    """In place of the models; and no curves are drawn."""
+    import toy
+
+    from experiments import tasks
+    from experiments.figures import training
+
+    monkeypatch.setattr(tasks, "build", toy.build)
+    monkeypatch.setattr(training, "draw", lambda runs, title, file: file.touch())
+    return compiled_once

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import checkify
-from toy import compiled_once, toy
 
 from experiments import loop, train
 from experiments.checkpoint import Checkpoints
@@ -35,8 +34,6 @@ from s2sam_jax import (
     sparsify,
     ssam,
 )
-
-__all__ = ["compiled_once", "toy"]
 
 # Without its fusion emitters XLA fuses multiplying and adding as it happens.
 AS_USUAL = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}

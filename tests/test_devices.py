@@ -17,15 +17,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_resume import stop_in
-from toy import compiled_once, toy
 
 from experiments import record, runs, sharding, tasks, train
 from experiments.config import Config
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.tasks import arrays
 from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods, s2sam, sam, sparsify
-
-__all__ = ["compiled_once", "toy"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--subset", "256", "--epochs", "2"]

@@ -6,12 +6,9 @@ import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from toy import compiled_once, toy
 
 from experiments import flatness, runs, solution, spectrum, surface, train
 from experiments.figures import landscapes
-
-__all__ = ["compiled_once", "toy"]
 
 RNG = np.random.default_rng(0)
 

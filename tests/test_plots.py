@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from toy import compiled_once, toy
 
 from experiments import churn, draw, loop, ratio, spectrum, surface, tasks, train
 from experiments.config import Config
 from experiments.figures import curves, landscapes, masks
 from experiments.solution import Solution
-
-__all__ = ["compiled_once", "toy"]
 
 RNG = np.random.default_rng(0)
 

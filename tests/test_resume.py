@@ -14,15 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy import compiled_once, toy
 
 from experiments import evaluate, record, runs, train
 from experiments.checkpoint import Checkpoints
 from experiments.config import Config
 from experiments.tasks import arrays
 from s2sam_jax import TrainState
-
-__all__ = ["compiled_once", "toy"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--subset", "256", "--epochs", "5"]

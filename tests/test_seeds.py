@@ -8,13 +8,10 @@ import numpy as np
 import optax
 import pytest
 from test_resume import CASES, StoppedError, rows
-from toy import compiled_once, toy
 
 from experiments import runs, train
 from experiments.tasks import arrays
 from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods, s2sam, sparsify, ssam
-
-__all__ = ["compiled_once", "toy"]
 
 SHORT = ["--subset", "256", "--epochs", "3"]
 

@@ -6,13 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
-from toy import compiled_once, toy
 
 from experiments import data, table, tasks, train, tune
 from experiments.config import Config
 from experiments.tasks.arrays import ImageArrays
-
-__all__ = ["compiled_once", "toy"]
 
 
 def rows(file, *triples):

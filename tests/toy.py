@@ -2,11 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import tasks
-from experiments.figures import training
 from experiments.models import Network
 
 WIDTH = 96
@@ -27,27 +23,3 @@ def build(config):
         return jnp.tanh(hidden - mean + params["hidden"]["bias"]) @ params["head"]["kernel"], new
 
     return Network(params, {"mean": jnp.zeros(WIDTH)}, apply)
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """The runs of a module share their programs, as those of a user do."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        compilation_cache.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-        if values is options:
-            yield options["jax_compilation_cache_dir"]
-
-
-@pytest.fixture
-def toy(monkeypatch, compiled_once):
-    """In place of the models; and no curves are drawn."""
-    monkeypatch.setattr(tasks, "build", build)
-    monkeypatch.setattr(training, "draw", lambda runs, title, file: file.touch())
-    return compiled_once
