@@ -11,7 +11,6 @@ from s2sam_jax._esam import ESAMState as ESAMState
 from s2sam_jax._esam import esam as esam
 from s2sam_jax._esam import sharpest as sharpest
 from s2sam_jax._faults import check_masks as check_masks
-from s2sam_jax._gsam import GSAMState as GSAMState
 from s2sam_jax._gsam import gsam as gsam
 from s2sam_jax._gsam import rho_from_learning_rate as rho_from_learning_rate
 from s2sam_jax._looksam import LookSAMState as LookSAMState

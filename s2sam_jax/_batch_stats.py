@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from s2sam_jax._train import Batch, LossFn, ModelState
-from s2sam_jax._tree import at_least_f32, named_leaves
+from s2sam_jax._tree import at_least_f32, by_name
 from s2sam_jax._types import Params
 
 
@@ -103,7 +103,7 @@ def _momentum(forward: Callable[[list[jax.Array]], list[jax.Array]], old: list[j
 def _warn_of_kept(averaged: list[jax.Array], model_state: ModelState) -> None:
     if any(isinstance(a, Tracer) for a in averaged):  # nobody to tell inside a program
         return
-    names = ["/".join(path) for path, x in named_leaves(model_state).items() if _is_float(x)]
+    names = [name for name, x in by_name(model_state).items() if _is_float(x)]
     if kept := [name for name, a in zip(names, averaged, strict=True) if not a]:
         warnings.warn(
             f"recalibrate_batch_stats kept {kept}: they are no moving averages of the batch alone (or nothing of it "

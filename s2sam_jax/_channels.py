@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._tree import map_named, named_leaves
+from s2sam_jax._tree import by_name, map_named
 from s2sam_jax._types import Masks, Params
 
 
@@ -65,8 +65,8 @@ def group_sizes(tree: Params, groups: Sequence[ChannelGroup], *, statistics: Any
     Raises:
       ValueError: listing every slice whose leaf or axis does not exist, or whose length is not that of its group.
     """
-    shapes = {"/".join(path): leaf.shape for path, leaf in named_leaves(tree).items()}
-    running = {"/".join(path): leaf.shape for path, leaf in named_leaves(statistics).items()}
+    shapes = {name: leaf.shape for name, leaf in by_name(tree).items()}
+    running = {name: leaf.shape for name, leaf in by_name(statistics).items()}
     problems, sizes = [], {}
     for group in groups:
         if not group.filters:

@@ -13,13 +13,13 @@ import numpy as np
 from s2sam_jax._channels import ChannelGroup, Slice, channel_masks, group_sizes
 from s2sam_jax._counts import kept
 from s2sam_jax._select import ones, random_scores, select
-from s2sam_jax._tree import at_least_f32, named_leaves
+from s2sam_jax._tree import at_least_f32, by_name
 from s2sam_jax._types import Masks, Params
 
 
 def channels(tree: Any, parts: Sequence[Slice]) -> list[jax.Array]:
     """Each slice's leaf as a matrix, one row a channel."""
-    leaves = {"/".join(path): leaf for path, leaf in named_leaves(tree).items()}
+    leaves = by_name(tree)
     rows = [jnp.moveaxis(leaves[part.path], part.axis, 0) for part in parts]
     return [leaf.reshape(len(leaf), -1) for leaf in rows]
 

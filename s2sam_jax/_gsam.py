@@ -1,27 +1,13 @@
 """GSAM: SAM that narrows the surrogate gap, too."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from s2sam_jax._ascent import ascent_point, check_non_negative, perpendicular, schedule
-from s2sam_jax._sam import second_gradient
+from s2sam_jax._sam import SAMState, second_gradient
 from s2sam_jax._tree import at_least_f32, increment
 from s2sam_jax._types import ScalarOrSchedule
-
-
-class GSAMState(NamedTuple):
-    """State of :func:`gsam`.
-
-    Attributes:
-      step: int32[], steps taken.
-      rho: float[], radius of the last perturbation (of the first one, before it).
-    """
-
-    step: jax.Array
-    rho: jax.Array
 
 
 def gsam(
@@ -67,7 +53,7 @@ def gsam(
     def init_fn(params):
         del params
         zero = jnp.zeros((), jnp.int32)
-        return GSAMState(zero, rho_at(zero))
+        return SAMState(zero, rho_at(zero))
 
     def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
         del extra_args
@@ -76,7 +62,7 @@ def gsam(
         found = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps))
         across = perpendicular(updates, found)
         grads = jax.tree.map(lambda g, x: (at_least_f32(g) - weight * x).astype(g.dtype), found, across)
-        return grads, GSAMState(increment(state.step), radius)
+        return grads, SAMState(increment(state.step), radius)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

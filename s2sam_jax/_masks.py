@@ -9,12 +9,13 @@ import optax
 from s2sam_jax._select import ones
 from s2sam_jax._tree import (
     align,
+    by_name,
     check_same_named,
     find_states,
+    map_paths,
     map_states,
     mask_mirrored,
     named_leaves,
-    path_names,
     with_extra_args,
 )
 from s2sam_jax._types import Masks, Params
@@ -81,9 +82,7 @@ def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
             raise ValueError("get_masks: opt_state holds several SparseStates; pass params to get one tree.")
         return states[0].masks
     found = {path: mask for state in states for path, mask in named_leaves(state.masks).items()}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: found[path_names(path)] if path_names(path) in found else jnp.ones_like(p, dtype=bool), params
-    )
+    return map_paths(lambda path, p: found[path] if path in found else jnp.ones_like(p, dtype=bool), params)
 
 
 def set_masks(opt_state: Any, masks: Masks) -> Any:
@@ -114,7 +113,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
       [[False  True]
        [ True False]]
     """
-    wrong = ["/".join(path) for path, mask in named_leaves(masks).items() if mask.dtype != jnp.bool_]
+    wrong = [name for name, mask in by_name(masks).items() if mask.dtype != jnp.bool_]
     if wrong:
         raise TypeError(f"set_masks needs bool masks; these are not: {wrong}.")
     covered = {
@@ -164,10 +163,9 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
     check_same_named(covered, leaves, "params", "the masks in opt_state")
 
     def zero(path, param):
-        mask = leaves.get(path_names(path))
-        return param if mask is None else jnp.where(mask, param, jnp.zeros((), param.dtype))
+        return jnp.where(leaves[path], param, jnp.zeros((), param.dtype)) if path in leaves else param
 
-    return jax.tree_util.tree_map_with_path(zero, params)
+    return map_paths(zero, params)
 
 
 def update_masks(

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from s2sam_jax._channels import ChannelGroup, Slice, group_sizes
-from s2sam_jax._tree import check_same_leaves, map_named, named_leaves
+from s2sam_jax._tree import by_name, check_same_leaves, map_named
 from s2sam_jax._types import Masks, Params
 
 Cuts = dict[str, dict[int, np.ndarray]]  # by path and axis, the indices to keep
@@ -72,11 +72,11 @@ def materialize(params: Params, model_state: Any, groups: Sequence[ChannelGroup]
     _check_concrete(params, model_state, masks)
     check_same_leaves(masks, params, "masks", "params")
     group_sizes(params, groups, statistics=model_state)
-    shapes = {"/".join(path): leaf.shape for path, leaf in named_leaves(params).items()}
+    shapes = {name: leaf.shape for name, leaf in by_name(params).items()}
     if problems := [*_group_problems(groups, shapes), *_mask_problems(params, masks)]:
         raise ValueError("materialize cannot remove channels:\n  " + "\n  ".join(problems))
-    by_name = {"/".join(path): np.asarray(mask) for path, mask in named_leaves(masks).items()}
-    kept = {group.name: _kept(group, by_name) for group in groups}
+    live = {name: np.asarray(mask) for name, mask in by_name(masks).items()}
+    kept = {group.name: _kept(group, live) for group in groups}
     of_params = _cuts((part, kept[group.name]) for group in groups for part in group.parameters)
     of_state = _cuts((part, kept[group.name]) for group in groups for part in group.statistics)
     return Materialized(
@@ -116,7 +116,7 @@ def _sliced(tree: Any, cuts: Cuts) -> Any:
 
 
 def _check_concrete(*trees: Any) -> None:
-    traced = ["/".join(path) for tree in trees for path, leaf in named_leaves(tree).items() if isinstance(leaf, Tracer)]
+    traced = [name for tree in trees for name, leaf in by_name(tree).items() if isinstance(leaf, Tracer)]
     if traced:
         raise ValueError(
             f"materialize must be called outside jit, as shapes depend on the values of masks; traced: {traced}."
@@ -136,9 +136,9 @@ def _group_problems(groups: Sequence[ChannelGroup], shapes: Mapping[str, tuple[i
 
 
 def _mask_problems(params: Params, masks: Masks) -> Iterator[str]:
-    weights = named_leaves(params)
-    for path, mask in named_leaves(masks).items():
+    weights = by_name(params)
+    for name, mask in by_name(masks).items():
         if mask.dtype != np.bool_:
-            yield f"{'/'.join(path)}: its mask must be bool; got {mask.dtype}"
-        elif stray := np.count_nonzero(np.asarray(weights[path])[~np.asarray(mask)]):
-            yield f"{'/'.join(path)}: {stray} weights are masked but not zero; call apply_masks(params, opt_state)"
+            yield f"{name}: its mask must be bool; got {mask.dtype}"
+        elif stray := np.count_nonzero(np.asarray(weights[name])[~np.asarray(mask)]):
+            yield f"{name}: {stray} weights are masked but not zero; call apply_masks(params, opt_state)"

@@ -12,7 +12,7 @@ from s2sam_jax._ascent import add
 from s2sam_jax._masks import SparseState
 from s2sam_jax._msam import MSAMState
 from s2sam_jax._s2sam import S2SAMState
-from s2sam_jax._tree import HOLDING_BACK, Path, find_states, named_leaves, path_names
+from s2sam_jax._tree import HOLDING_BACK, Path, find_states, map_paths, named_leaves
 from s2sam_jax._types import Params
 
 
@@ -55,12 +55,7 @@ def perturb(params: Params, opt_state: Any) -> Params:
     moved: dict[Path, jax.Array] = {}
     for _, _, epsilon in perturbations(named_leaves(params), opt_state):
         moved |= epsilon
-
-    def shift(key_path, param):
-        path = path_names(key_path)
-        return add(param, moved[path]) if path in moved else param
-
-    return jax.tree_util.tree_map_with_path(shift, params)
+    return map_paths(lambda path, param: add(param, moved[path]) if path in moved else param, params)
 
 
 def perturbing(opt_state: Any) -> list[S2SAMState | MSAMState]:

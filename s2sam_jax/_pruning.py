@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from s2sam_jax._growth import global_count, replace_sparse, sparse_leaves
 from s2sam_jax._select import keep_best
 from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
-from s2sam_jax._tree import map_named, named_leaves
+from s2sam_jax._tree import by_name, map_named
 from s2sam_jax._types import MaskInputs, Masks, MaskUpdate
 
 
@@ -68,7 +68,7 @@ def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kern
 
 def warn_if_collapsed(masks: Masks, method: str) -> None:
     """A warning, from the device, that names every layer which has lost all its weights."""
-    weights = {"/".join(path): mask for path, mask in named_leaves(masks).items() if mask.size}
+    weights = {name: mask for name, mask in by_name(masks).items() if mask.size}
     names = list(weights)
     alive = jnp.array([m.any() for m in weights.values()])
 

@@ -16,11 +16,7 @@ def round_to_nearest(x: jax.Array, dtype: str) -> jax.Array:
     if dtype == "float16":
         # The barrier keeps the compiler from dropping the two casts as excess precision.
         return jax.lax.optimization_barrier(x.astype(jnp.float16)).astype(jnp.float32)
-    drop = 23 - _MANTISSA[dtype]
-    if drop == 0:
-        return x
-    odd = (_bits(x) >> drop) & 1
-    return _cut(x, drop, 2 ** (drop - 1) - 1 + odd)
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=_MANTISSA[dtype])
 
 
 def stochastic_round(tree: Params, key: jax.Array, dtype: str) -> Params:
@@ -62,11 +58,7 @@ def stochastic_round(tree: Params, key: jax.Array, dtype: str) -> Params:
     return treedef.unflatten([rounded(x, k) for x, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)])
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.uint32)
-
-
 def _cut(x: jax.Array, drop: int, added: jax.Array) -> jax.Array:
     """Adds to the magnitude, as an integer, then zeroes its ``drop`` lowest bits; a carry moves on to the exponent."""
-    bits = (_bits(x) + added) & jnp.uint32(2**32 - 2**drop)
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + added) & jnp.uint32(2**32 - 2**drop)
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)

@@ -10,7 +10,7 @@ from s2sam_jax._ascent import ascent_point, check_non_negative, schedule
 from s2sam_jax._masks import SparseState, get_masks
 from s2sam_jax._msam import MSAMState
 from s2sam_jax._s2sam import S2SAMState
-from s2sam_jax._tree import HOLDING_BACK, check_same_named, find_states, increment, masked, named_leaves, path_names
+from s2sam_jax._tree import HOLDING_BACK, check_same_named, find_states, increment, map_paths, masked, named_leaves
 from s2sam_jax._types import Params, ScalarOrSchedule
 
 
@@ -138,10 +138,8 @@ def eval_params(params: Params, opt_state: Any) -> Params:
     covered = {path: p for path, p in named_leaves(params).items() if path in clean}
     check_same_named(covered, clean, "params", "the s2sam_wrapper in opt_state")
 
-    def of(path, param):  # optax.masked and the like may have kept some from the wrapper
-        return clean[path_names(path)].astype(param.dtype) if path_names(path) in clean else param
-
-    return jax.tree_util.tree_map_with_path(of, params)
+    # optax.masked and the like may have kept some from the wrapper
+    return map_paths(lambda path, param: clean[path].astype(param.dtype) if path in clean else param, params)
 
 
 def _on_masks(inner_state: Any, tree: Any) -> Any:

@@ -16,7 +16,7 @@ GradFnByPart = Callable[[Callable[[Params], Params]], Params]
 
 
 class SAMState(NamedTuple):
-    """State of :func:`sam`.
+    """State of :func:`sam` and of :func:`gsam`.
 
     Attributes:
       step: int32[], steps taken.

@@ -17,7 +17,7 @@ from s2sam_jax._bisect import largest
 from s2sam_jax._blocks import all_in_block, best_of_groups, pool, spread
 from s2sam_jax._counts import kept, rounded_down
 from s2sam_jax._structure import NM, UNSTRUCTURED, Block, Channel, Structure, check_fits, check_structure, same
-from s2sam_jax._tree import check_same_leaves, explicit_sharding, map_named, named_leaves
+from s2sam_jax._tree import by_name, check_same_leaves, explicit_sharding, map_named
 from s2sam_jax._types import Masks
 
 Scope = Literal["leaf", "global"]
@@ -78,7 +78,7 @@ def select(
     if not leaves:
         return scores
     check_structure(structure)
-    check_fits(structure, {"/".join(path): x.shape for path, x in named_leaves(scores).items()})
+    check_fits(structure, {name: x.shape for name, x in by_name(scores).items()})
     if isinstance(structure, NM):
         _check_count_of_groups(structure, count, sparsity)
         everywhere = [jnp.ones_like(x, dtype=bool) for x in leaves]
@@ -210,7 +210,7 @@ def _counts(scores: Any, count: Any, sparsity: Any, scope: Scope) -> list[jax.Ar
     """The number to keep, per leaf; in global scope the same total for each."""
     if (count is None) == (sparsity is None):
         raise ValueError("select needs exactly one of count and sparsity.")
-    sizes = {"/".join(path): x.size for path, x in named_leaves(scores).items()}
+    sizes = {name: x.size for name, x in by_name(scores).items()}
     given = sparsity if count is None else count
     if jax.tree.structure(given) == jax.tree.structure(0):
         values = [given] * len(sizes)

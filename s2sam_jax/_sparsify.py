@@ -1,7 +1,8 @@
 """Any optax optimizer, made sparse: masks in the state, exact zeros through plain ``optax.apply_updates``."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from s2sam_jax._s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity import DISTRIBUTIONS, Distribution, Prunable, check_sparsity, kernels
 from s2sam_jax._structure import NM, UNSTRUCTURED, Structure, check_structure
 from s2sam_jax._tree import (
+    HOLDING_BACK,
     check_same_leaves,
     copy_key,
     find_states,
@@ -22,7 +24,7 @@ from s2sam_jax._tree import (
     masked,
     start_mirrored,
 )
-from s2sam_jax._types import NEVER, Every, GradFn, MaskInputs, Masks, MaskUpdate, SparseMethod
+from s2sam_jax._types import NEVER, Every, GradFn, MaskInputs, Masks, MaskUpdate, Params, SparseMethod
 from s2sam_jax._units import fit_plan, structured
 
 
@@ -99,125 +101,163 @@ def sparsify(
     check_structure(structure)
     when = _clock(method, when)
     method = structured(method, structure)
-    update_masks = method.update or _unchanged
-    inner = optax.with_extra_args_support(inner)
     distribute = _distribution(distribution, method, structure)
 
-    def plan(params):
+    def plan(params: Params) -> Any:
         return fit_plan(structure, params, distribute(params, sparsity, prunable=prunable, overrides=overrides))
 
-    def init_fn(params):
-        key, step = copy_key(seed, "sparsify"), jnp.zeros((), jnp.int32)
-        dense = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
-        inner_state = inner.init(params)
-        _check_order(inner_state)
-        first_key = jax.random.fold_in(key, NEVER)
-        sizes = jax.tree.map(lambda p: jnp.array(p.size, jnp.int32), params)
+    setup = _Setup(optax.with_extra_args_support(inner), method, plan, when, structure, seed, mask_grads)
+    return optax.GradientTransformationExtraArgs(partial(_init, setup), partial(_update, setup))
+
+
+class _Setup(NamedTuple):
+    """What a sparse optimizer is made of."""
+
+    inner: optax.GradientTransformationExtraArgs
+    method: SparseMethod
+    plan: Callable[[Params], Any]  # sparsity of each leaf
+    when: Every | None  # None where masks never change
+    structure: Structure
+    seed: int | jax.Array
+    mask_grads: bool
+
+
+def _init(setup: _Setup, params: Params) -> SparseState:
+    key, step = copy_key(setup.seed, "sparsify"), jnp.zeros((), jnp.int32)
+    dense = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+    inner_state = setup.inner.init(params)
+    _check_order(inner_state)
+    inputs = MaskInputs(
+        params=params,
+        masks=dense,
+        sparsities=setup.plan(params),
+        nnz=jax.tree.map(lambda p: jnp.array(p.size, jnp.int32), params),
+        step=step,
+        key=jax.random.fold_in(key, NEVER),
+        when=setup.when,
+        inner_state=inner_state,
+        structure=setup.structure,
+    )
+    new = setup.method.init(inputs)
+    # Masked before the first update only, as set_masks may bring other weights to life until then; by masks that
+    # are all true it gets the types that it will have.
+    inner_state = mask_mirrored(dense, inner_state)
+    first = jnp.full((), NEVER, jnp.int32) if setup.when is None else setup.when.at_or_after(0)
+    return SparseState(step, first, new.masks, count_masks(new.masks), key, new.state, inner_state)
+
+
+def _update(
+    setup: _Setup,
+    updates: Params,
+    state: Any,
+    params: Params | None = None,
+    *,
+    grad_fn: GradFn | None = None,
+    refresh_masks: bool | jax.Array | None = None,
+    **extra_args: Any,
+) -> tuple[Params, SparseState]:
+    if params is None:
+        raise ValueError("sparsify needs params: call tx.update(grads, state, params).")
+    check_same_leaves(grads := updates, state.masks, "grads", "the masks")
+    check_same_leaves(params, state.masks, "params", "the masks")
+    due = False if setup.when is None else state.step >= state.next_update if refresh_masks is None else refresh_masks
+    new, nnz = _new_masks(setup, due, grads, state, params, grad_fn)
+    weights = masked(state.masks, params) if new.values is None else new.values
+    if new.restart is not None:
+        weights = jax.tree.map(lambda r, w: jnp.where(r, jnp.zeros_like(w), w), new.restart, weights)
+    inner_state = _ruled(setup, state, new, due, weights)
+
+    steps = jax.tree.map(jnp.zeros_like, grads)
+    skip = new.skip if isinstance(new.skip, jax.Array) else bool(new.skip)
+    if skip is not True:
+        moved = _inner_update(setup, grads, inner_state, weights, new.masks, grad_fn, extra_args)
+        stayed = (steps, inner_state)
+        steps, inner_state = optax.tree.where(skip, stayed, moved) if isinstance(skip, jax.Array) else moved
+
+    step = increment(state.step)
+    next_update = state.next_update if setup.when is None else setup.when.planned(state.next_update, due, step)
+    new_state = SparseState(step, next_update, new.masks, nnz, state.key, new.state, inner_state)
+    if due is not False:  # weights may be replaced, or grown where the caller's are not zero
+        steps = jax.tree.map(lambda u, w, p: u + (w - p), steps, weights, params)
+    return jax.tree.map(lambda m, u, p: jnp.where(m, u, -p), new.masks, steps, params), new_state
+
+
+def _new_masks(
+    setup: _Setup, due: bool | jax.Array, grads: Params, state: SparseState, params: Params, grad_fn: GradFn | None
+) -> tuple[MaskUpdate, jax.Array]:
+    """What the method wants at this step, and the ones per leaf of its masks."""
+    if due is False or (update := setup.method.update) is None:
+        return MaskUpdate(state.masks, state.method_state), state.nnz
+
+    def change():
+        live = masked(state.masks, params)  # in here, so that it costs nothing where nothing changes
         inputs = MaskInputs(
-            params, dense, plan(params), None, sizes, step, first_key, when, None, inner_state, structure
+            params=live,
+            masks=state.masks,
+            sparsities=setup.plan(live),
+            grads=grads,
+            nnz=jax.tree.unflatten(jax.tree.structure(state.masks), list(state.nnz)),
+            step=state.step,
+            key=jax.random.fold_in(state.key, state.step),
+            when=setup.when,
+            grad_fn=grad_fn,
+            inner_state=state.inner_state,
+            structure=setup.structure,
         )
-        new = method.init(inputs)
-        # Masked before the first update only, as set_masks may bring other weights to life until then; by masks that
-        # are all true it gets the types that it will have.
-        inner_state = mask_mirrored(dense, inner_state)
-        nnz = count_masks(new.masks)
-        first = jnp.full((), NEVER, jnp.int32) if method.update is None or when is None else when.at_or_after(0)
-        return SparseState(step, first, new.masks, nnz, key, new.state, inner_state)
+        new = update(inputs, state.method_state)
+        return new, count_masks(new.masks, state)
 
-    def change_masks(due, grads, state, params, grad_fn):
-        """What the method wants at this step, and the ones per leaf of its masks."""
-        if due is False:
-            return MaskUpdate(state.masks, state.method_state), state.nnz
+    def keep():
+        values = None if asked.values is None else masked(state.masks, params)
+        inner_state = None if asked.inner_state is None else state.inner_state
+        restart = None if asked.restart is None else jax.tree.map(jnp.zeros_like, state.masks)
+        return MaskUpdate(state.masks, state.method_state, values, inner_state, restart, skip=False), state.nnz
 
-        def change():
-            live = masked(state.masks, params)  # in here, so that it costs nothing where nothing changes
-            key = jax.random.fold_in(state.key, state.step)
-            nnz = jax.tree.unflatten(jax.tree.structure(state.masks), list(state.nnz))
-            inputs = MaskInputs(
-                live, state.masks, plan(live), grads, nnz, state.step, key, when, grad_fn, state.inner_state, structure
-            )
-            new = update_masks(inputs, state.method_state)
-            return new, count_masks(new.masks, state)
-
-        def keep():
-            values = None if asked.values is None else masked(state.masks, params)
-            inner_state = None if asked.inner_state is None else state.inner_state
-            restart = None if asked.restart is None else jax.tree.map(jnp.zeros_like, state.masks)
-            return MaskUpdate(state.masks, state.method_state, values, inner_state, restart, skip=False), state.nnz
-
-        if due is True:
-            return change()
-        asked, _ = jax.eval_shape(change)  # which of the optional trees this method returns
-        return jax.lax.cond(due, change, keep)
-
-    def ruled(inner_state, masks, new, due, weights):
-        """The state rule, before the inner update: after it, XLA would compute updates twice, masked and not.
-
-        The old masks come first, so that optimizers that add noise accumulate no state for weights yet to grow.
-        """
-        inner_state = mask_mirrored(masks, inner_state) if new.inner_state is None else inner_state
-        if due is False:
-            return inner_state
-        if method.invariant != "monotone":
-            grown = jax.tree.map(lambda now, before: now & ~before, new.masks, masks)
-            inner_state = start_mirrored(grown, inner_state, inner.init(weights))
-        return mask_mirrored(new.masks, inner_state)
-
-    def run_inner(grads, inner_state, weights, masks, grad_fn, extra_args):
-        """One update of the wrapped optimizer, on masked gradients."""
-        inner_grads = grads
-        if mask_grads:
-            inner_grads, grad_fn = masked(masks, grads), _masked_grad_fn(grad_fn, masks)
-            if (by_part := extra_args.get("grad_fn_by_part")) is not None:
-                extra_args |= {"grad_fn_by_part": lambda at: masked(masks, by_part(lambda g: at(masked(masks, g))))}
-        extra_args |= {"masks": masks, "dense_grads": grads, "grad_fn": grad_fn}
-        return inner.update(inner_grads, inner_state, masked(masks, weights), **extra_args)
-
-    def update_fn(updates, state, params=None, *, grad_fn=None, refresh_masks=None, **extra_args):
-        if params is None:
-            raise ValueError("sparsify needs params: call tx.update(grads, state, params).")
-        check_same_leaves(updates, state.masks, "grads", "the masks")
-        check_same_leaves(params, state.masks, "params", "the masks")
-        due = _due(method, state, refresh_masks)
-        new, nnz = change_masks(due, updates, state, params, grad_fn)
-        weights = masked(state.masks, params) if new.values is None else new.values
-        if new.restart is not None:
-            weights = jax.tree.map(lambda r, w: jnp.where(r, jnp.zeros_like(w), w), new.restart, weights)
-        inner_state = state.inner_state if new.inner_state is None else new.inner_state
-        if mask_grads:
-            inner_state = ruled(inner_state, state.masks, new, due, weights)
-        elif due is not False:  # the last gradient lives on the masks all the same, where no inner step renews it
-            inner_state = map_states(lambda s: mask_mirrored(new.masks, s), inner_state, S2SAMState)
-
-        steps = jax.tree.map(jnp.zeros_like, updates)
-        skip = new.skip if isinstance(new.skip, jax.Array) else bool(new.skip)
-        if skip is not True:
-            moved = run_inner(updates, inner_state, weights, new.masks, grad_fn, extra_args)
-            stayed = (steps, inner_state)
-            steps, inner_state = optax.tree.where(skip, stayed, moved) if isinstance(skip, jax.Array) else moved
-
-        step = increment(state.step)
-        next_update = state.next_update if when is None else when.planned(state.next_update, due, step)
-        new_state = SparseState(step, next_update, new.masks, nnz, state.key, new.state, inner_state)
-        if due is not False:  # weights may be replaced, or grown where the caller's are not zero
-            steps = jax.tree.map(lambda u, w, p: u + (w - p), steps, weights, params)
-        return jax.tree.map(lambda m, u, p: jnp.where(m, u, -p), new.masks, steps, params), new_state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    if due is True:
+        return change()
+    asked, _ = jax.eval_shape(change)  # which of the optional trees this method returns
+    return jax.lax.cond(due, change, keep)
 
 
-def _unchanged(x: MaskInputs, state: Any) -> MaskUpdate:
-    return MaskUpdate(x.masks, state)
+def _ruled(setup: _Setup, state: SparseState, new: MaskUpdate, due: bool | jax.Array, weights: Params) -> Any:
+    """The state rule, before the inner update: after it, XLA would compute updates twice, masked and not.
+
+    The old masks come first, so that optimizers that add noise accumulate no state for weights yet to grow.
+    """
+    inner_state = state.inner_state if new.inner_state is None else new.inner_state
+    if setup.mask_grads and new.inner_state is None:
+        inner_state = mask_mirrored(state.masks, inner_state)
+    if due is False:
+        return inner_state
+    if not setup.mask_grads:  # the last gradient lives on the masks all the same, where no inner step renews it
+        return map_states(lambda s: mask_mirrored(new.masks, s), inner_state, S2SAMState)
+    if setup.method.invariant != "monotone":
+        grown = jax.tree.map(lambda now, before: now & ~before, new.masks, state.masks)
+        inner_state = start_mirrored(grown, inner_state, setup.inner.init(weights))
+    return mask_mirrored(new.masks, inner_state)
+
+
+def _inner_update(
+    setup: _Setup,
+    grads: Params,
+    inner_state: Any,
+    weights: Params,
+    masks: Masks,
+    grad_fn: GradFn | None,
+    extra_args: dict[str, Any],
+) -> tuple[Params, Any]:
+    """One update of the wrapped optimizer, on masked gradients."""
+    inner_grads = grads
+    if setup.mask_grads:
+        inner_grads, grad_fn = masked(masks, grads), _masked_grad_fn(grad_fn, masks)
+        if (by_part := extra_args.get("grad_fn_by_part")) is not None:
+            extra_args |= {"grad_fn_by_part": lambda at: masked(masks, by_part(lambda g: at(masked(masks, g))))}
+    extra_args |= {"masks": masks, "dense_grads": grads, "grad_fn": grad_fn}
+    return setup.inner.update(inner_grads, inner_state, masked(masks, weights), **extra_args)
 
 
 def _masked_grad_fn(grad_fn: GradFn | None, masks: Masks) -> GradFn | None:
     return None if grad_fn is None else lambda params: masked(masks, grad_fn(params))
-
-
-def _due(method: SparseMethod, state: SparseState, refresh: bool | jax.Array | None) -> bool | jax.Array:
-    if method.update is None:
-        return False
-    return state.step >= state.next_update if refresh is None else refresh
 
 
 def _distribution(distribution: str | Distribution | None, method: SparseMethod, structure: Structure) -> Distribution:
@@ -235,7 +275,9 @@ def _clock(method: SparseMethod, when: Every | None) -> Every | None:
     if not isinstance(when, Every | None):
         raise TypeError(f"sparsify needs when=Every(start, every, end), in calls of update; got {when!r}.")
     when = when or method.when
-    if method.update is not None and when is None:
+    if method.update is None:
+        return None
+    if when is None:
         raise ValueError("This method changes its masks: pass when=Every(start, every, end), in calls of update.")
     return when
 
@@ -243,11 +285,8 @@ def _clock(method: SparseMethod, when: Every | None) -> Every | None:
 def _check_order(inner_state: Any) -> None:
     if find_states(inner_state, SparseState):
         raise ValueError("sparsify(sparsify(...)): one is enough; masks of two methods would contradict each other.")
-    for kind, name in (
-        (optax.MultiStepsState, "optax.MultiSteps"),
-        (optax.ApplyIfFiniteState, "optax.apply_if_finite"),
-        (S2SAMWrapperState, "s2sam_wrapper"),
-    ):
+    outside = [(kind, f"optax.{name}") for kind, name in HOLDING_BACK]
+    for kind, name in (*outside, (S2SAMWrapperState, "s2sam_wrapper")):
         if find_states(inner_state, kind):
             raise ValueError(
                 f"sparsify({name}(...)) is the wrong way round: put {name} outside, {name}(sparsify(...))."

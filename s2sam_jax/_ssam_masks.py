@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from s2sam_jax._counts import rounded_down
 from s2sam_jax._select import best_in_groups, random_scores, select
 from s2sam_jax._structure import NM, check_fits
-from s2sam_jax._tree import named_leaves
+from s2sam_jax._tree import by_name
 from s2sam_jax._types import Masks, Params
 
 
@@ -60,7 +60,7 @@ def move_as_released(
 def _fill(scores: Params, taken: Masks, among: Masks, structure: NM) -> Masks:
     """Adds to what is taken of each group the best-scored that may be; of leaves without groups, all that may be."""
     grouped = [-x.ndim <= structure.axis < x.ndim for x in jax.tree.leaves(scores)]
-    shapes = {"/".join(path): x.shape for path, x in named_leaves(scores).items()}
+    shapes = {name: x.shape for name, x in by_name(scores).items()}
     check_fits(structure, {name: shape for (name, shape), g in zip(shapes.items(), grouped, strict=True) if g})
     treedef = jax.tree.structure(scores)
     columns = [treedef.flatten_up_to(tree) for tree in (scores, among, taken)]

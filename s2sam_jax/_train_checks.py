@@ -6,7 +6,6 @@ import jax
 import optax
 
 from s2sam_jax._esam import ESAMState, check_fraction
-from s2sam_jax._gsam import GSAMState
 from s2sam_jax._looksam import LookSAMState
 from s2sam_jax._masks import SparseState
 from s2sam_jax._sam import SAMState
@@ -14,7 +13,7 @@ from s2sam_jax._ssam import SSAMState
 from s2sam_jax._train_state import TrainState
 from s2sam_jax._tree import check_state_of_tx, find_states
 
-SECOND_GRADIENT = (SAMState, SSAMState, LookSAMState, GSAMState, ESAMState)
+SECOND_GRADIENT = (SAMState, SSAMState, LookSAMState, ESAMState)
 NAMES = "sam, ssam, looksam, gsam or esam"
 
 

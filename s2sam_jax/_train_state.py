@@ -8,7 +8,7 @@ import optax
 
 from s2sam_jax._gradient import ModelState
 from s2sam_jax._masks import SparseState, apply_masks
-from s2sam_jax._tree import copy_key, find_states, named_leaves
+from s2sam_jax._tree import by_name, copy_key, find_states
 from s2sam_jax._types import Params
 
 
@@ -62,7 +62,7 @@ class TrainState(NamedTuple):
           >>> print(TrainState.create({"kernel": jnp.ones((2, 2))}, tx).params["kernel"].sum())
           1.0
         """
-        if wrong := ["/".join(path) for path, p in named_leaves(params).items() if jnp.iscomplexobj(p)]:
+        if wrong := [name for name, p in by_name(params).items() if jnp.iscomplexobj(p)]:
             raise TypeError(
                 f"TrainState.create: these parameters are complex: {wrong}. Train their real and imaginary parts, as "
                 "gradients of complex parameters point the other way."

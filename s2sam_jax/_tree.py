@@ -29,6 +29,16 @@ def named_leaves(tree: Any) -> dict[Path, Any]:
     return {path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by ``"a/b/kernel"``, the name that users and messages give them, in order."""
+    return {"/".join(path): leaf for path, leaf in named_leaves(tree).items()}
+
+
+def map_paths(fn: Callable[[Path, Any], Any], tree: Any) -> Any:
+    """``jax.tree.map`` whose function gets the leaf's path as its first argument."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_names(path), leaf), tree)
+
+
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """``jax.tree.map`` whose function gets ``"a/b/kernel"`` as its first argument."""
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn("/".join(path_names(path)), *leaves), tree, *rest)
@@ -37,7 +47,7 @@ def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 def align(tree: Any, like: Any) -> Any:
     """``tree`` cut down to the leaves of ``like`` (which may lack some, as inside ``optax.masked``)."""
     leaves = named_leaves(tree)
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_names(path)], like)
+    return map_paths(lambda path, _: leaves[path], like)
 
 
 def check_same_leaves(tree: Any, like: Any, name: str, like_name: str) -> None:

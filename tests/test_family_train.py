@@ -41,10 +41,10 @@ from experiments.tasks import images
 from s2sam_jax import (
     ESAMState,
     Every,
-    GSAMState,
     LookSAMState,
     MaskUpdate,
     MSAMState,
+    SAMState,
     SparseMethod,
     TrainState,
     check_masks,
@@ -372,7 +372,7 @@ def test_a_smaller_batch_keeps_the_augmentation():
     np.testing.assert_allclose(losses({}, (), tuple(x[rows] for x in batch), key), whole[rows], rtol=1e-5)
 
 
-STATES = {"msam": MSAMState, "looksam": LookSAMState, "gsam": GSAMState, "esam": ESAMState}
+STATES = {"msam": MSAMState, "looksam": LookSAMState, "gsam": SAMState, "esam": ESAMState}
 
 
 @pytest.mark.parametrize("name", STATES)

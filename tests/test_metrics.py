@@ -62,13 +62,6 @@ def test_rounding_to_nearest_is_exact(dtype):
     assert (np.signbit(found) == np.signbit(NUMBERS))[np.isfinite(NUMBERS)].all()
 
 
-def test_rounding_to_nearest_is_xlas():
-    for dtype, bits in BITS.items():
-        np.testing.assert_array_equal(
-            round_to_nearest(NUMBERS[:-1], dtype), jax.lax.reduce_precision(NUMBERS[:-1], 8, bits)
-        )
-
-
 @pytest.mark.parametrize("dtype", BITS)
 def test_stochastic_rounding_takes_a_neighbour_and_is_unbiased(dtype):
     draws, x = 2000, np.float32(RNG.normal(size=40))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from s2sam_jax._tree import named_leaves
+from s2sam_jax._tree import by_name
 from s2sam_jax._types import Masks, Params
 
 ACTIVATIONS = "(activations)"
@@ -54,7 +54,7 @@ def layer_flops(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[st
       {'one': 48, 'two': 32}
     """
     jaxpr = jax.make_jaxpr(fn)(params, *inputs).jaxpr
-    paths = ["/".join(path) for path in named_leaves(params)]
+    paths = list(by_name(params))
     parameters = {path: variable.aval.size for path, variable in zip(paths, jaxpr.invars, strict=False)}
     sizes: Sizes = {None: -1, **parameters, ACTIVATIONS: math.inf}
     flops, _ = _walk(jaxpr, [*paths, *[ACTIVATIONS] * (len(jaxpr.invars) - len(paths))], sizes)
@@ -85,7 +85,7 @@ def masked_flops(layers: Mapping[str, float], masks: Masks) -> dict[str, float]:
       >>> masked_flops({"one": 48, "(activations)": 10}, {"one": jnp.arange(24).reshape(3, 8) < 6})
       {'one': 12.0, '(activations)': 10}
     """
-    named = {"/".join(path): np.asarray(mask) for path, mask in named_leaves(masks).items()}
+    named = {name: np.asarray(mask) for name, mask in by_name(masks).items()}
     if missing := sorted(layers.keys() - named.keys() - {ACTIVATIONS}):
         raise ValueError(f"masked_flops needs masks like the parameters; there is none for {missing}.")
     if wrong := [path for path, mask in named.items() if mask.dtype != np.bool_]:

@@ -20,7 +20,7 @@ from s2sam_jax._exploration import (
 )
 from s2sam_jax._growth import cosine, first_and_last
 from s2sam_jax._select import keep_best, ones, select
-from s2sam_jax._tree import named_leaves
+from s2sam_jax._tree import by_name
 from s2sam_jax._types import Compat, MaskInputs, MaskUpdate, Params, SparseMethod
 
 
@@ -127,7 +127,7 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
 
 def _plan(x: MaskInputs, groups: Sequence[ChannelGroup], explore: float) -> tuple[float, int]:
     """The channel sparsity, and how many channels it leaves."""
-    planned = {"/".join(path): sparsity for path, sparsity in named_leaves(x.sparsities).items()}
+    planned = by_name(x.sparsities)
     sparsities = {group.filters[0].path: planned.get(group.filters[0].path, 0.0) for group in groups if group.filters}
     sparsity = max(sparsities.values(), default=0.0)
     width = total_width(x.params, groups, sparsity, [1] * len(groups), "chex")

@@ -12,7 +12,7 @@ from s2sam_jax._counts import kept
 from s2sam_jax._growth import first_and_last, grow, magnitude_init, replace_sparse, sparse_leaves
 from s2sam_jax._select import ones, random_scores, select
 from s2sam_jax._structure import NM
-from s2sam_jax._tree import named_leaves
+from s2sam_jax._tree import by_name
 from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
 
 Phases = Sequence[tuple[float, float]]
@@ -107,7 +107,7 @@ def mest(
 
 def _check_room(x: MaskInputs, most: float) -> None:
     """A leaf pruned to nothing would start from nothing at every update."""
-    sparsities = {"/".join(path): s for path, s in named_leaves(x.sparsities).items() if s > 0}
+    sparsities = {name: s for name, s in by_name(x.sparsities).items() if s > 0}
     if emptied := [name for name, s in sparsities.items() if s + most >= 1]:
         raise ValueError(
             f"mest would prune all of {emptied}: their sparsity and p={most} reach 1; give smaller p in "
