@@ -114,11 +114,20 @@ def _gradient_of(loss_fn: LossFn) -> Callable[..., Any]:
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
     def one(params, model_state, batch, key):
-        (loss, (model_state, metrics)), grads = value_and_grad(params, model_state, batch, key)
+        (loss, (new, metrics)), grads = value_and_grad(params, model_state, batch, key)
+        _check_model_state(new, model_state)
         metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.result_type(float)), metrics)
-        return (grads, loss, metrics), model_state
+        return (grads, loss, metrics), new
 
     return one
+
+
+def _check_model_state(new: Any, before: Any) -> None:
+    if jax.tree.structure(new) != jax.tree.structure(before):
+        raise ValueError(
+            f"loss_fn returns a model state {jax.tree.structure(new)}, but the train state holds "
+            f"{jax.tree.structure(before)}; begin with one like it: TrainState.create(params, tx, model_state=...)."
+        )
 
 
 def _mean(stacked: Any) -> Any:

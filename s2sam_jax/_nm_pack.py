@@ -24,11 +24,13 @@ class NMPacked:
       indices: uint8 like ``values``: where in its group a value stands, ascending. A group that is cut short may hold
         fewer than ``n``; the rest are zeros, which stand beyond its end.
       length: entries of the axis in the leaf.
+      structure: what the groups are.
     """
 
     values: jax.Array
     indices: jax.Array
     length: int = dataclasses.field(metadata={"static": True})
+    structure: NM = dataclasses.field(metadata={"static": True})
 
 
 def nm_pack(params: Params, masks: Masks, structure: NM) -> Any:
@@ -70,42 +72,41 @@ def nm_pack(params: Params, masks: Masks, structure: NM) -> Any:
                 f"nm_pack: the mask of {name!r} has groups of {counts.min()} to {counts.max()} weights; {structure} "
                 f"has {structure.n} in each. Give the structure it was trained under."
             )
-        return NMPacked(values, indices, weights.shape[structure.axis])
+        return NMPacked(values, indices, weights.shape[structure.axis], structure)
 
     return map_named(pack, params, masks)
 
 
-def nm_unpack(packed: Any, structure: NM) -> tuple[Params, Masks]:
+def nm_unpack(packed: Any) -> tuple[Params, Masks]:
     """Undoes :func:`nm_pack`, exactly.
 
     Args:
       packed: what it returned.
-      structure: the same.
 
     Returns:
       The parameters, zero where they were pruned, and their masks.
 
     Raises:
-      ValueError: where values and positions are not of whole groups.
+      ValueError: where values and positions are not of whole groups of their structure.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from s2sam_jax import NM, nm_pack, nm_unpack, select
       >>> weights = jnp.array([[0.0], [-3.0], [2.0], [0.0]])
       >>> masks = select(jnp.abs(weights), structure=NM(2, 4))
-      >>> print(nm_unpack(nm_pack(weights, masks, NM(2, 4)), NM(2, 4))[0].T)
+      >>> print(nm_unpack(nm_pack(weights, masks, NM(2, 4)))[0].T)
       [[ 0. -3.  2.  0.]]
     """
-
     leaves, treedef = jax.tree_util.tree_flatten_with_path(packed, is_leaf=lambda x: isinstance(x, NMPacked))
-    pairs = [_unpack("/".join(path_names(path)), leaf, structure) for path, leaf in leaves]
+    pairs = [_unpack("/".join(path_names(path)), leaf) for path, leaf in leaves]
     return treedef.unflatten([weights for weights, _ in pairs]), treedef.unflatten([mask for _, mask in pairs])
 
 
-def _unpack(name: str, leaf: Any, structure: NM) -> tuple[jax.Array, jax.Array]:
+def _unpack(name: str, leaf: Any) -> tuple[jax.Array, jax.Array]:
     if not isinstance(leaf, NMPacked):
         return leaf, jnp.ones_like(leaf, dtype=bool)
-    shape, axis = leaf.values.shape, structure.axis % leaf.values.ndim
+    structure, shape = leaf.structure, leaf.values.shape
+    axis = structure.axis % leaf.values.ndim
     groups = -(-leaf.length // structure.m)
     if leaf.indices.shape != shape or shape[axis] != groups * structure.n:
         raise ValueError(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from s2sam_jax._growth import global_count, replace_sparse, sparse_leaves
 from s2sam_jax._select import keep_best
-from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
-from s2sam_jax._tree import by_name, map_named
+from s2sam_jax._sparsity import Prunable, kernels, same_everywhere
+from s2sam_jax._tree import by_name
 from s2sam_jax._types import MaskInputs, Masks, MaskUpdate
 
 
@@ -30,6 +30,12 @@ def keep_largest(x: MaskInputs, scores: Any, count: int | jax.Array, keep_at_lea
     return replace_sparse(x, x.masks, keep_best(ranked, count, at_least, live))
 
 
+def prunes(x: MaskInputs, masks: Masks) -> jax.Array:
+    """Whether the new masks lack a weight that lives; where a clock fires again, that must not cost it a step."""
+    lost = jax.tree.map(lambda was, now: jnp.any(was & ~now), x.masks, masks)
+    return jnp.any(jnp.array(jax.tree.leaves(lost)))
+
+
 def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kernels, keep_at_least: int = 0) -> Masks:
     r"""One-shot masks from scores, the largest kept, ranked over all prunable leaves together.
 
@@ -47,7 +53,7 @@ def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kern
       Bool masks like ``scores``. A layer that keeps nothing is named in a warning.
 
     Raises:
-      ValueError: for a sparsity out of range.
+      ValueError: for a sparsity out of range, or when nothing is prunable.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,10 +63,8 @@ def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kern
       >>> print(masks["a"], masks["b"], masks["bias"])
       [[False  True]] [[ True False]] [ True  True]
     """
-    check_sparsity(sparsity, "sparsity")
     dense = jax.tree.map(lambda s: jnp.ones_like(s, dtype=bool), scores)
-    plan = map_named(lambda name, s: sparsity if prunable(name, s) else 0.0, scores)
-    x = MaskInputs(scores, dense, plan)
+    x = MaskInputs(scores, dense, same_everywhere(scores, sparsity, prunable))
     masks = keep_largest(x, scores, global_count(x), keep_at_least)
     warn_if_collapsed(masks, "masks_from_scores")
     return masks

@@ -10,7 +10,7 @@ from s2sam_jax._counts import rounded_up
 from s2sam_jax._growth import global_count, sparse_size
 from s2sam_jax._pruning import dense_init, keep_largest
 from s2sam_jax._tree import masked
-from s2sam_jax._types import MaskInputs, MaskUpdate, Params, SparseMethod
+from s2sam_jax._types import Every, MaskInputs, MaskUpdate, Params, SparseMethod
 
 
 class RewindState(NamedTuple):
@@ -48,6 +48,7 @@ def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights:
                 f"{name}: rounds={rounds} and the sparsity disagree: pruning {fraction:g} of the rest each round "
                 f"reaches {left[-1]} of {left[0]} weights in {len(left) - 1} rounds. Give one, or both in agreement."
             )
+        _check_end(name, x.when, len(left))
         params = jax.tree.map(jnp.array, x.params) if rewind_weights else None
         inner_state = jax.tree.map(jnp.array, _untyped(x.inner_state, x.params))
         return dense_init(x)._replace(state=RewindState(jnp.zeros((), jnp.int32), params, inner_state))
@@ -67,6 +68,19 @@ def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights:
         return MaskUpdate(masks, saved, values, inner_state, skip=first | ends_round)
 
     return SparseMethod(init, update, "monotone", ranks="global")
+
+
+def _check_end(name: str, when: Every | None, firings: int) -> None:
+    """The first firing saves, and each later one prunes: a clock that ends early would never reach the sparsity."""
+    if when is None or when.end is None:
+        return
+    last = when.start + when.every * (firings - 1)
+    if when.end < last:
+        raise ValueError(
+            f"{name} reaches the sparsity after {firings - 1} prunings, the last of them at call {last}, but the clock "
+            f"ends at {when.end}: give when=Every({when.start}, {when.every}, end={last}) or later, prune more each "
+            "round, or make the rounds shorter."
+        )
 
 
 def _untyped(inner_state: Any, params: Params) -> list[Any]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._counts import rounded_down
-from s2sam_jax._tree import map_named
+from s2sam_jax._tree import by_name, map_named
 from s2sam_jax._types import Params
 
 Prunable = Callable[[str, Any], bool]
@@ -150,12 +150,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 
 def _distribute(params, sparsity, prunable, overrides, raw_densities, *, capped=True) -> Any:
     check_sparsity(sparsity, "sparsity")
-    shapes: dict[str, tuple[int, ...]] = {}
-    map_named(
-        lambda name, leaf: shapes.update({name: leaf.shape}) if leaf.size and prunable(name, leaf) else None, params
-    )
-    if jax.tree.leaves(params) and not shapes:
-        raise ValueError("Nothing is prunable: prunable(path, leaf) is False on every leaf of params.")
+    shapes = _prunable_shapes(params, prunable)
     chosen = _overridden(shapes, overrides or {})
     free = {name: shape for name, shape in shapes.items() if name not in chosen}
     _check_reachable(free, sparsity)
@@ -166,6 +161,20 @@ def _distribute(params, sparsity, prunable, overrides, raw_densities, *, capped=
     else:
         chosen |= dict.fromkeys(free, float(sparsity))
     return map_named(lambda name, _: chosen.get(name, 0.0), params)
+
+
+def same_everywhere(params: Params, sparsity: float, prunable: Prunable) -> Any:
+    """As :func:`uniform`, for rankings of all leaves together, which may leave one without a weight."""
+    check_sparsity(sparsity, "sparsity")
+    shapes = _prunable_shapes(params, prunable)
+    return map_named(lambda name, _: float(sparsity) if name in shapes else 0.0, params)
+
+
+def _prunable_shapes(params: Params, prunable: Prunable) -> dict[str, tuple[int, ...]]:
+    shapes = {name: leaf.shape for name, leaf in by_name(params).items() if leaf.size and prunable(name, leaf)}
+    if jax.tree.leaves(params) and not shapes:
+        raise ValueError("Nothing is prunable: prunable(path, leaf) is False on every leaf of params.")
+    return shapes
 
 
 def check_sparsity(value: Any, name: str) -> None:

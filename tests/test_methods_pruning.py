@@ -251,3 +251,48 @@ def test_lottery_rounds_equals_the_transformation():
     for outside, (masks, weights) in zip(driven, order, strict=True):
         jax.tree.map(np.testing.assert_array_equal, outside.masks, masks)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), outside.params, weights)
+
+
+# Clocks
+
+
+@pytest.mark.parametrize("name", ["lottery", "lrr"])
+def test_a_clock_that_ends_before_the_sparsity_is_reached_is_refused(name):
+    """By ceil(0.2 n) of n weights: 100 80 64 51 40 32 25 20 16 12 10; the tenth pruning is the eleventh firing."""
+    params = {"kernel": jnp.arange(100.0).reshape(10, 10)}
+
+    def start(end):
+        tx = sparsify(optax.sgd(0.1), getattr(methods, name)(0.2), sparsity=0.9, when=Every(5, 10, end))
+        return tx.init(params)
+
+    with pytest.raises(ValueError, match=r"after 10 prunings, .* at call 105, .* ends at 104: .* end=105"):
+        start(104)
+    start(105)
+
+
+@pytest.mark.parametrize("keep_at_least", [0, 30])
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_a_clock_that_fires_again_costs_one_shot_methods_no_step(name, keep_at_least):
+    """Even where keep_at_least leaves more than the sparsity asks for."""
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 10)))}
+    grad_fn = jax.grad(lambda p: jnp.sum(jnp.sin(3 * p["kernel"])))
+    tx = sparsify(optax.sgd(0.1), getattr(methods, name)(keep_at_least=keep_at_least), sparsity=0.8, when=Every(0, 2))
+    state, masks = tx.init(params), []
+    for call in range(4):
+        updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+        masks.append(np.asarray(state.masks["kernel"]))
+        expected = -0.1 * np.asarray(grad_fn(params)["kernel"]) if call else -np.asarray(params["kernel"])
+        live = masks[0] if call else ~masks[0]
+        np.testing.assert_allclose(updates["kernel"], np.where(live, expected, 0), rtol=1e-6)
+        params = optax.apply_updates(params, updates)
+    assert [int(mask.sum()) for mask in masks] == 4 * [max(12, keep_at_least)]
+
+
+def test_one_shot_pruning_of_nothing_is_refused():
+    flat = {"weights": jnp.arange(6.0)}
+    for prune in (
+        lambda: methods.masks_from_scores(flat, 0.5),
+        lambda: next(methods.lottery_rounds(lambda params, masks, number: params, flat, sparsity=0.5)),
+    ):
+        with pytest.raises(ValueError, match="Nothing is prunable"):
+            prune()

@@ -461,7 +461,7 @@ REFUSED = {
         "mask of 'a' has groups of 1 to 1 weights",
     ),
     "unpack": (
-        lambda: nm_unpack({"a": NMPacked(jnp.ones((3, 1)), jnp.ones((3, 1), jnp.uint8), 4)}, NM(2, 4)),
+        lambda: nm_unpack({"a": NMPacked(jnp.ones((3, 1)), jnp.ones((3, 1), jnp.uint8), 4, NM(2, 4))}),
         "'a' has values .*have 2 entries on axis 0",
     ),
 }
@@ -502,7 +502,7 @@ def test_packed_weights_come_back_bit_for_bit(structure):
     params |= {"bias": jnp.ones(3)}
     sparse = {name: jnp.where(masks[name], p, 0) for name, p in params.items()}
     packed = nm_pack(sparse, masks, structure)
-    weights, again = nm_unpack(packed, structure)
+    weights, again = nm_unpack(packed)
     assert packed["bias"] is sparse["bias"]
     for name in params:
         np.testing.assert_array_equal(again[name], masks[name])

@@ -219,6 +219,16 @@ def test_a_metric_that_the_step_has_itself_is_refused():
         step(TrainState.create(PARAMS, optax.sgd(0.1)), jnp.ones(4))
 
 
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}])
+def test_a_model_state_that_was_forgotten_is_asked_for(options):
+    def with_statistics(params, model_state, batch, key):
+        return loss_fn(params, (), batch, key)[0], ({"batch_stats": jnp.ones(3)}, {})
+
+    step = make_train_step(with_statistics, optax.sgd(0.1), **options)
+    with pytest.raises(ValueError, match=r"loss_fn returns a model state .*'batch_stats'.* model_state=\.\.\."):
+        step(TrainState.create(PARAMS, optax.sgd(0.1)), jnp.ones((4, 2)))
+
+
 def test_numbers_of_numpy():
     assert Every(np.int64(0), np.int32(100), np.int64(200)) == Every(0, 100, 200)
     with pytest.raises(TypeError, match=r"Every counts calls in integers; got 0, 1\.5"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._growth import global_count
-from s2sam_jax._pruning import dense_init, keep_largest, warn_if_collapsed
+from s2sam_jax._pruning import dense_init, keep_largest, prunes, warn_if_collapsed
 from s2sam_jax._tree import check_nothing_hidden
 from s2sam_jax._types import Every, GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
 
@@ -65,7 +65,7 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
         if not keep_at_least:
             warn_if_collapsed(masks, "grasp")
-        return MaskUpdate(masks, state, skip=True)
+        return MaskUpdate(masks, state, skip=prunes(x, masks))
 
     return SparseMethod(dense_init, update, "monotone", ranks="global", when=Every(0, 1, 0))
 

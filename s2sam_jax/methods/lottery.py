@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from s2sam_jax._growth import global_count, sparse_size
 from s2sam_jax._pruning import keep_largest
 from s2sam_jax._rewind import remaining_weights, rewinding
-from s2sam_jax._sparsity import Prunable, check_sparsity, kernels
-from s2sam_jax._tree import map_named, masked
+from s2sam_jax._sparsity import Prunable, kernels, same_everywhere
+from s2sam_jax._tree import masked
 from s2sam_jax._types import MaskInputs, Masks, Params, SparseMethod
 
 
@@ -35,7 +35,7 @@ def lottery(prune_fraction: float = 0.2, *, rounds: int | None = None) -> Sparse
       A method that needs ``when``. It keeps a copy of parameters and optimizer state.
 
     Raises:
-      ValueError: for a fraction out of range, or rounds that disagree with the sparsity.
+      ValueError: for a fraction out of range, rounds that disagree with the sparsity, or a clock that ends before them.
 
     Reference:
       Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; Frankle et al., "Linear Mode Connectivity and the
@@ -91,7 +91,7 @@ def lottery_rounds(
       A :class:`Round` after each training, the dense one first.
 
     Raises:
-      ValueError: for a fraction or sparsity out of range.
+      ValueError: for a fraction or sparsity out of range, or when nothing is prunable.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,10 +101,9 @@ def lottery_rounds(
       >>> [(r.number, r.remaining) for r in rounds]
       [(0, 100), (1, 80), (2, 64), (3, 60)]
     """
-    check_sparsity(sparsity, "sparsity")
     if not 0 < prune_fraction < 1:
         raise ValueError(f"lottery_rounds needs 0 < prune_fraction < 1; got {prune_fraction}.")
-    plan = map_named(lambda name, p: sparsity if prunable(name, p) else 0.0, params)
+    plan = same_everywhere(params, sparsity, prunable)
     masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
     x, weights = MaskInputs(params, masks, plan), params
     for number, count in enumerate(remaining_weights(sparse_size(x), global_count(x), prune_fraction)):
