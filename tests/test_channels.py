@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from s2sam_jax import ChannelGroup, Slice, channel_masks
-from s2sam_jax._channels import group_sizes
+from s2sam_jax._sparsity.channels import group_sizes
 
 FIRST = ChannelGroup(
     "first",

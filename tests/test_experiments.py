@@ -43,7 +43,7 @@ from s2sam_jax import (
     methods,
     perturb,
 )
-from s2sam_jax._tree import find_states
+from s2sam_jax._base.tree import find_states
 
 TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
 

@@ -60,7 +60,7 @@ from s2sam_jax import (
     sam,
     sparsify,
 )
-from s2sam_jax._host_clock import HostClock
+from s2sam_jax._training.host_clock import HostClock
 
 
 def msgd(rho=RHO):

@@ -19,7 +19,7 @@ from s2sam_jax import (
     sam,
     sparsify,
 )
-from s2sam_jax._counts import rounded_down, rounded_up
+from s2sam_jax._base.counts import rounded_down, rounded_up
 
 PARAMS = {"kernel": jnp.linspace(0.1, 1.0, 100).reshape(10, 10)}
 

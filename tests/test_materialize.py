@@ -17,7 +17,7 @@ from experiments.benchmarks import inference
 from experiments.config import Config
 from experiments.models import resnet, resnet_imagenet, transformer
 from s2sam_jax import ChannelGroup, Slice, TrainState, channel_masks, materialize
-from s2sam_jax._channels import group_sizes
+from s2sam_jax._sparsity.channels import group_sizes
 
 NORMED = ChannelGroup(
     "normed",

@@ -12,6 +12,7 @@ import pytest
 from rows import METHODS
 
 from s2sam_jax import Every, check_masks, erdos_renyi_kernel, get_masks, methods, set_masks, sparsify, uniform
+from s2sam_jax._base.schedules import cosine
 
 WHEN = Every(0, 2, 150)
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
@@ -224,7 +225,6 @@ def test_rigl_rounds_as_its_equation(fraction, moved):
 
 def test_rigl_cosine():
     f = [0.3, 0.271353, 0.15, 0.028647, 0.0]
-    from s2sam_jax._growth import cosine
 
     got = [cosine(0.3, jnp.int32(t), 25_000) for t in (0, 5_000, 12_500, 20_000, 25_000)]
     np.testing.assert_allclose(got, f, atol=5e-7)

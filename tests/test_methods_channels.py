@@ -11,9 +11,9 @@ import pytest
 from common import run
 
 from s2sam_jax import ChannelGroup, Every, Slice, check_masks, methods, s2sam, set_masks, sparsify
-from s2sam_jax._exploration import leverage_scores, residuals, sample, shares
-from s2sam_jax._growth import cosine
-from s2sam_jax._select import keep_best, random_scores
+from s2sam_jax._base.schedules import cosine
+from s2sam_jax._base.select import keep_best, random_scores
+from s2sam_jax._sparsity.exploration import leverage_scores, residuals, sample, shares
 
 WHEN, LAST = Every(1, 2, 22), 21
 LR, MOMENTUM = 0.1, 0.9

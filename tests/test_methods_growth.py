@@ -12,7 +12,7 @@ import oracles_growth
 import pytest
 
 from s2sam_jax import Every, get_masks, methods, set_masks, sparsify
-from s2sam_jax._select import random_scores
+from s2sam_jax._base.select import random_scores
 from s2sam_jax.methods.dsr import _share
 
 WHEN = Every(1, 1, 21)

@@ -10,7 +10,7 @@ import oracles
 import pytest
 
 from s2sam_jax import Every, apply_masks, check_masks, get_masks, methods, perturb, s2sam, set_masks, sparsify
-from s2sam_jax._rewind import remaining_weights
+from s2sam_jax._sparsity.rewind import remaining_weights
 
 DRAW = np.random.default_rng(0)
 PARAMS = {

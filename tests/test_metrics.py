@@ -23,7 +23,7 @@ from s2sam_jax import (
     stochastic_round,
     warn_if_perturbation_lost,
 )
-from s2sam_jax._rounding import FORMATS, round_to_nearest
+from s2sam_jax._sharpness.rounding import FORMATS, round_to_nearest
 
 RNG = np.random.default_rng(0)
 BITS = {"bfloat16": 7, "tensorfloat32": 10}

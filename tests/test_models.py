@@ -19,7 +19,7 @@ from experiments.models import (
     transformer,
 )
 from s2sam_jax import channel_masks, erdos_renyi_kernel, materialize
-from s2sam_jax._channels import group_sizes
+from s2sam_jax._sparsity.channels import group_sizes
 
 __all__ = ["shallow"]
 

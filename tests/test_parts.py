@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from experiments import runs, sharding, train
 from experiments.config import Config
 from s2sam_jax import TrainState, get_masks, make_train_step, methods, s2sam, sam, sparsify, ssam
-from s2sam_jax._gradient import gradient_by_part
+from s2sam_jax._training.gradient import gradient_by_part
 
 RHO, RATE, MOMENTUM, PARTS = 0.3, 0.1, 0.9, 4
 RNG = np.random.default_rng(0)

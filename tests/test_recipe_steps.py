@@ -14,7 +14,7 @@ from experiments import data, jsonl, models, recipes, tasks
 from experiments.config import Config
 from experiments.reliability import narrow_steps, one_step
 from s2sam_jax import SparseState
-from s2sam_jax._tree import find_states
+from s2sam_jax._base.tree import find_states
 
 CONFIGS = {name: recipes.get(name).config for name in recipes.names()}
 

@@ -9,7 +9,7 @@ import oracles
 import pytest
 
 from s2sam_jax import Every, erdos_renyi, erdos_renyi_kernel, methods, sparsify, uniform
-from s2sam_jax._sparsity import kernels
+from s2sam_jax._sparsity.distributions import kernels
 
 
 def shapes_tree(shapes):

@@ -8,7 +8,7 @@ import oracles
 import pytest
 
 from s2sam_jax import NM, Block, Every, empirical_fisher, methods, sparsify, ssam
-from s2sam_jax._ssam_masks import move, move_as_released
+from s2sam_jax._sharpness.ssam_masks import move, move_as_released
 
 
 def grads_like(params, seed):
@@ -89,7 +89,7 @@ def test_dynamic_worked_example_of_the_released_code(monkeypatch):
     grads = {"w": jnp.array([0.3, -0.1, 0.5, 0.2, 0.4, -0.6])}
     masks = {"w": jnp.array([True, True, True, False, False, False])}
     draws = {"w": jnp.array([0.9, 0.1, 0.2, 0.3, 0.8, 0.6])}
-    monkeypatch.setattr("s2sam_jax._ssam_masks.random_scores", lambda key, like: draws)
+    monkeypatch.setattr("s2sam_jax._sharpness.ssam_masks.random_scores", lambda key, like: draws)
     first = move_as_released(grads, masks, None, 0.5, None, 0.5)
     later = move_as_released(grads, masks, None, 0.25, None, 0.5)
     np.testing.assert_array_equal(first["w"], [0, 0, 1, 0, 1, 0])

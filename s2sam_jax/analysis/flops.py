@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from s2sam_jax._tree import by_name
-from s2sam_jax._types import Masks, Params
+from s2sam_jax._base.tree import by_name
+from s2sam_jax._base.types import Masks, Params
 
 ACTIVATIONS = "(activations)"
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from s2sam_jax._tree import at_least_f32, check_same_leaves, masked
-from s2sam_jax._types import Masks, Params
+from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked
+from s2sam_jax._base.types import Masks, Params
 from s2sam_jax.analysis._lanczos import Product, ritz
 from s2sam_jax.analysis.surface import LossFn, Progress
 

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._ascent import add, ascent, check_non_negative
-from s2sam_jax._tree import check_same_leaves, masked, norm
-from s2sam_jax._types import Masks, Params
+from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.tree import check_same_leaves, masked, norm
+from s2sam_jax._base.types import Masks, Params
+from s2sam_jax._sharpness.ascent import add, ascent
 from s2sam_jax.analysis.surface import LossFn
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2sam_jax._tree import check_same_leaves
-from s2sam_jax._types import Masks, Params
+from s2sam_jax._base.tree import check_same_leaves
+from s2sam_jax._base.types import Masks, Params
 
 LossFn = Callable[[Params, Any], jax.Array]
 Progress = Callable[[int], None]

@@ -2,7 +2,7 @@
 
 import pkgutil
 
-from s2sam_jax._pruning import masks_from_scores as masks_from_scores
+from s2sam_jax._sparsity.pruning import masks_from_scores as masks_from_scores
 from s2sam_jax.methods.chase import chase as chase
 from s2sam_jax.methods.chex import chex as chex
 from s2sam_jax.methods.dsr import dsr as dsr

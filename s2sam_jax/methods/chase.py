@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._channels import ChannelGroup, group_sizes
-from s2sam_jax._counts import check_fractions, rounded_down, rounded_up
-from s2sam_jax._exploration import check_groups, filters, masks_of, total_width
-from s2sam_jax._growth import (
-    cosine,
+from s2sam_jax._base.arguments import check_fractions, check_sparsity
+from s2sam_jax._base.counts import rounded_down, rounded_up
+from s2sam_jax._base.schedules import cosine
+from s2sam_jax._base.select import keep_best, ones, select
+from s2sam_jax._base.types import Compat, MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._sparsity.channels import ChannelGroup, group_sizes
+from s2sam_jax._sparsity.exploration import check_groups, filters, masks_of, total_width
+from s2sam_jax._sparsity.growth import (
     first_and_last,
     planned_counts,
     random_init,
@@ -18,9 +21,6 @@ from s2sam_jax._growth import (
     sparse_leaves,
     sparse_size,
 )
-from s2sam_jax._select import keep_best, ones, select
-from s2sam_jax._sparsity import check_sparsity
-from s2sam_jax._types import Compat, MaskInputs, MaskUpdate, SparseMethod
 
 
 class ChaseState(NamedTuple):

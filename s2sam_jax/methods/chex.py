@@ -5,9 +5,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._channels import ChannelGroup
-from s2sam_jax._counts import kept, rounded_down
-from s2sam_jax._exploration import (
+from s2sam_jax._base.counts import kept, rounded_down
+from s2sam_jax._base.schedules import cosine
+from s2sam_jax._base.select import keep_best, ones, select
+from s2sam_jax._base.tree import by_name
+from s2sam_jax._base.types import Compat, MaskInputs, MaskUpdate, Params, SparseMethod
+from s2sam_jax._sparsity.channels import ChannelGroup
+from s2sam_jax._sparsity.exploration import (
     channels,
     check_groups,
     filters,
@@ -18,10 +22,7 @@ from s2sam_jax._exploration import (
     shares,
     total_width,
 )
-from s2sam_jax._growth import cosine, first_and_last
-from s2sam_jax._select import keep_best, ones, select
-from s2sam_jax._tree import by_name
-from s2sam_jax._types import Compat, MaskInputs, MaskUpdate, Params, SparseMethod
+from s2sam_jax._sparsity.growth import first_and_last
 
 
 def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat = "paper") -> SparseMethod:

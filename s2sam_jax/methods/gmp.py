@@ -5,11 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._counts import rounded_up
-from s2sam_jax._growth import first_and_last, global_count, planned_counts, replace_sparse, sparse_leaves, sparse_size
-from s2sam_jax._select import Scope, ones, select
-from s2sam_jax._structure import NM
-from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._base.counts import rounded_up
+from s2sam_jax._base.select import Scope, ones, select
+from s2sam_jax._base.structure import NM
+from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._sparsity.growth import (
+    first_and_last,
+    global_count,
+    planned_counts,
+    replace_sparse,
+    sparse_leaves,
+    sparse_size,
+)
 
 
 def gmp(scope: Scope = "leaf") -> SparseMethod:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._growth import global_count
-from s2sam_jax._pruning import dense_init, keep_largest, prunes, warn_if_collapsed
-from s2sam_jax._tree import check_nothing_hidden
-from s2sam_jax._types import Every, GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
+from s2sam_jax._base.tree import check_nothing_hidden
+from s2sam_jax._base.types import Every, GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
+from s2sam_jax._sparsity.growth import global_count
+from s2sam_jax._sparsity.pruning import dense_init, keep_largest, prunes, warn_if_collapsed
 
 
 def grasp(*, keep_at_least: int = 0) -> SparseMethod:

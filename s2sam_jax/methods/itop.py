@@ -5,11 +5,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._counts import check_fractions, rounded_up
-from s2sam_jax._growth import cosine, first_and_last, move_smallest, random_init, replace_sparse, sparse_leaves
-from s2sam_jax._select import random_scores
-from s2sam_jax._tree import find_states
-from s2sam_jax._types import MaskInputs, Masks, MaskUpdate, SparseMethod
+from s2sam_jax._base.arguments import check_fractions
+from s2sam_jax._base.counts import rounded_up
+from s2sam_jax._base.schedules import cosine
+from s2sam_jax._base.select import random_scores
+from s2sam_jax._base.tree import find_states
+from s2sam_jax._base.types import MaskInputs, Masks, MaskUpdate, SparseMethod
+from s2sam_jax._sparsity.growth import first_and_last, move_smallest, random_init, replace_sparse, sparse_leaves
 
 
 class ITOPState(NamedTuple):

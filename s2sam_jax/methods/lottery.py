@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import global_count, sparse_size
-from s2sam_jax._pruning import keep_largest
-from s2sam_jax._rewind import remaining_weights, rewinding
-from s2sam_jax._sparsity import Prunable, kernels, same_everywhere
-from s2sam_jax._tree import masked
-from s2sam_jax._types import MaskInputs, Masks, Params, SparseMethod
+from s2sam_jax._base.tree import masked
+from s2sam_jax._base.types import MaskInputs, Masks, Params, SparseMethod
+from s2sam_jax._sparsity.distributions import Prunable, kernels, same_everywhere
+from s2sam_jax._sparsity.growth import global_count, sparse_size
+from s2sam_jax._sparsity.pruning import keep_largest
+from s2sam_jax._sparsity.rewind import remaining_weights, rewinding
 
 
 def lottery(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMethod:

@@ -1,7 +1,7 @@
 """LRR: iterative magnitude pruning with learning-rate rewinding."""
 
-from s2sam_jax._rewind import rewinding
-from s2sam_jax._types import SparseMethod
+from s2sam_jax._base.types import SparseMethod
+from s2sam_jax._sparsity.rewind import rewinding
 
 
 def lrr(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMethod:

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._counts import kept
-from s2sam_jax._growth import first_and_last, grow, magnitude_init, replace_sparse, sparse_leaves
-from s2sam_jax._select import ones, random_scores, select
-from s2sam_jax._structure import NM
-from s2sam_jax._tree import by_name
-from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._base.counts import kept
+from s2sam_jax._base.select import ones, random_scores, select
+from s2sam_jax._base.structure import NM
+from s2sam_jax._base.tree import by_name
+from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._sparsity.growth import first_and_last, grow, magnitude_init, replace_sparse, sparse_leaves
 
 Phases = Sequence[tuple[float, float]]
 

@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._counts import check_fractions, rounded_down
-from s2sam_jax._growth import cosine, move_smallest, random_init, sparse_leaves
-from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._base.arguments import check_fractions
+from s2sam_jax._base.counts import rounded_down
+from s2sam_jax._base.schedules import cosine
+from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._sparsity.growth import move_smallest, random_init, sparse_leaves
 
 
 def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: bool = True) -> SparseMethod:

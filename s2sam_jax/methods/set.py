@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._counts import check_fractions, rounded_down
-from s2sam_jax._growth import grow, random_init, sparse_leaves
-from s2sam_jax._select import ones, random_scores, select
-from s2sam_jax._types import MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._base.arguments import check_fractions
+from s2sam_jax._base.counts import rounded_down
+from s2sam_jax._base.select import ones, random_scores, select
+from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._sparsity.growth import grow, random_init, sparse_leaves
 
 
 def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: bool = True) -> SparseMethod:

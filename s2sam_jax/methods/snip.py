@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._growth import global_count
-from s2sam_jax._pruning import dense_init, keep_largest, prunes, warn_if_collapsed
-from s2sam_jax._types import Every, MaskInputs, MaskUpdate, Params, SparseMethod
+from s2sam_jax._base.types import Every, MaskInputs, MaskUpdate, Params, SparseMethod
+from s2sam_jax._sparsity.growth import global_count
+from s2sam_jax._sparsity.pruning import dense_init, keep_largest, prunes, warn_if_collapsed
 
 
 def snip(*, keep_at_least: int = 0) -> SparseMethod:

@@ -1,0 +1,1 @@
+"""What all else is built on: pytrees, masks in a state, exact selection, structures, batches."""

@@ -1,0 +1,29 @@
+"""Checks of the numbers that users give. An array, as of ``inject_hyperparams``, or a schedule is let through."""
+
+from typing import Any
+
+import numpy as np
+
+NUMBERS = (int, float, np.integer, np.floating)
+
+
+def check_non_negative(value: Any, name: str) -> None:
+    if isinstance(value, NUMBERS) and not value >= 0:
+        raise ValueError(f"{name} must be a number >= 0 or a schedule; got {value!r}.")
+
+
+def check_fractions(caller: str, **fractions: Any) -> None:
+    """Each must lie in [0, 1]."""
+    for name, value in fractions.items():
+        if isinstance(value, NUMBERS) and not 0 <= value <= 1:
+            raise ValueError(f"{caller} needs 0 <= {name} <= 1; got {value}.")
+
+
+def check_sparsity(value: Any, name: str) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is the fraction of zeros and must lie in [0, 1); got {value}.")
+
+
+def check_compat(compat: str) -> None:
+    if compat not in ("paper", "authors"):
+        raise ValueError(f"compat must be 'paper' or 'authors'; got {compat!r}.")

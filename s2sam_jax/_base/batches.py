@@ -1,0 +1,77 @@
+"""Parts of a batch, also of one whose type says how it is sharded (the meshes that ``jax.make_mesh`` makes)."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._base.tree import explicit_sharding
+
+Batch = Any  # a pytree whose leaves have the examples along their leading axis
+
+
+def first_examples(batch: Batch, count: int) -> Batch:
+    """The first ones of a batch, or all that it has."""
+    size = min((x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)), default=0)
+    return rows_of(batch, jnp.arange(min(count, size)), "fisher_examples")
+
+
+def rows_of(batch: Batch, rows: jax.Array, option: str) -> Batch:
+    def chosen(x):
+        x = jnp.asarray(x)  # NumPy's cannot be indexed by traced rows
+        if x.ndim == 0:
+            raise ValueError(f"{option} chooses examples, but a batch leaf has none: it is of shape ().")
+        sharding = explicit_sharding(x)
+        if sharding is None:
+            return x[rows]
+        return x.at[rows].get(out_sharding=_fitting(sharding, (len(rows), *x.shape[1:]), sharding.spec))
+
+    return jax.tree.map(chosen, batch)
+
+
+def cut(batch: Batch, parts: int, option: str, *, split: int) -> Batch:
+    """``[parts, size, ...]``; of a batch whose type says how it is sharded, along the axis ``split`` of these two."""
+
+    def reshaped(x):
+        if x.ndim == 0 or x.shape[0] % parts:
+            raise ValueError(f"{option}={parts} does not divide a batch leaf of shape {x.shape} along its first axis.")
+        shape = parts, x.shape[0] // parts, *x.shape[1:]
+        sharding = explicit_sharding(x)
+        if sharding is None:
+            return x.reshape(shape)
+        examples, *rest = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+        spec = (examples, None, *rest) if split == 0 else (None, examples, *rest)
+        return jax.lax.reshape(x, shape, out_sharding=_fitting(sharding, shape, spec))
+
+    return jax.tree.map(reshaped, batch)
+
+
+def _fitting(sharding: Any, shape: tuple[int, ...], spec: Any) -> Any:
+    """That sharding, but whole along axes that it does not divide."""
+
+    def devices(names):
+        return math.prod(sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
+
+    fits = [names if size % devices(names) == 0 else None for size, names in zip(shape, spec, strict=False)]
+    return sharding.update(spec=jax.sharding.PartitionSpec(*fits))
+
+
+def beside(pieces: Batch, tree: Any) -> Any:
+    """Entries of the parts, sharded as the parts are, which ``vmap`` asks for where shardings are in types."""
+    sharding = next((s for s in map(explicit_sharding, jax.tree.leaves(pieces)) if s is not None), None)
+    if sharding is None:
+        return tree
+
+    def placed(x):
+        own = explicit_sharding(x) or sharding.update(spec=jax.sharding.PartitionSpec())
+        rest = (*own.spec[1:], *[None] * (x.ndim - max(len(own.spec), 1)))
+        return jax.sharding.reshard(x, own.update(spec=jax.sharding.PartitionSpec(sharding.spec[0], *rest)))
+
+    return jax.tree.map(placed, tree)
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """On every device, where shardings are in types: an order of all needs all."""
+    sharding = explicit_sharding(x)
+    return x if sharding is None else jax.sharding.reshard(x, sharding.update(spec=jax.sharding.PartitionSpec()))

@@ -1,0 +1,1 @@
+"""The sharpness-aware transformations, and what is measured of their perturbation."""

@@ -1,0 +1,61 @@
+"""The ascent vector that every sharpness-aware method adds to its weights."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._base.tree import at_least_f32, norm
+from s2sam_jax._base.types import Params
+
+
+def ascent(
+    grads: Sequence[jax.Array],
+    params: Sequence[jax.Array],
+    *,
+    rho: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    eta: jax.typing.ArrayLike | None = None,
+) -> list[jax.Array]:
+    """``rho * g / (||g|| + eps)``, or with ``eta`` ASAM's ``rho * T**2 g / (||T g|| + eps)``, ``T = |w| + eta``.
+
+    One norm over all leaves, in float32 or wider; the vectors come back in that precision.
+    A zero gradient gives a zero vector.
+    """
+    grads = [at_least_f32(g) for g in grads]
+    if eta is None:
+        scale = jnp.asarray(rho) / (norm(grads) + eps)
+        return [scale * g for g in grads]
+    scales = [jnp.abs(at_least_f32(w)) + eta for w in params]
+    scaled = [t * g for t, g in zip(scales, grads, strict=True)]
+    scale = jnp.asarray(rho) / (norm(scaled) + eps)
+    return [scale * t * tg for t, tg in zip(scales, scaled, strict=True)]
+
+
+def ascent_point(
+    params: Params,
+    grads: Params,
+    *,
+    rho: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    eta: jax.typing.ArrayLike | None = None,
+) -> Params:
+    """The parameters moved by :func:`ascent`."""
+    leaves, treedef = jax.tree.flatten(params)
+    epsilon = ascent(treedef.flatten_up_to(grads), leaves, rho=rho, eps=eps, eta=eta)
+    return treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
+
+
+def perpendicular(tree: Params, to: Params) -> Params:
+    """What is left of ``tree`` without its projection on ``to``, over all leaves together, in float32 or wider."""
+    length = norm(to)
+    length = jnp.where(length > 0, length, 1.0)  # nothing is along a zero vector
+    unit = jax.tree.map(lambda x: at_least_f32(x) / length, to)
+    parts = jax.tree.map(lambda x, u: jnp.sum(at_least_f32(x) * u), tree, unit)
+    along = sum(jax.tree.leaves(parts), jnp.zeros(()))
+    return jax.tree.map(lambda x, u: at_least_f32(x) - along * u, tree, unit)
+
+
+def add(param: jax.Array, step: jax.Array) -> jax.Array:
+    """``param + step`` computed in the wider precision and stored in the parameter's."""
+    return (at_least_f32(param) + at_least_f32(step)).astype(param.dtype)

@@ -1,0 +1,105 @@
+"""LookSAM: SAM whose second gradient is taken now and then, and remembered in between."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.schedules import schedule
+from s2sam_jax._base.tree import at_least_f32, cond, increment, norm
+from s2sam_jax._base.types import Every, ScalarOrSchedule
+from s2sam_jax._sharpness.ascent import ascent_point, perpendicular
+from s2sam_jax._sharpness.sam import second_gradient
+
+
+class LookSAMState(NamedTuple):
+    """State of :func:`looksam`.
+
+    Attributes:
+      step: int32[], steps taken.
+      next_update: int32[], the step that takes a second gradient next.
+      rho: float[], radius at the last step (at the first one, before it).
+      g_v: the part of SAM's gradient orthogonal to the plain one, a tree like the parameters, zero at first.
+    """
+
+    step: jax.Array
+    next_update: jax.Array
+    rho: jax.Array
+    g_v: Any
+
+
+def looksam(
+    rho: ScalarOrSchedule = 0.05, *, every: int = 5, alpha: ScalarOrSchedule = 0.7, eps: float = 1e-12
+) -> optax.GradientTransformationExtraArgs:
+    r"""LookSAM: takes SAM's second gradient every so many steps, and reuses its direction in between.
+
+    .. math:: g_s = \nabla L(w + \rho\, g / (\|g\|_2 + \mathrm{eps})), \qquad
+              g_v = g_s - \frac{g_s \cdot g}{\|g\|^2}\, g, \qquad
+              \text{update} = g_s \;\text{ or, in between, }\; g + \alpha\, \|g\| \frac{g_v}{\|g_v\| + \mathrm{eps}}
+
+    The steps ``0, every, 2 * every, ...`` are SAM's. Put it first in its chain. Inside :func:`sparsify` the direction
+    kept is zeroed where masks change; its norm is taken when it is used.
+
+    Args:
+      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
+      every: the k of the paper, 5 or 10 there; 1 is SAM.
+      alpha: weight of the direction kept, or a schedule of the step. 0.7 in the paper, 0.2 by default in the released
+        code.
+      eps: added to the norms of ``g`` and ``g_v`` that are divided by; a zero gradient gives a zero perturbation.
+
+    Returns:
+      A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``grad_fn_by_part``, as in :func:`sam`),
+      and calls it on SAM's steps only. ``refresh_sam`` (a Python bool) says whether this is one; left out or traced, a
+      ``lax.cond`` decides. State: one gradient-sized tree.
+
+    Raises:
+      ValueError: for a negative ``rho``, ``alpha`` or ``eps``, an ``every`` below 1, or an update without ``params``.
+      TypeError: for an update without ``grad_fn``.
+
+    Reference:
+      Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022, Algorithm 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from s2sam_jax import looksam
+      >>> tx, params = looksam(rho=0.5, every=2, alpha=1.0), jnp.array([3.0, 4.0])
+      >>> grad_fn = jax.grad(lambda w: 0.5 * w[0] ** 2 + w[1])
+      >>> updates, state = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+      >>> print(updates.round(2))  # the gradient (3, 1), taken at w + 0.5 * (3, 1) / sqrt(10)
+      [3.47 1.  ]
+      >>> updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+      >>> print(updates.round(2))  # (3, 1), and its length along (1, -3) / sqrt(10)
+      [ 4. -2.]
+    """
+    check_non_negative(eps, "eps")
+    rho_at, alpha_at = schedule(rho, "rho"), schedule(alpha, "alpha")
+    clock = Every(start=0, every=every)
+
+    def init_fn(params):
+        zero = jnp.zeros((), jnp.int32)
+        return LookSAMState(zero, clock.at_or_after(0), rho_at(zero), jax.tree.map(jnp.zeros_like, params))
+
+    def update_fn(
+        updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, refresh_sam=None, **extra_args
+    ) -> Any:
+        del extra_args
+        params, gradient_at = second_gradient("looksam", params, updates, grad_fn, grad_fn_by_part)
+        radius = rho_at(state.step)
+
+        def look():
+            found = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps))
+            return optax.tree.cast_like(found, updates), optax.tree.cast_like(perpendicular(found, updates), state.g_v)
+
+        def reuse():
+            scale = alpha_at(state.step) * norm(updates) / (norm(state.g_v) + eps)
+            moved = jax.tree.map(lambda g, v: at_least_f32(g) + scale * at_least_f32(v), updates, state.g_v)
+            return optax.tree.cast_like(moved, updates), state.g_v
+
+        due = state.step >= state.next_update if refresh_sam is None else refresh_sam
+        grads, g_v = cond(due, look, reuse)
+        step = increment(state.step)
+        return grads, LookSAMState(step, clock.planned(state.next_update, due, step), radius, g_v)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

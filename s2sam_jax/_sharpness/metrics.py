@@ -1,0 +1,162 @@
+"""Telemetry of a perturbation: how long it is, how far the loss rises, and what low precision leaves of it."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._base.masks import SparseState, get_masks
+from s2sam_jax._base.tree import at_least_f32, check_same_leaves, find_states, named_leaves, norm
+from s2sam_jax._base.types import Params, Unmasked
+from s2sam_jax._sharpness.perturb import perturb
+from s2sam_jax._sharpness.rounding import FORMATS, round_to_nearest
+from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
+
+
+def sharpness_metrics(
+    params: Params,
+    opt_state: Any,
+    grads: Params | None = None,
+    *,
+    loss_fn: Callable[[Params], jax.Array] | None = None,
+    compute_dtype: str | None = None,
+    perturbed: Params | None = None,
+) -> dict[str, jax.Array]:
+    r"""What the perturbation of this step is, and what is left of it where products are computed.
+
+    With :math:`\epsilon` from :func:`perturb`, and :math:`c` the rounding (to nearest) of weights to the format that
+    products are computed in:
+
+    .. math:: \mathrm{kept} = \frac{\|c(w + \epsilon) - c(w)\|}{\|\epsilon\|}, \qquad
+              \mathrm{cosine} = \cos(c(w + \epsilon) - c(w),\; \epsilon)
+
+    The norm of :math:`\epsilon` is ``rho``, except where a method makes it shorter (ASAM, a Sparse SAM's mask). A kept
+    norm of 1 alone says little: rounding that leaves most weights and moves a few by a whole step can also give it, so
+    read the cosine. Call it between the gradient and ``tx.update``; all is in float32 or wider, for bfloat16
+    parameters too.
+
+    Args:
+      params: the clean parameters (with :func:`s2sam_wrapper`: ``eval_params(params, opt_state)``).
+      opt_state: the optimizer state, or a train state around it.
+      grads: gradient of this step, if its cosine with the last one is wanted.
+      loss_fn: ``params -> loss[]`` on the current batch; costs two more forward passes.
+      compute_dtype: ``"bfloat16"``, ``"tensorfloat32"`` (what recent GPUs multiply float32 in by default),
+        ``"float16"`` or ``"float32"``.
+      perturbed: the perturbed parameters, where :func:`perturb` does not know them: for ``sam`` and ``ssam``, whose
+        ascent is inside their update, or the loop's own parameters under :func:`s2sam_wrapper`.
+
+    Returns:
+      Device scalars: ``epsilon_norm``; with ``grads`` ``cosine_last_gradient``, over the leaves whose gradient is
+      remembered and, where that is masked, over live weights; with ``loss_fn`` ``loss_increase``,
+      :math:`L(w + \epsilon) - L(w)`; with ``compute_dtype`` ``epsilon_kept`` and ``epsilon_cosine``. What divides by a
+      norm of zero is 0, as at S2-SAM's first step.
+
+    Raises:
+      ValueError: for an unknown ``compute_dtype``, ``grads`` or ``perturbed`` that do not fit, ``grads`` where no state
+        remembers the last ones, or what :func:`perturb` raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from s2sam_jax import s2sam, sharpness_metrics
+      >>> tx, params, loss = s2sam(rho=0.01), jnp.array([3.0, 4.0]), lambda w: 0.5 * jnp.sum(w**2)
+      >>> _, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+      >>> metrics = sharpness_metrics(params, state, jnp.array([4.0, 3.0]), loss_fn=loss, compute_dtype="bfloat16")
+      >>> for name, value in metrics.items():  # epsilon is [0.006, 0.008]; bfloat16 has steps of 1/64 and 1/32 there
+      ...     print(f"{name} {value:.3f}")
+      epsilon_norm 0.010
+      cosine_last_gradient 0.960
+      loss_increase 0.050
+      epsilon_kept 0.000
+      epsilon_cosine 0.000
+    """
+    if compute_dtype is not None and compute_dtype not in FORMATS:
+        raise ValueError(f"compute_dtype must be one of {', '.join(FORMATS)}; got {compute_dtype!r}.")
+    clean = jax.tree.map(at_least_f32, params)
+    if perturbed is None:
+        point = perturb(clean, opt_state)
+    else:
+        check_same_leaves(perturbed, params, "perturbed", "params")
+        point = jax.tree.map(at_least_f32, perturbed)
+    epsilon = jax.tree.map(jnp.subtract, point, clean)
+    metrics = {"epsilon_norm": norm(epsilon)}
+    if grads is not None:
+        metrics["cosine_last_gradient"] = _cosine_last_gradient(grads, params, opt_state)
+    if loss_fn is not None:
+        stored = jax.tree.map(lambda p, q: q.astype(p.dtype), params, point)
+        metrics["loss_increase"] = loss_fn(stored) - loss_fn(params)
+    if compute_dtype is not None:
+        kept = jax.tree.map(lambda p, q: _rounded(q, compute_dtype) - _rounded(p, compute_dtype), clean, point)
+        metrics["epsilon_kept"] = _ratio(norm(kept), metrics["epsilon_norm"])
+        metrics["epsilon_cosine"] = _cosine(jax.tree.leaves(kept), jax.tree.leaves(epsilon))
+    return metrics
+
+
+def warn_if_perturbation_lost(metrics: Mapping[str, Any], threshold: float = 0.9) -> None:
+    """Warns when low precision takes the perturbation away. On the host: it waits for the device, so call it rarely.
+
+    Args:
+      metrics: of :func:`sharpness_metrics`, past S2-SAM's first step, whose perturbation is zero by definition.
+      threshold: the cosine of what is kept with the perturbation, below which it counts as lost.
+
+    Warns:
+      UserWarning: when the perturbation is zero, or ``epsilon_cosine`` is below the threshold or not a number.
+
+    Example:
+      >>> from s2sam_jax import warn_if_perturbation_lost
+      >>> warn_if_perturbation_lost({"epsilon_norm": 0.05, "epsilon_cosine": 0.98})
+    """
+    if float(metrics["epsilon_norm"]) == 0:
+        message = (
+            "Sharpness-aware training is off: the perturbation is exactly zero. Past the first step rho must be above "
+            "0, and parameters precise enough to hold w + epsilon."
+        )
+        warnings.warn(message, stacklevel=2)
+        return
+    cosine = float(metrics.get("epsilon_cosine", math.inf))
+    if not cosine >= threshold:
+        message = (
+            "Low precision takes the perturbation away: the cosine of what is left with epsilon is "
+            f"{cosine:.2f}, below {threshold:g}. Compute in float32 with jax_default_matmul_precision='highest', "
+            "or raise rho."
+        )
+        warnings.warn(message, stacklevel=2)
+
+
+def _rounded(x: jax.Array, dtype: str) -> jax.Array:
+    """The rounded value, in the precision of ``x``."""
+    return round_to_nearest(x, dtype).astype(x.dtype)
+
+
+def _cosine_last_gradient(grads: Params, params: Params, opt_state: Any) -> jax.Array:
+    """Over the leaves that the states of s2sam claim."""
+    states = find_states(opt_state, S2SAMState)
+    if not states:
+        raise ValueError(
+            "sharpness_metrics compares grads with the last ones, which s2sam() remembers, and opt_state has no "
+            "S2SAMState. Leave grads out."
+        )
+    given, masks, pairs = named_leaves(grads), {}, []
+    if find_states(opt_state, SparseState):
+        masks = named_leaves(get_masks(opt_state, params))
+    for state in states:
+        dense = isinstance(state.last_grad, Unmasked)
+        for path, last in named_leaves(last_gradient(state)).items():
+            if path not in given or jnp.shape(given[path]) != jnp.shape(last):
+                raise ValueError(f"sharpness_metrics: grads lack the leaf {'/'.join(path)}{jnp.shape(last)}.")
+            live = dense or masks.get(path, True)
+            pairs.append((jnp.where(live, given[path], 0), last))
+    return _cosine(*zip(*pairs, strict=True))
+
+
+def _cosine(a: Any, b: Any) -> jax.Array:
+    """Between two sequences of arrays, each taken as one vector."""
+    pairs = [(at_least_f32(x), at_least_f32(y)) for x, y in zip(a, b, strict=True)]
+    product = sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros(()))
+    return _ratio(product, norm(list(a)) * norm(list(b)))
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))

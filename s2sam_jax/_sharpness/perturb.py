@@ -1,0 +1,116 @@
+"""The point at which a loop takes its gradient, where the optimizer state alone decides it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from s2sam_jax._base.masks import SparseState
+from s2sam_jax._base.tree import HOLDING_BACK, Path, find_states, map_paths, named_leaves
+from s2sam_jax._base.types import Params
+from s2sam_jax._sharpness import msam, s2sam
+from s2sam_jax._sharpness.ascent import add
+from s2sam_jax._sharpness.msam import MSAMState
+from s2sam_jax._sharpness.s2sam import S2SAMState
+
+
+def perturb(params: Params, opt_state: Any) -> Params:
+    r"""The point at which S2-SAM and Momentum-SAM take their gradient: ``params + epsilon``.
+
+    .. math:: w + \rho\, \hat g_{t-1} / (\|\hat g_{t-1}\|_2 + \mathrm{eps}), \qquad
+              w - \rho\, v_{t-1} / (\|v_{t-1}\|_2 + \mathrm{eps})
+
+    Finds the state of :func:`s2sam` or :func:`msam` anywhere inside ``opt_state`` (chains, wrappers, train states).
+    Several states on disjoint leaves, as under ``optax.multi_transform``, each use their own norm.
+
+    Args:
+      params: the clean parameters, any pytree.
+      opt_state: the optimizer state that holds an :class:`S2SAMState` or an :class:`MSAMState`, or a train state
+        around it.
+
+    Returns:
+      The perturbed parameters, in the parameters' structure and dtypes.
+
+    Raises:
+      ValueError: when there is no such state (silence would mean plain SGD), two states claim one leaf, a state belongs
+        to another model, ``s2sam`` or ``msam`` stands outside ``sparsify`` or beside
+        ``MultiSteps`` or ``apply_if_finite``, or ``msam`` finds no momentum.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax import perturb, s2sam
+      >>> tx, params = s2sam(rho=0.5), jnp.array([3.0, 4.0])
+      >>> _, state = tx.update(jnp.array([0.0, 2.0]), tx.init(params), params)
+      >>> print(perturb(params, state))
+      [3.  4.5]
+    """
+    if not perturbing(opt_state):
+        raise ValueError(
+            f"perturb found no S2SAMState or MSAMState in opt_state (a {type(opt_state).__name__}). Put s2sam() or "
+            "msam() into the optimizer chain; if the state comes from a checkpoint, restore it into the structure of "
+            "tx.init(params)."
+        )
+    moved: dict[Path, jax.Array] = {}
+    for _, _, epsilon in perturbations(named_leaves(params), opt_state):
+        moved |= epsilon
+    return map_paths(lambda path, param: add(param, moved[path]) if path in moved else param, params)
+
+
+def perturbing(opt_state: Any) -> list[S2SAMState | MSAMState]:
+    """The states that :func:`perturb` looks for."""
+    return [*find_states(opt_state, S2SAMState), *find_states(opt_state, MSAMState)]
+
+
+def perturbations(
+    clean: dict[Path, Any], opt_state: Any
+) -> Iterator[tuple[S2SAMState | MSAMState, dict[Path, jax.Array], dict[Path, jax.Array]]]:
+    """Each state that perturbs, with its directions and the perturbation along them, by leaf."""
+    _check_order(opt_state)
+    owners: dict[Path, str] = {}
+    for state, directions in _directions(opt_state, clean):
+        name = type(state).__name__
+        for path, direction in directions.items():
+            where = "/".join(path)
+            if path not in clean or jnp.shape(clean[path]) != jnp.shape(direction):
+                raise ValueError(f"perturb: the {name} has a gradient {where}{jnp.shape(direction)} that params lack.")
+            if path in owners:
+                both = f"two {name}s" if owners[path] == name else f"{owners[path]} and {name}"
+                raise ValueError(f"perturb: {both} claim the leaf {where}; use one s2sam() or msam() per leaf.")
+            owners[path] = name
+        weights = [clean[path] for path in directions]
+        if isinstance(state, S2SAMState):
+            epsilon = s2sam.epsilon(state, weights)
+        else:
+            epsilon = msam.epsilon(state, list(directions.values()), weights)
+        yield state, directions, dict(zip(directions, epsilon, strict=True))
+
+
+def _directions(opt_state: Any, clean: dict[Path, Any]) -> Iterator[tuple[S2SAMState | MSAMState, dict[Path, Any]]]:
+    """Each state with what it perturbs along, by leaf."""
+    for state in find_states(opt_state, S2SAMState):
+        yield state, named_leaves(s2sam.last_gradient(state))
+    yield from msam.momenta(opt_state, set(clean))
+
+
+def _check_order(opt_state: Any) -> None:
+    """An s2sam around sparsify would remember dense gradients, around these wrappers gradients that they hold back."""
+    _check_inside_sparsify(opt_state)
+    for kind, name in HOLDING_BACK:
+        outer = find_states(opt_state, (S2SAMState, kind, optax.transforms.PartitionState))
+        if {type(state) for state in outer} >= {S2SAMState, kind}:
+            raise ValueError(
+                f"perturb: s2sam() stands beside optax.{name}(...), and would perturb along gradients that it holds "
+                f"back; put {name} around both: optax.{name}(chain(s2sam(), ...), ...)."
+            )
+
+
+def _check_inside_sparsify(opt_state: Any) -> None:
+    outer = find_states(opt_state, (S2SAMState, SparseState))
+    pruned = {path for state in outer if isinstance(state, SparseState) for path in named_leaves(state.masks)}
+    for state in outer:
+        if isinstance(state, S2SAMState) and pruned & named_leaves(s2sam.last_gradient(state)).keys():
+            raise ValueError(
+                "perturb: s2sam() stands outside sparsify(); put it inside, sparsify(chain(s2sam(), ...), ...)."
+            )

@@ -1,0 +1,64 @@
+"""Numbers as a narrower floating-point format would hold them, to nearest or at random."""
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._base.types import Params
+
+# Stored bits of the mantissa, of formats that share float32's exponent: their numbers are float32's with low bits zero.
+_MANTISSA = {"float32": 23, "tensorfloat32": 10, "bfloat16": 7}
+FORMATS = (*_MANTISSA, "float16")
+
+
+def round_to_nearest(x: jax.Array, dtype: str) -> jax.Array:
+    """``x`` in float32 with the value that it has in a format, ties to even."""
+    x = x.astype(jnp.float32)
+    if dtype == "float16":
+        # The barrier keeps the compiler from dropping the two casts as excess precision.
+        return jax.lax.optimization_barrier(x.astype(jnp.float16)).astype(jnp.float32)
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=_MANTISSA[dtype])
+
+
+def stochastic_round(tree: Params, key: jax.Array, dtype: str) -> Params:
+    r"""Rounds to one of the two neighbours in a narrower format, so that the mean is the number itself.
+
+    .. math:: P(\hat x = \lceil x \rceil) = \frac{x - \lfloor x \rfloor}{\lceil x \rceil - \lfloor x \rfloor}
+
+    Where weights are numbers of the format already, rounding to nearest discards any perturbation below half a unit in
+    the last place; here it is kept in expectation, at the price of noise in every weight.
+
+    Args:
+      tree: any pytree of floating arrays; what is wider than float32 is first rounded to that.
+      key: PRNG key; a new one for each step, or the noise is always the same.
+      dtype: ``"bfloat16"`` or ``"tensorfloat32"`` (ten bits of mantissa, what NVIDIA's matrix units multiply).
+
+    Returns:
+      The rounded tree, as bfloat16, or as float32 whose lower bits are zero. Infinities and NaNs stay.
+
+    Raises:
+      ValueError: for another ``dtype``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from s2sam_jax import stochastic_round
+      >>> x = jnp.full(10_000, 1 + 1 / 512)  # a quarter of the way from 1 to the next bfloat16
+      >>> rounded = stochastic_round(x, jax.random.key(0), "bfloat16")
+      >>> print(jnp.unique(rounded), abs(rounded.astype(jnp.float32).mean() - x[0]) < 1e-4)
+      [1 1.00781] True
+    """
+    if dtype not in ("bfloat16", "tensorfloat32"):
+        raise ValueError(f"stochastic_round's dtype must be 'bfloat16' or 'tensorfloat32'; got {dtype!r}.")
+    drop, stored = 23 - _MANTISSA[dtype], jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+    leaves, treedef = jax.tree.flatten(tree)
+
+    def rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+        noise = jax.random.bits(key, x.shape, jnp.uint32) >> (32 - drop)
+        return _cut(x.astype(jnp.float32), drop, noise).astype(stored)
+
+    return treedef.unflatten([rounded(x, k) for x, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)])
+
+
+def _cut(x: jax.Array, drop: int, added: jax.Array) -> jax.Array:
+    """Adds to the magnitude, as an integer, then zeroes its ``drop`` lowest bits; a carry moves on to the exponent."""
+    bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + added) & jnp.uint32(2**32 - 2**drop)
+    return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)

@@ -1,0 +1,1 @@
+"""``sparsify``, and the pieces that sparse methods are made of."""

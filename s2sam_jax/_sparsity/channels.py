@@ -1,0 +1,139 @@
+"""Channels that live and die together: the filters that compute one, its norm, and the layers that read it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._base.tree import by_name, map_named
+from s2sam_jax._base.types import Masks, Params
+
+
+class Slice(NamedTuple):
+    """One index of an axis of a leaf, by the leaf's path: ``Slice("conv1/kernel", -1)`` are the filters of a kernel."""
+
+    path: str
+    axis: int
+
+
+class ChannelGroup(NamedTuple):
+    """Slices of several leaves that share one channel index, so that a channel can be removed from all at once.
+
+    Zeroing a channel's slices must make its activation exactly zero at every layer that consumes it: what lies in
+    between maps zero to zero (ReLU, swish, pooling), and nothing is added. The residual stream, which every block
+    consumes and adds to, is best left out.
+
+    Attributes:
+      name: under which a model is rebuilt with fewer channels.
+      filters: what computes the channels, the first kernel leading: kernels along their output axis, and depthwise
+        ones in between.
+      scales: scales of the norms that follow; may be empty.
+      biases: biases of the norms, or of the layers where there is no norm; may be empty.
+      inputs: kernels that read the channels, along their input axis.
+      statistics: leaves of the model state with one entry a channel: running means and variances.
+
+    Example:
+      >>> from s2sam_jax import ChannelGroup, Slice
+      >>> group = ChannelGroup(
+      ...     "conv1",
+      ...     filters=(Slice("conv1/kernel", -1),),
+      ...     scales=(Slice("norm1/scale", 0),),
+      ...     biases=(Slice("norm1/bias", 0),),
+      ...     inputs=(Slice("conv2/kernel", -2),),
+      ...     statistics=(Slice("norm1/mean", 0), Slice("norm1/var", 0)),
+      ... )
+      >>> group.parameters[1]
+      Slice(path='norm1/scale', axis=0)
+    """
+
+    name: str
+    filters: tuple[Slice, ...]
+    scales: tuple[Slice, ...] = ()
+    biases: tuple[Slice, ...] = ()
+    inputs: tuple[Slice, ...] = ()
+    statistics: tuple[Slice, ...] = ()
+
+    @property
+    def parameters(self) -> tuple[Slice, ...]:
+        return (*self.filters, *self.scales, *self.biases, *self.inputs)
+
+
+def group_sizes(tree: Params, groups: Sequence[ChannelGroup], *, statistics: Any = None) -> dict[str, int]:
+    """Channels of each group, by name.
+
+    Raises:
+      ValueError: listing every slice whose leaf or axis does not exist, or whose length is not that of its group.
+    """
+    shapes = {name: leaf.shape for name, leaf in by_name(tree).items()}
+    running = {name: leaf.shape for name, leaf in by_name(statistics).items()}
+    problems, sizes = [], {}
+    for group in groups:
+        if not group.filters:
+            problems.append(f"{group.name}: has no filters")
+            continue
+        members = [(part, shapes) for part in group.parameters]
+        members += [(part, running) for part in group.statistics] if statistics is not None else []
+        lengths = {part: _length(part, among) for part, among in members}
+        sizes[group.name] = lengths[group.filters[0]]
+        for part, length in lengths.items():
+            if length is None:
+                problems.append(f"{group.name}: no leaf {part.path!r} with an axis {part.axis}")
+            elif length != sizes[group.name]:
+                problems.append(
+                    f"{group.name}: {part.path!r} has {length} on axis {part.axis}, not {sizes[group.name]}"
+                )
+    names = [group.name for group in groups]
+    problems += [f"{name}: named twice" for name in sorted(set(names)) if names.count(name) > 1]
+    if problems:
+        raise ValueError("Channel groups do not fit the parameters:\n  " + "\n  ".join(problems))
+    return sizes
+
+
+def channel_masks(params: Params, groups: Sequence[ChannelGroup], alive: Mapping[str, jax.Array]) -> Masks:
+    r"""Masks of whole channels, in every leaf that has a slice of one.
+
+    .. math:: m_{l,i} = \bigwedge_{(l, a) \in G} \mathrm{alive}_G[i_a]
+
+    Args:
+      params: the parameters.
+      groups: which slices share a channel index; a leaf may be in several.
+      alive: bool[channels] by the name of the group; groups that are missing keep all.
+
+    Returns:
+      Bool tree like ``params``.
+
+    Raises:
+      ValueError: where groups do not fit the parameters, or ``alive`` does not fit the groups.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax import ChannelGroup, Slice, channel_masks
+      >>> params = {"a": jnp.ones((1, 2)), "b": jnp.ones((2, 1))}
+      >>> group = ChannelGroup("hidden", filters=(Slice("a", -1),), inputs=(Slice("b", -2),))
+      >>> masks = channel_masks(params, [group], {"hidden": jnp.array([True, False])})
+      >>> print(masks["a"], masks["b"].T)
+      [[ True False]] [[ True False]]
+    """
+    sizes = group_sizes(params, groups)
+    wrong = {name: x.shape for name, x in alive.items() if x.shape != (sizes.get(name),)}
+    if wrong:
+        raise ValueError(f"alive must hold bool[channels] by group, of {sizes}; these do not fit: {wrong}.")
+    parts: dict[str, list[tuple[int, jax.Array]]] = {}
+    for group in groups:
+        for part in group.parameters if group.name in alive else ():
+            parts.setdefault(part.path, []).append((part.axis, alive[group.name]))
+
+    def mask(name, leaf):
+        whole = jnp.ones_like(leaf, dtype=bool)
+        for axis, channels in parts.get(name, ()):
+            others = [d for d in range(leaf.ndim) if d != axis % leaf.ndim]
+            whole &= jnp.expand_dims(channels, others)
+        return whole
+
+    return map_named(mask, params)
+
+
+def _length(part: Slice, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    shape = shapes.get(part.path, ())
+    return shape[part.axis] if -len(shape) <= part.axis < len(shape) else None

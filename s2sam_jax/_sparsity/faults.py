@@ -1,0 +1,113 @@
+"""What may be wrong with weights, masks and gradients, leaf by leaf; ``check_masks`` raises it on the host."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from s2sam_jax._base.masks import SparseState, sparse_states
+from s2sam_jax._base.tree import Path, check_same_named, find_states, named_leaves, scalar
+from s2sam_jax._base.types import Params, Unmasked
+from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
+
+NOT_APPLIED = "call apply_masks(params, opt_state) after init or a restore"
+
+
+class Fault(NamedTuple):
+    """Something that may be wrong with a leaf.
+
+    Attributes:
+      name: of the leaf.
+      text: what it is and what to do, with ``{}`` for the value, and for what is wanted.
+      value: a number.
+      wanted: what it has to be.
+    """
+
+    name: str
+    text: str
+    value: Any
+    wanted: Any
+
+    @property
+    def line(self) -> str:
+        """With ``{}`` for the numbers still."""
+        return f"{self.name.replace('{', '{{').replace('}', '}}')}: {self.text}"
+
+
+def check_masks(params: Params, opt_state: Any) -> None:
+    """Raises if anything that sparse training promises does not hold. For the host; costs a few passes.
+
+    Checked per leaf: structure and shape of the masks, their count against the one recorded at the last mask update,
+    exact zeros off the mask in the parameters and in the gradient that :func:`s2sam` remembers, and finite weights.
+    Momenta are not: :func:`sparsify` zeroes them before they are used, and some optimizers leave tiny numbers there.
+
+    Args:
+      params: clean parameters.
+      opt_state: a state with a :class:`SparseState`.
+
+    Raises:
+      ValueError: listing every leaf that fails and how.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import check_masks, methods, sparsify
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5).init(params)
+      >>> check_masks(params, state)
+      Traceback (most recent call last):
+      ValueError: check_masks found:
+        kernel: 2 pruned weights are not zero; call apply_masks(params, opt_state) after init or a restore
+    """
+    faults = []
+    named = named_leaves(params)
+    for state in sparse_states(opt_state, "check_masks"):
+        masks = named_leaves(state.masks)
+        check_same_named(masks, {path: p for path, p in named.items() if path in masks}, "the masks", "params")
+        if jnp.ndim(scalar(state.nnz)) > 1:
+            raise ValueError(
+                "check_masks looks at one network; this state is of several: take one from params and opt_state, "
+                "jax.tree.map(lambda x: x[i], ...)."
+            )
+        faults += sparse_faults(named, state, np.asarray)
+    if problems := [f.line.format(f.value, f.wanted) for f in faults if f.value != f.wanted]:
+        raise ValueError("check_masks found:\n  " + "\n  ".join(problems))
+
+
+def sparse_faults(
+    weights: dict[Path, Any], state: SparseState, fetch: Callable[[Any], Any] = lambda x: x, advice: str = NOT_APPLIED
+) -> list[Fault]:
+    """What may be wrong with masks, with what is behind them, and with the perturbation of the next gradient."""
+    faults, masks = [], named_leaves(state.masks)
+    for (path, mask), count in zip(masks.items(), fetch(scalar(state.nnz)), strict=True):
+        name, weight, alive = "/".join(path), fetch(weights[path]), fetch(mask)
+        faults.append(of_mask(name, alive, count))
+        faults.append(of_pruned(name, weight, alive, advice))
+        faults.append(not_finite(name, weight, "weights"))
+    return faults + of_perturbation(state.inner_state, masks, fetch)
+
+
+def of_mask(name: str, mask: Any, nnz: Any) -> Fault:
+    text = "the mask has {} ones, {} at the last mask update; only set_masks(opt_state, masks) may change it"
+    return Fault(name, text, mask.sum(), nnz)
+
+
+def of_pruned(name: str, weights: Any, mask: Any, advice: str = NOT_APPLIED) -> Fault:
+    return Fault(name, f"{{}} pruned weights are not zero; {advice}", ((weights != 0) & ~mask).sum(), 0)
+
+
+def not_finite(name: str, array: Any, what: str) -> Fault:
+    return Fault(name, f"{{}} {what} are not finite", (~(abs(array) < math.inf)).sum(), 0)
+
+
+def of_perturbation(inner_state: Any, masks: dict[Any, Any], fetch: Any = lambda x: x) -> list[Fault]:
+    """Whether :func:`s2sam` would perturb weights that these masks prune."""
+    remembered = [s for s in find_states(inner_state, S2SAMState) if not isinstance(s.last_grad, Unmasked)]
+    text = "the last gradient of s2sam() is not zero at {} pruned weights; set_masks(opt_state, masks) zeroes it there"
+    return [
+        Fault("/".join(path), text, ((fetch(grad) != 0) & ~fetch(masks[path])).sum(), 0)
+        for state in remembered
+        for path, grad in named_leaves(last_gradient(state)).items()
+        if path in masks
+    ]

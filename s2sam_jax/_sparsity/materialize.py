@@ -1,0 +1,144 @@
+"""From a network with masked channels to a smaller one without them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from s2sam_jax._base.tree import by_name, check_same_leaves, map_named
+from s2sam_jax._base.types import Masks, Params
+from s2sam_jax._sparsity.channels import ChannelGroup, Slice, group_sizes
+
+Cuts = dict[str, dict[int, np.ndarray]]  # by path and axis, the indices to keep
+
+
+class Materialized(NamedTuple):
+    """What :func:`materialize` returns.
+
+    Attributes:
+      params: the parameters that are left.
+      model_state: the statistics that are left.
+      widths: channels left, by the name of the group: what the model is to be rebuilt with.
+      masks: masks of the parameters that are left, which may still be sparse inside.
+    """
+
+    params: Params
+    model_state: Any
+    widths: dict[str, int]
+    masks: Masks
+
+
+def materialize(params: Params, model_state: Any, groups: Sequence[ChannelGroup], masks: Masks) -> Materialized:
+    r"""Slices dead channels out of all leaves, so that the network is really smaller and computes the same.
+
+    .. math:: \mathrm{dead}_G[i] = \bigwedge_{(l, a) \in D_G} \neg \bigvee_{j : j_a = i} m_{l,j}
+
+    where :math:`D_G` are the scales and biases of the group: a norm without them puts out zeros, whatever the filters
+    are. In a group without scales, they are its filters and biases. Removed channels must be zero for their readers in
+    the sense of :class:`ChannelGroup`. A group keeps one channel even where all are dead.
+
+    Works on the host, as shapes depend on values. Leaves that lose nothing are the very ones given; others are on the
+    default device.
+
+    Args:
+      params: any pytree of concrete arrays, zero off the masks.
+      model_state: the rest of the model, with the statistics that the groups name.
+      groups: the channels that may be removed.
+      masks: bool, leaf by leaf like ``params``.
+
+    Returns:
+      The small network's :class:`Materialized` parameters, state, widths and masks.
+
+    Raises:
+      ValueError: naming leaf and group where groups do not fit, overlap, or have a norm without scales; where masks
+        have other leaves or are not bool; where weights are not zero off their masks; and for traced arrays.
+
+    Reference:
+      Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017, §3.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax import ChannelGroup, Slice, materialize
+      >>> params = {"a": jnp.array([[1.0, 0.0, 3.0]]), "b": jnp.array([[1.0], [2.0], [0.0]])}
+      >>> group = ChannelGroup("hidden", filters=(Slice("a", -1),), inputs=(Slice("b", -2),))
+      >>> masks = {"a": jnp.array([[True, False, True]]), "b": jnp.array([[True], [True], [False]])}
+      >>> small = materialize(params, None, [group], masks)
+      >>> print(small.params["a"], small.params["b"].T, small.masks["b"].T, small.widths)
+      [[1. 3.]] [[1. 0.]] [[ True False]] {'hidden': 2}
+    """
+    _check_concrete(params, model_state, masks)
+    check_same_leaves(masks, params, "masks", "params")
+    group_sizes(params, groups, statistics=model_state)
+    shapes = {name: leaf.shape for name, leaf in by_name(params).items()}
+    if problems := [*_group_problems(groups, shapes), *_mask_problems(params, masks)]:
+        raise ValueError("materialize cannot remove channels:\n  " + "\n  ".join(problems))
+    live = {name: np.asarray(mask) for name, mask in by_name(masks).items()}
+    kept = {group.name: _kept(group, live) for group in groups}
+    of_params = _cuts((part, kept[group.name]) for group in groups for part in group.parameters)
+    of_state = _cuts((part, kept[group.name]) for group in groups for part in group.statistics)
+    return Materialized(
+        _sliced(params, of_params),
+        _sliced(model_state, of_state),
+        {name: len(indices) for name, indices in kept.items()},
+        _sliced(masks, of_params),
+    )
+
+
+def _kept(group: ChannelGroup, masks: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Indices of the channels that live, or the first if none does."""
+    deciding = (group.scales or group.filters) + group.biases
+    by_channel = [np.moveaxis(masks[part.path], part.axis, 0) for part in deciding]
+    alive = np.concatenate([mask.reshape(len(mask), -1) for mask in by_channel], axis=1).any(axis=1)
+    return np.flatnonzero(alive) if alive.any() else np.zeros(1, int)
+
+
+def _cuts(parts: Iterator[tuple[Slice, np.ndarray]]) -> Cuts:
+    found: Cuts = {}
+    for part, indices in parts:
+        found.setdefault(part.path, {})[part.axis] = indices
+    return found
+
+
+def _sliced(tree: Any, cuts: Cuts) -> Any:
+    def cut(name: str, leaf: Any) -> Any:
+        fewer = {axis: kept for axis, kept in cuts.get(name, {}).items() if len(kept) < leaf.shape[axis]}
+        if not fewer:
+            return leaf
+        small = np.asarray(leaf)
+        for axis, kept in fewer.items():
+            small = np.take(small, kept, axis)
+        return jnp.asarray(small) if isinstance(leaf, jax.Array) else small
+
+    return map_named(cut, tree)
+
+
+def _check_concrete(*trees: Any) -> None:
+    traced = [name for tree in trees for name, leaf in by_name(tree).items() if isinstance(leaf, Tracer)]
+    if traced:
+        raise ValueError(
+            f"materialize must be called outside jit, as shapes depend on the values of masks; traced: {traced}."
+        )
+
+
+def _group_problems(groups: Sequence[ChannelGroup], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    owners: dict[tuple[str, int], str] = {}
+    for group in groups:
+        if group.statistics and not group.scales:
+            yield f"{group.name}: has statistics but no scales; without one, a norm of zeros puts out its running mean"
+        for part in group.parameters:
+            axis = part.axis % len(shapes[part.path])
+            owner = owners.setdefault((part.path, axis), group.name)
+            if owner != group.name:
+                yield f"{part.path}: axis {axis} is in two groups, {owner} and {group.name}"
+
+
+def _mask_problems(params: Params, masks: Masks) -> Iterator[str]:
+    weights = by_name(params)
+    for name, mask in by_name(masks).items():
+        if mask.dtype != np.bool_:
+            yield f"{name}: its mask must be bool; got {mask.dtype}"
+        elif stray := np.count_nonzero(np.asarray(weights[name])[~np.asarray(mask)]):
+            yield f"{name}: {stray} weights are masked but not zero; call apply_masks(params, opt_state)"

@@ -1,0 +1,84 @@
+"""The pieces that methods which rank all leaves together are made of."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._base.select import keep_best
+from s2sam_jax._base.tree import by_name
+from s2sam_jax._base.types import MaskInputs, Masks, MaskUpdate
+from s2sam_jax._sparsity.distributions import Prunable, kernels, same_everywhere
+from s2sam_jax._sparsity.growth import global_count, replace_sparse, sparse_leaves
+
+
+def dense_init(x: MaskInputs) -> MaskUpdate:
+    """All true, and no state."""
+    return MaskUpdate(x.masks)
+
+
+def keep_largest(x: MaskInputs, scores: Any, count: int | jax.Array, keep_at_least: int = 0) -> Masks:
+    """Keeps ``count`` live weights of the sparse leaves, ranked together; dense leaves stay as they are.
+
+    With ``keep_at_least``, that many of each leaf (or all it has) are kept first.
+    """
+    ranked, live = sparse_leaves(x, scores), sparse_leaves(x, x.masks)
+    if not ranked:
+        return x.masks
+    at_least = [min(keep_at_least, s.size) for s in ranked]
+    return replace_sparse(x, x.masks, keep_best(ranked, count, at_least, live))
+
+
+def prunes(x: MaskInputs, masks: Masks) -> jax.Array:
+    """Whether the new masks lack a weight that lives; where a clock fires again, that must not cost it a step."""
+    lost = jax.tree.map(lambda was, now: jnp.any(was & ~now), x.masks, masks)
+    return jnp.any(jnp.array(jax.tree.leaves(lost)))
+
+
+def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kernels, keep_at_least: int = 0) -> Masks:
+    r"""One-shot masks from scores, the largest kept, ranked over all prunable leaves together.
+
+    .. math:: m = \mathrm{top}_\kappa(s), \qquad \kappa = N - \lfloor S N \rfloor
+
+    Install them with ``set_masks`` and apply them with ``apply_masks``.
+
+    Args:
+      scores: pytree like the parameters, e.g. of :func:`snip_scores`.
+      sparsity: fraction of zeros in ``[0, 1)`` over the prunable leaves.
+      prunable: ``(path, leaf) -> bool``, as in ``sparsify``; other leaves get masks that are all true.
+      keep_at_least: weights each leaf keeps whatever its scores.
+
+    Returns:
+      Bool masks like ``scores``. A layer that keeps nothing is named in a warning.
+
+    Raises:
+      ValueError: for a sparsity out of range, or when nothing is prunable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from s2sam_jax import methods
+      >>> scores = {"a": jnp.array([[1.0, 9.0]]), "b": jnp.array([[8.0, 2.0]]), "bias": jnp.zeros(2)}
+      >>> masks = methods.masks_from_scores(scores, 0.5)
+      >>> print(masks["a"], masks["b"], masks["bias"])
+      [[False  True]] [[ True False]] [ True  True]
+    """
+    dense = jax.tree.map(lambda s: jnp.ones_like(s, dtype=bool), scores)
+    x = MaskInputs(scores, dense, same_everywhere(scores, sparsity, prunable))
+    masks = keep_largest(x, scores, global_count(x), keep_at_least)
+    warn_if_collapsed(masks, "masks_from_scores")
+    return masks
+
+
+def warn_if_collapsed(masks: Masks, method: str) -> None:
+    """A warning, from the device, that names every layer which has lost all its weights."""
+    weights = {name: mask for name, mask in by_name(masks).items() if mask.size}
+    names = list(weights)
+    alive = jnp.array([m.any() for m in weights.values()])
+
+    def report(alive):
+        dead = [name for name, ok in zip(names, alive.tolist(), strict=True) if not ok]
+        if dead:
+            warnings.warn(f"{method} left no weight in {dead}; keep_at_least=1 prevents it.", stacklevel=2)
+
+    jax.debug.callback(report, alive)

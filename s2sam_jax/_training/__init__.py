@@ -1,0 +1,1 @@
+"""The train step that all optimizers share."""

@@ -1,0 +1,234 @@
+"""Debugging: an optimizer that checks what it is given and what it promises, through ``jax.experimental.checkify``."""
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import checkify
+
+from s2sam_jax._base.masks import SparseState, get_masks
+from s2sam_jax._base.tree import (
+    Path,
+    at_least_f32,
+    check_same_leaves,
+    check_state_of_tx,
+    find_states,
+    map_states,
+    mask_mirrored,
+    masked,
+    named_leaves,
+    norm,
+    scalar,
+    with_extra_args,
+)
+from s2sam_jax._base.types import GradFn, Params
+from s2sam_jax._sharpness.perturb import perturb, perturbations, perturbing
+from s2sam_jax._sharpness.s2sam import S2SAMState
+from s2sam_jax._sparsity.faults import Fault, not_finite, sparse_faults
+
+
+def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    r"""Debug mode: the same optimizer, whose every update checks what goes in and what comes out.
+
+    Updates, and the state with its checkpoints, are those of ``tx``. The checks are ``checkify.check``, so the step has
+    to be functionalized; an error names every leaf at fault, how many of its entries are, and what to do::
+
+        step = checkify.checkify(jax.jit(make_train_step(loss_fn, checked(tx))))
+        error, (state, metrics) = step(state, batch)
+        error.throw()
+
+    ``jax.jit(checkify.checkify(...))`` is called faster, but not for steps that mutate Flax NNX modules. Without
+    ``checkify`` JAX refuses to compile ("Cannot abstractly evaluate a checkify.check which was not functionalized");
+    outside ``jit`` a fault is raised at once. Checked are, in this order:
+
+    * trees: gradient, parameters and state have the leaves, shapes and structure of ``tx.init(params)``;
+    * what goes in: the ones of each mask are as many as at the last mask update; weights, and the last gradient of
+      :func:`s2sam`, are exactly zero where pruned; parameters, state, loss (the extra argument ``value``) and the
+      gradient of live weights are finite;
+    * the length of the perturbation of :func:`s2sam` and :func:`msam`, with ``T = 1``, or ASAM's ``T = |w| + eta`` (not
+      for ``compat="authors"``):
+
+      .. math:: \|\epsilon / T\|_2 = \rho\, \|T g\|_2 / (\|T g\|_2 + \mathrm{eps});
+
+    * where the gradient was taken: if the state perturbs and ``grad_fn`` is among the extra arguments, it is the
+      gradient at ``perturb(params, opt_state)``, each leaf up to the norm of the whole times the square root of its
+      dtype's precision. This costs a gradient a step; ``grad_fn`` must be of the same batch and random numbers;
+    * what comes out: masks, weights and the last gradient as above, a finite update; and no optimizer state off the
+      masks that went in there, unless updates leave such behind (Adamax's epsilon, ``mask_grads=False``).
+
+    All else costs a few passes over parameters and state. A loss or gradient that is not finite is not reported
+    around ``optax.apply_if_finite``, which handles it; ``make_train_step`` still freezes at one elsewhere.
+
+    Args:
+      tx: the whole optimizer, with :func:`sparsify` in it if there is one.
+
+    Returns:
+      A transformation with the ``init`` of ``tx``. Its ``update`` needs ``params`` and forwards all extra arguments.
+
+    Raises:
+      ValueError: from the update, while it is traced: for parameters that are missing, and for trees that do not fit.
+      jax.experimental.checkify.JaxRuntimeError: from ``error.throw()``, or the update outside ``jit``: for all else.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jax.experimental import checkify
+      >>> from s2sam_jax import checked, methods, sparsify
+      >>> tx = checked(sparsify(optax.sgd(0.1), methods.static(), sparsity=0.75))
+      >>> params = {"kernel": jnp.ones((2, 2))}  # apply_masks(params, state) was forgotten
+      >>> error, _ = jax.jit(checkify.checkify(tx.update))(params, tx.init(params), params)
+      >>> print(error.get().split(";")[0])
+      checked found before the update:
+        kernel: 3 pruned weights are not zero
+    """
+    optimizer = with_extra_args(tx)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        params = _fitting(tx, updates, state, params)
+        _check("before the update", _before(updates, state, params, extra_args.get("value")))
+        _check("a perturbation of another length than rho says", _lengths(state, params), _close)
+        if perturbing(state) and (grad_fn := extra_args.get("grad_fn")) is not None:
+            wrong_point = "a gradient that was not taken at perturb(params, opt_state), or a grad_fn of another batch"
+            _check(wrong_point, _deviations(updates, state, params, grad_fn), operator.le)
+        steps, new_state = optimizer.update(updates, state, params, **extra_args)
+        _check("after the update", _after(steps, new_state, params))
+        _check("state that no update leaves", _left_over(state, new_state, extra_args.get("refresh_masks")))
+        return steps, new_state
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def _fitting(tx: optax.GradientTransformation, grads: Params, state: Any, params: Params | None) -> Params:
+    """The parameters, after a look at the structure of everything."""
+    if params is None:
+        raise ValueError("checked needs params: call tx.update(grads, state, params).")
+    check_same_leaves(grads, params, "grads", "params")
+    expected = jax.eval_shape(tx.init, params)
+    check_same_leaves(state, expected, "opt_state", "tx.init(params)")
+    check_state_of_tx(state, expected, "tx.init(params)")
+    return params
+
+
+def _before(grads: Params, opt_state: Any, params: Params, loss: jax.Array | None) -> Iterator[Fault]:
+    sparse, weights = find_states(opt_state, SparseState), named_leaves(params)
+    for state in sparse:
+        yield from sparse_faults(weights, state)
+    pruned = {path for state in sparse for path in named_leaves(state.masks)}
+    yield from _finite({path: x for path, x in weights.items() if path not in pruned}, "weights")
+    if not find_states(opt_state, optax.ApplyIfFiniteState):
+        yield from _finite(_live(grads, opt_state, params), "entries of the gradient")
+        if loss is not None:
+            yield Fault("loss", "not finite", ~jnp.isfinite(loss), False)
+    yield from _finite_state(opt_state)
+
+
+def _after(steps: Params, opt_state: Any, params: Params) -> Iterator[Fault]:
+    weights = named_leaves(optax.apply_updates(params, steps))
+    for state in find_states(opt_state, SparseState):
+        yield from sparse_faults(
+            weights, state, advice="an update has brought them back; change no updates outside of sparsify()"
+        )
+    yield from _finite(named_leaves(steps), "entries of the update")
+    yield Fault("update", "its norm is not finite", ~jnp.isfinite(norm(steps)), False)
+
+
+def _finite(leaves: dict[Path, jax.Array], what: str) -> Iterator[Fault]:
+    for path, x in leaves.items():
+        yield not_finite("/".join(path), x, what)
+
+
+def _finite_state(opt_state: Any) -> Iterator[Fault]:
+    """Of its arrays: a lone number may start at infinity, as the best loss so far does."""
+    leaves = named_leaves(opt_state).items()
+    arrays = {("opt_state", *path): x for path, x in leaves if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact)}
+    yield from _finite(arrays, "entries")
+
+
+def _live(grads: Params, opt_state: Any, params: Params) -> dict[Path, jax.Array]:
+    """Without what is behind a mask, where a gradient may be anything."""
+    sparse = find_states(opt_state, SparseState)
+    return named_leaves(masked(get_masks(opt_state, params), grads) if sparse else grads)
+
+
+def _lengths(opt_state: Any, params: Params) -> Iterator[Fault]:
+    weights = named_leaves(params)
+    for state, directions, epsilon in perturbations(weights, opt_state):
+        if isinstance(state, S2SAMState) and state.norm is not None:
+            continue
+        scales = {path: jnp.ones(()) for path in directions}
+        if isinstance(state, S2SAMState) and state.eta is not None:
+            scales = {path: jnp.abs(at_least_f32(weights[path])) + scalar(state.eta) for path in directions}
+        direction = _long_norm([scales[path] * at_least_f32(g) for path, g in directions.items()])
+        length = _long_norm([e / jnp.where(scales[path] > 0, scales[path], 1.0) for path, e in epsilon.items()])
+        wanted = scalar(state.rho) * direction / (direction + scalar(state.eps))
+        name = f"{type(state).__name__} of {', '.join('/'.join(path) for path in directions)}"
+        text = "its perturbation has norm {}, not {}; rho has to be a number >= 0, and the last gradient in range"
+        yield Fault(name, text, length, wanted)
+
+
+def _close(length: jax.Array, wanted: jax.Array) -> jax.Array:
+    return jnp.abs(length - wanted) <= 1e-3 * jnp.abs(wanted) + 1e-12
+
+
+def _long_norm(arrays: list[jax.Array]) -> jax.Array:
+    """A norm that neither overflows nor underflows."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in arrays]))
+    largest = jnp.where(largest > 0, largest, 1.0)
+    return largest * norm([x / largest for x in arrays])
+
+
+def _deviations(grads: Params, opt_state: Any, params: Params, grad_fn: GradFn) -> Iterator[Fault]:
+    """How far each leaf is from the gradient where it belongs, and how far rounding may take it."""
+    expected = _live(grad_fn(perturb(params, opt_state)), opt_state, params)
+    length = norm(expected)
+    text = "differs by {}, where rounding explains {}; take the gradient at perturb(params, opt_state)"
+    for path, grad in _live(grads, opt_state, params).items():
+        deviation = norm(at_least_f32(grad) - at_least_f32(expected[path]))
+        yield Fault("/".join(path), text, deviation, length * float(jnp.finfo(grad.dtype).eps) ** 0.5)
+
+
+def _left_over(before: Any, after: Any, refresh: bool | None) -> Iterator[Fault]:
+    """State off the masks that has not come from an update.
+
+    Some optimizers, and ``mask_grads=False``, leave something there: they do again. But what is there before an update
+    and is not after it, was zeroed by ``sparsify`` and came from elsewhere, unless the masks have changed in between.
+    """
+    sparse = find_states(before, SparseState)
+    due = jnp.array([s.step >= s.next_update if refresh is None else refresh for s in sparse], bool).any()
+    due |= jnp.array([s.step == 0 for s in sparse], bool).any()  # what init has left there is masked at the first call
+    text = "{} entries of pruned weights were not zero; restore the whole state, or set_masks(opt_state, masks)"
+    left = _off_masks(after)
+    for name, number in _off_masks(before).items():
+        yield Fault(f"opt_state/{name}", text, jnp.where(due | (left[name] > 0), 0, number), 0)
+
+
+def _off_masks(opt_state: Any) -> dict[str, jax.Array]:
+    """Of every state leaf that the state rule is about, the entries off the mask that are not zero."""
+    ruled = map_states(lambda s: s._replace(inner_state=mask_mirrored(s.masks, s.inner_state)), opt_state, SparseState)
+    pairs = zip(named_leaves(opt_state).items(), jax.tree.leaves(ruled), strict=True)
+    return {"/".join(path): jnp.sum((x != 0) & (zeroed == 0)) for (path, x), zeroed in pairs if x is not zeroed}
+
+
+def _check(found: str, faults: Iterable[Fault], equal: Callable[[Any, Any], Any] = operator.eq) -> None:
+    """One check for all, as each would be compiled by itself."""
+    faults = list(faults)
+    if not faults:
+        return
+    values = jnp.stack([fault.value for fault in faults])
+    wanted = jnp.stack([jnp.asarray(fault.wanted) for fault in faults])
+    fits = equal(values, wanted)
+    lines = _Lines("\n".join([f"checked found {found}:", *(fault.line for fault in faults)]))
+    checkify.check(jnp.all(fits), lines, fits, values, wanted)
+
+
+class _Lines(str):
+    """The text of a failed check, of which ``checkify`` has only those lines formatted that are at fault."""
+
+    def format(self, *args: Any, **kwargs: Any) -> str:
+        del kwargs
+        header, *lines = self.split("\n")
+        rows = zip(lines, *map(np.asarray, args), strict=True)
+        return "\n  ".join([header, *(line.format(*numbers) for line, fits, *numbers in rows if not fits)])

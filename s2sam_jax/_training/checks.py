@@ -1,0 +1,80 @@
+"""What the train step refuses, with the reason."""
+
+from typing import Any
+
+import jax
+import optax
+
+from s2sam_jax._base.masks import SparseState
+from s2sam_jax._base.tree import check_state_of_tx, find_states
+from s2sam_jax._sharpness.esam import ESAMState, check_sharpest_fraction
+from s2sam_jax._sharpness.looksam import LookSAMState
+from s2sam_jax._sharpness.sam import SAMState
+from s2sam_jax._sharpness.ssam import SSAMState
+from s2sam_jax._training.train_state import TrainState
+
+SECOND_GRADIENT = (SAMState, SSAMState, LookSAMState, ESAMState)
+NAMES = "sam, ssam, looksam, gsam or esam"
+
+
+def taking_second_gradients(opt_state: Any) -> list[Any]:
+    """The states of SAM and its variants, which take a second gradient at the ascent point."""
+    return find_states(opt_state, SECOND_GRADIENT)
+
+
+def check_options(accumulate: int, sharpness_parts: int, sharpest_fraction: float, example_loss_fn: Any) -> None:
+    for option, value in (("accumulate", accumulate), ("sharpness_parts", sharpness_parts)):
+        if value < 1:
+            raise ValueError(f"make_train_step needs {option} >= 1; got {value}.")
+    if accumulate > 1 and sharpness_parts > 1:
+        raise ValueError(
+            f"accumulate={accumulate} and sharpness_parts={sharpness_parts} cut the batch in two ways: one has to be 1."
+        )
+    check_sharpest_fraction(sharpest_fraction)
+    if sharpest_fraction < 1 and (accumulate > 1 or sharpness_parts > 1):
+        raise ValueError(
+            f"sharpest_fraction={sharpest_fraction} chooses among the examples of one whole batch: accumulate and "
+            f"sharpness_parts have to be 1; got {accumulate} and {sharpness_parts}."
+        )
+    if sharpest_fraction < 1 and example_loss_fn is None:
+        raise ValueError(
+            f"sharpest_fraction={sharpest_fraction} needs example_loss_fn, (params, model_state, batch, key) -> "
+            "losses[B], to choose the examples by; or leave it at 1."
+        )
+
+
+def check_second_gradient(state: TrainState, sharpness_parts: int, sharpest_fraction: float) -> None:
+    if taking_second_gradients(state.opt_state):
+        return
+    if sharpness_parts > 1:
+        raise ValueError(
+            f"sharpness_parts cuts the batch for {NAMES}, and tx has none of them; s2sam perturbs once for the whole "
+            "batch, along the gradient of the step before, and msam along the momentum. Leave it at 1."
+        )
+    if sharpest_fraction < 1:
+        raise ValueError(
+            f"sharpest_fraction is the share of the batch in the second gradient of {NAMES}, and tx has none of them. "
+            "Leave it at 1."
+        )
+
+
+def check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
+    expected = jax.eval_shape(tx.init, state.params)
+    check_state_of_tx(state.opt_state, expected, "TrainState.create(params, tx)")
+    sparse = find_states(expected, SparseState)
+    inside = [state for one in sparse for state in taking_second_gradients(one.inner_state)]
+    if sparse and len(taking_second_gradients(expected)) > len(inside):
+        raise ValueError(
+            f"{NAMES} outside sparsify would perturb pruned weights, along their dense gradients; put it inside: "
+            "sparsify(chain(sam(), ...))."
+        )
+    if any(taking_second_gradients(outer) for outer in find_states(expected, optax.MultiStepsState)):
+        raise ValueError(
+            f"{NAMES} inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
+            "use make_train_step(..., accumulate=k) instead."
+        )
+
+
+def check_metrics(metrics: dict[str, Any], own: dict[str, Any]) -> None:
+    if twice := sorted(metrics.keys() & own.keys()):
+        raise ValueError(f"loss_fn returns metrics that the train step has itself: {twice}; give them other names.")

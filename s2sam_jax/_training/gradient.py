@@ -1,0 +1,135 @@
+"""The gradient of a loss with everything that comes along: of a batch, of its parts, of its sharpest examples."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from s2sam_jax._base.batches import Batch, beside, cut, rows_of, whole
+from s2sam_jax._base.types import Params
+from s2sam_jax._sharpness.esam import sharpest
+
+ModelState = Any
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[Params, ModelState, Batch, jax.Array], tuple[jax.Array, tuple[ModelState, Metrics]]]
+ExampleLossFn = Callable[[Params, ModelState, Batch, jax.Array], jax.Array]
+
+
+class Gradient(NamedTuple):
+    """A gradient with what comes along.
+
+    Attributes:
+      grads: the gradient.
+      loss: at the same point.
+      model_state: after the forward pass.
+      metrics: those of the loss.
+      by_part: the gradients of the parts of the batch, stacked, if it is cut up for the sharpness; else ``None``.
+    """
+
+    grads: Params
+    loss: jax.Array
+    model_state: ModelState
+    metrics: Metrics
+    by_part: Params | None = None
+
+
+def averaged_gradient(
+    loss_fn: LossFn, model_state: ModelState, batch: Batch, key: jax.Array, parts: int
+) -> Callable[[Params], Gradient]:
+    """The gradient at a point, averaged over micro-batches, one after another."""
+    one = _gradient_of(loss_fn)
+
+    def single(params):
+        (grads, loss, metrics), new = one(params, model_state, batch, key)
+        return Gradient(grads, loss, new, metrics)
+
+    if parts == 1:
+        return single
+    micro = cut(batch, parts, "accumulate", split=1)
+
+    def averaged(params):
+        first = jax.eval_shape(one, params, model_state, jax.tree.map(lambda x: x[0], micro), key)[0]
+
+        def body(carry, index_and_batch):
+            total, model_state = carry
+            index, part = index_and_batch
+            out, model_state = one(params, model_state, part, jax.random.fold_in(key, index))
+            return (jax.tree.map(lambda t, x: t + x.astype(t.dtype) / parts, total, out), model_state), None
+
+        # In float32 or wider: in bfloat16 many small parts would be lost beside their sum.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), first)
+        # Unrolled on CPU, where XLA is slow at convolution gradients inside loops.
+        unroll = parts if jax.default_backend() == "cpu" else 1
+        (total, new), _ = jax.lax.scan(body, (zeros, model_state), (jnp.arange(parts), micro), unroll=unroll)
+        grads, loss, metrics = jax.tree.map(lambda t, x: t.astype(x.dtype), total, first)
+        return Gradient(grads, loss, new, metrics)
+
+    return averaged
+
+
+def gradient_by_part(
+    loss_fn: LossFn, model_state: ModelState, batch: Batch, key: jax.Array, parts: int
+) -> Callable[[Callable[[Any], Params], Any], Gradient]:
+    """The gradients of the parts of a batch, side by side: if it is sharded across devices, each has its own.
+
+    The function returned takes ``point``, where a part's gradient is taken, and a tree with an entry a part that
+    ``point`` is called with. Statistics of the batch are averaged over the parts, as everything else is.
+    """
+    one, pieces = _gradient_of(loss_fn), cut(batch, parts, "sharpness_parts", split=0)
+    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
+
+    def averaged(point, entries):
+        each = jax.vmap(lambda entry, part, key: one(point(entry), model_state, part, key))
+        (by_part, loss, metrics), new = each(beside(pieces, entries), pieces, beside(pieces, keys))
+        return Gradient(_mean(by_part), jnp.mean(loss), _mean(new), _mean(metrics), by_part)
+
+    return averaged
+
+
+def gradient_of_sharpest(
+    loss_fn: LossFn,
+    example_loss_fn: ExampleLossFn,
+    model_state: ModelState,
+    batch: Batch,
+    key: jax.Array,
+    fraction: float,
+    clean: Params,
+) -> Callable[[Params], Params]:
+    """The gradient at a point, of the examples alone whose loss is above that at the clean parameters by most.
+
+    One key throughout, so that an example has the same noise before and after; in the smaller batch too, if the noise
+    follows from the example, and not from its place.
+    """
+
+    def gradient(params):
+        before, after = (example_loss_fn(at, model_state, batch, key) for at in (clean, params))
+        part = rows_of(batch, sharpest(whole(before), whole(after), fraction), "sharpest_fraction")
+        return averaged_gradient(loss_fn, model_state, part, key, 1)(params).grads
+
+    return gradient
+
+
+def _gradient_of(loss_fn: LossFn) -> Callable[..., Any]:
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def one(params, model_state, batch, key):
+        (loss, (new, metrics)), grads = value_and_grad(params, model_state, batch, key)
+        _check_model_state(new, model_state)
+        metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.result_type(float)), metrics)
+        return (grads, loss, metrics), new
+
+    return one
+
+
+def _check_model_state(new: Any, before: Any) -> None:
+    if jax.tree.structure(new) != jax.tree.structure(before):
+        raise ValueError(
+            f"loss_fn returns a model state {jax.tree.structure(new)}, but the train state holds "
+            f"{jax.tree.structure(before)}; begin with one like it: TrainState.create(params, tx, model_state=...)."
+        )
+
+
+def _mean(stacked: Any) -> Any:
+    """Over the parts; what cannot be averaged, such as a counter, is that of the first."""
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0], stacked)

@@ -1,0 +1,76 @@
+"""All that changes during training, as one pytree."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from s2sam_jax._base.masks import SparseState, apply_masks
+from s2sam_jax._base.tree import by_name, copy_key, find_states
+from s2sam_jax._base.types import Params
+from s2sam_jax._training.gradient import ModelState
+
+
+class TrainState(NamedTuple):
+    """All that changes during training, as one pytree of arrays.
+
+    Attributes:
+      step: int32[], calls of the train step.
+      params: parameters; exactly zero where pruned.
+      model_state: what the model keeps besides parameters, such as BatchNorm statistics.
+      opt_state: state of the optimizer, with masks, last gradient and keys inside.
+      key: typed PRNG key; a step uses ``fold_in(key, step)``.
+      first_bad_step: int32[], the first step whose loss or update was not finite, else -1. From it on the
+        parameters are frozen.
+    """
+
+    step: jax.Array
+    params: Params
+    model_state: ModelState
+    opt_state: Any
+    key: jax.Array
+    first_bad_step: jax.Array
+
+    @classmethod
+    def create(
+        cls,
+        params: Params,
+        tx: optax.GradientTransformation,
+        *,
+        model_state: ModelState = (),
+        seed: int | jax.Array = 0,
+    ) -> "TrainState":
+        """Initialises the optimizer and, where there are masks, applies them to the parameters.
+
+        Args:
+          params: initial parameters; copied, so that the state can be donated.
+          tx: the optimizer.
+          model_state: initial model state; copied.
+          seed: integer or PRNG key for dropout and the like.
+
+        Returns:
+          The state to start from.
+
+        Raises:
+          TypeError: for complex parameters.
+
+        Example:
+          >>> import jax.numpy as jnp, optax
+          >>> from s2sam_jax import TrainState, methods, sparsify
+          >>> tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.75)
+          >>> print(TrainState.create({"kernel": jnp.ones((2, 2))}, tx).params["kernel"].sum())
+          1.0
+        """
+        if wrong := [name for name, p in by_name(params).items() if jnp.iscomplexobj(p)]:
+            raise TypeError(
+                f"TrainState.create: these parameters are complex: {wrong}. Train their real and imaginary parts, as "
+                "gradients of complex parameters point the other way."
+            )
+        params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
+        # Some optimizers keep the parameters themselves; a buffer cannot be donated twice.
+        opt_state = jax.tree.map(jnp.array, tx.init(params))
+        if find_states(opt_state, SparseState):
+            params = apply_masks(params, opt_state)
+        zero = jnp.zeros((), jnp.int32)
+        return cls(zero, params, model_state, opt_state, copy_key(seed, "train"), jnp.full((), -1, jnp.int32))

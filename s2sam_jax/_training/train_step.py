@@ -1,0 +1,260 @@
+"""One jitted training step for every optimizer and every sparse method."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from s2sam_jax._base.batches import Batch, first_examples
+from s2sam_jax._base.masks import SparseState
+from s2sam_jax._base.tree import find_states, norm, with_extra_args
+from s2sam_jax._base.types import Params
+from s2sam_jax._sharpness.perturb import perturb, perturbing
+from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
+from s2sam_jax._sharpness.ssam import empirical_fisher
+from s2sam_jax._training.checks import (
+    check_metrics,
+    check_options,
+    check_second_gradient,
+    check_state,
+    taking_second_gradients,
+)
+from s2sam_jax._training.gradient import (
+    ExampleLossFn,
+    Gradient,
+    LossFn,
+    Metrics,
+    ModelState,
+    averaged_gradient,
+    gradient_by_part,
+    gradient_of_sharpest,
+)
+from s2sam_jax._training.host_clock import HostClock
+from s2sam_jax._training.train_state import TrainState
+
+Flags = tuple[tuple[str, bool], ...]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    sharpness_parts: int = 1,
+    sharpest_fraction: float = 1.0,
+    example_loss_fn: ExampleLossFn | None = None,
+    fisher_examples: int = 16,
+    fisher_loss_fn: LossFn | None = None,
+    vmap: bool = False,
+    state_sharding: Any = None,
+) -> TrainStep:
+    r"""Builds the train step: the same one for SGD, S2-SAM, SAM and its variants, dense or sparse.
+
+    .. math:: \hat g = \nabla L(\mathrm{perturb}(w)), \qquad w \leftarrow w + \mathrm{tx}(\hat g, w)
+
+    Where the gradient is taken, and how many there are, follows from the state of ``tx``. The model state kept is that
+    of the first gradient's forward pass (the only one, except for SAM and its variants). Called inside ``jit`` or
+    ``lax.scan`` the step is a pure function; called from Python it is jitted, donates its state, and keeps the clocks
+    of mask and perturbation updates on the host, so that they are separate programs on CPU.
+
+    Args:
+      loss_fn: ``(params, model_state, batch, key) -> (loss[], (model_state, metrics))``, the mean over the batch;
+        ``metrics`` is a dict of scalars.
+      tx: the optimizer.
+      accumulate: micro-batches per step. The batch is cut into as many equal parts; their gradients (and SAM's second
+        ones) are averaged at one fixed perturbation.
+      sharpness_parts: number of equal parts of the batch, for m-sharpness. ``sam`` and its variants perturb for each
+        part along its own gradient, and average the gradients at those points. With the batch sharded over devices and
+        one part per device, that is the per-device perturbation of SAM's authors. Memory: one gradient per part.
+      sharpest_fraction: share of the batch that ``sam`` and its variants take their second gradient on, as in ESAM: the
+        examples whose loss the perturbation raises most (:func:`sharpest`).
+      example_loss_fn: ``(params, model_state, batch, key) -> losses[B]``, for that choice: it is called twice, forward
+        only, with the ``key`` of the step's gradient, so that an example has the same noise before and after. The
+        smaller batch has that key as well, but what is drawn for a batch as a whole falls on other examples there:
+        noise that is to stay with an example has to be drawn by something in the batch, such as its index.
+      fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from.
+      fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
+      vmap: several networks at once, such as seeds: every leaf of state and batch has one more leading axis. All must
+        be at the same step, as one clock on the host, on every backend, tells when masks are updated; in a ``lax.cond``
+        under ``vmap`` every step would pay for it.
+      state_sharding: where every step leaves the state: a sharding a leaf. By default the compiler decides, which may
+        cut up what came in whole.
+
+    Returns:
+      ``step(state, batch) -> (state, metrics)``. Metrics are device scalars: ``loss``, ``grad_norm``, ``update_norm``,
+      ``first_bad_step``, those of ``loss_fn`` (averaged over micro-batches), and where they apply ``rho`` (of this
+      step) and ``sparsity`` (zeros over all parameters).
+
+    Raises:
+      ValueError: for ``accumulate`` or ``sharpness_parts`` below 1, a ``sharpest_fraction`` out of range or without
+        ``example_loss_fn``, or more than one of the three in use, and from the step: a batch that does not divide, an
+        ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` or ``sharpest_fraction`` without an
+        optimizer that takes a second gradient, or such a one inside ``optax.MultiSteps`` (use ``accumulate``).
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import TrainState, make_train_step, s2sam
+      >>> def loss_fn(params, model_state, batch, key):
+      ...     return jnp.mean((batch @ params) ** 2), (model_state, {})
+      >>> tx = optax.chain(s2sam(rho=0.05), optax.sgd(0.25))
+      >>> step = make_train_step(loss_fn, tx)
+      >>> state, metrics = step(TrainState.create(jnp.ones(1), tx), jnp.ones((4, 1)))
+      >>> print(state.params, metrics["loss"], metrics["grad_norm"])
+      [0.5] 1.0 2.0
+    """
+    check_options(accumulate, sharpness_parts, sharpest_fraction, example_loss_fn)
+    optimizer = with_extra_args(tx)
+    fisher = _fisher_of(fisher_loss_fn or loss_fn)
+
+    def gradient_fn(state: TrainState, batch: Batch) -> Callable[[Params], Gradient]:
+        key = jax.random.fold_in(state.key, state.step)
+        return averaged_gradient(loss_fn, state.model_state, batch, key, accumulate)
+
+    def by_part(state: TrainState, batch: Batch) -> Callable[..., Gradient]:
+        key = jax.random.fold_in(state.key, state.step)
+        return gradient_by_part(loss_fn, state.model_state, batch, key, sharpness_parts)
+
+    def differentiate(state: TrainState, batch: Batch) -> Gradient:
+        check_state(tx, state)
+        check_second_gradient(state, sharpness_parts, sharpest_fraction)
+        if sharpness_parts > 1:
+            return by_part(state, batch)(lambda _: state.params, jnp.arange(sharpness_parts))
+        point = perturb(state.params, state.opt_state) if perturbing(state.opt_state) else state.params
+        return gradient_fn(state, batch)(point)
+
+    def update(state: TrainState, gradient: Gradient, batch: Batch, flags: Flags) -> tuple[TrainState, Metrics]:
+        grads, loss, model_state, metrics, grads_by_part = gradient
+        key = jax.random.fold_in(state.key, state.step)
+        extra: dict[str, Any] = dict(flags)
+        if grads_by_part is not None:
+            extra["grad_fn_by_part"] = lambda point: by_part(state, batch)(point, grads_by_part).grads
+        if example_loss_fn is not None and sharpest_fraction < 1:  # not as grad_fn, which sparse methods use too
+            of_sharpest = gradient_of_sharpest(
+                loss_fn, example_loss_fn, state.model_state, batch, key, sharpest_fraction, state.params
+            )
+            extra["grad_fn_by_part"] = lambda point: of_sharpest(point(grads))
+        updates, opt_state = optimizer.update(
+            grads,
+            state.opt_state,
+            state.params,
+            value=loss,
+            grad_fn=lambda params: gradient_fn(state, batch)(params).grads,
+            fisher_fn=lambda params: fisher(params, state.model_state, first_examples(batch, fisher_examples), key),
+            **extra,
+        )
+        update_norm = norm(updates)
+        proposal = (optax.apply_updates(state.params, updates), model_state, opt_state)
+        new_state = _freeze_if_bad(state, proposal, loss, update_norm)
+        own = {"loss": loss, "grad_norm": norm(grads), "update_norm": update_norm}
+        own |= {"first_bad_step": new_state.first_bad_step}
+        own |= _rho(state.opt_state, opt_state) | _sparsity(new_state)
+        check_metrics(metrics, own)
+        return new_state, metrics | own
+
+    each, updates = (jax.vmap(differentiate), _vmapped(update)) if vmap else (differentiate, update)
+    updates = updates if state_sharding is None else _placing(updates, state_sharding)
+
+    def one(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return updates(state, each(state, batch), batch, ())
+
+    apart = vmap or jax.default_backend() == "cpu"
+    jitted = _two_programs(each, updates) if apart else jax.jit(one, donate_argnames="state")
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch)))
+        return one(state, batch) if traced else jitted(state, batch)
+
+    return train_step
+
+
+def _two_programs(differentiate: Callable[..., Gradient], update: Callable[..., Any]) -> TrainStep:
+    """The host decides when masks change: for CPU, where gradients of convolutions are slow inside ``lax.cond``.
+
+    The update is compiled for each kind of call, but the gradient, by far the longer to compile, only once.
+    """
+    differentiate = jax.jit(differentiate)
+    update = jax.jit(update, donate_argnames="state", static_argnames="flags")
+    clock = HostClock()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # A step that is refused moves no clock: whoever lifts the freeze exchanges first_bad_step.
+        flags = clock.flags(state.opt_state, state.first_bad_step)
+        new_state, metrics = update(state, differentiate(state, batch), batch, flags)
+        clock.advance(flags, new_state.opt_state, new_state.first_bad_step)
+        return new_state, metrics
+
+    return step
+
+
+def _vmapped(update: Callable[..., Any]) -> Callable[..., Any]:
+    def updates(state: TrainState, gradient: Gradient, batch: Batch, flags: Flags) -> tuple[TrainState, Metrics]:
+        return jax.vmap(lambda *one: update(*one, flags))(state, gradient, batch)
+
+    return updates
+
+
+def _placing(update: Callable[..., Any], state_sharding: Any) -> Callable[..., Any]:
+    def placing(state: TrainState, gradient: Gradient, batch: Batch, flags: Flags) -> tuple[TrainState, Metrics]:
+        new_state, metrics = update(state, gradient, batch, flags)
+        return jax.lax.with_sharding_constraint(new_state, state_sharding), metrics
+
+    return placing
+
+
+def _fisher_of(loss_fn: LossFn):
+    def fisher(params, model_state, batch, key):
+        def loss(params, example):
+            return loss_fn(params, model_state, jax.tree.map(lambda x: x[None], example), key)[0]
+
+        return empirical_fisher(loss)(params, batch)
+
+    return fisher
+
+
+def _freeze_if_bad(
+    state: TrainState, proposal: tuple[Params, ModelState, Any], loss: jax.Array, update_norm: jax.Array
+) -> TrainState:
+    """Takes the step, unless its loss or update, or that of an earlier one, was not finite.
+
+    Not the gradient: what it holds behind a mask does not matter. Where tx itself passes over bad steps a bad loss does
+    not either, but for the statistics that come with it.
+    """
+    passed_over = _passes_over(state.opt_state)
+    finite = jnp.isfinite(update_norm) & (passed_over | jnp.isfinite(loss))
+    first_bad_step = jnp.where(finite | (state.first_bad_step >= 0), state.first_bad_step, state.step)
+    old = (state.params, state.model_state, state.opt_state)
+    good = first_bad_step < 0
+    params, model_state, opt_state = jax.tree.map(
+        lambda new, was: new if new is was else jnp.where(good, new, was), proposal, old
+    )
+    if passed_over:
+        model_state = optax.tree.where(jnp.isfinite(loss), model_state, state.model_state)
+    return state._replace(
+        step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, first_bad_step=first_bad_step
+    )
+
+
+def _passes_over(opt_state: Any) -> bool:
+    """Whether a wrapper leaves out the steps whose gradients are not finite."""
+    skipping = any(outer.skip_state for outer in find_states(opt_state, optax.MultiStepsState))
+    return skipping or bool(find_states(opt_state, optax.ApplyIfFiniteState))
+
+
+def _rho(before: Any, after: Any) -> Metrics:
+    """The radius of this step: s2sam and msam store the next step's, SAM and its variants the last one's."""
+    used = [*perturbing(before), *find_states(before, S2SAMWrapperState), *taking_second_gradients(after)]
+    return {"rho": used[0].rho} if used else {}
+
+
+def _sparsity(state: TrainState) -> Metrics:
+    sparse = find_states(state.opt_state, SparseState)
+    if not sparse:
+        return {}
+    total = sum(p.size for p in jax.tree.leaves(state.params))
+    covered = sum(m.size for s in sparse for m in jax.tree.leaves(s.masks))
+    alive = sum((jnp.sum(s.nnz.astype(jnp.float32)) for s in sparse), jnp.zeros(()))  # int32 ends at 2**31
+    return {"sparsity": (float(covered) - alive) / float(total)}
