@@ -9,7 +9,6 @@ import pytest
 from s2sam_jax import (
     Every,
     TrainState,
-    _host_clock,
     get_masks,
     make_train_step,
     methods,
@@ -21,6 +20,7 @@ from s2sam_jax import (
     sparsify,
     ssam,
 )
+from s2sam_jax._training import host_clock
 
 DRAW = np.random.default_rng(0)
 BATCHES = [jnp.asarray(DRAW.normal(size=(8, 3)) + 1, jnp.float32) for _ in range(8)]
@@ -209,8 +209,8 @@ def test_host_clock_notices_a_replaced_optimizer_state():
 
 def test_the_host_reads_a_count_only_where_masks_change(monkeypatch):
     """Each reading waits for the device."""
-    read, seen = _host_clock._newest, []
-    monkeypatch.setattr(_host_clock, "_newest", lambda count: seen.append(read(count)) or seen[-1])
+    read, seen = host_clock._newest, []
+    monkeypatch.setattr(host_clock, "_newest", lambda count: seen.append(read(count)) or seen[-1])
     tx = sparsify(optax.sgd(0.1), methods.rigl(0.5), sparsity=0.5, when=Every(2, 4, 100))
     step, state = make_train_step(loss_fn, tx), start(tx)
     for index in range(8):

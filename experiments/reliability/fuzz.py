@@ -29,7 +29,8 @@ from experiments import cli, jsonl, runs
 from experiments.config import Config
 from experiments.reliability import fuzz_cases
 from experiments.reliability.fuzz_cases import Case
-from s2sam_jax import SparseState, _select, apply_masks, get_masks, perturb
+from s2sam_jax import SparseState, apply_masks, get_masks, perturb
+from s2sam_jax._base import select
 
 UPDATES = 6
 
@@ -84,13 +85,13 @@ def run(case: Case) -> str:
 @contextlib.contextmanager
 def _operation_by_operation() -> Iterator[None]:
     """But for the search for thresholds, which would take most of the time."""
-    largest = _select.largest
+    largest = select.largest
 
     def compiled(*arguments: Any) -> Any:
         with jax.disable_jit(False):
             return largest(*arguments)
 
-    with mock.patch.object(_select, "largest", compiled), jax.disable_jit():
+    with mock.patch.object(select, "largest", compiled), jax.disable_jit():
         yield
 
 
