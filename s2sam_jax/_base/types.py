@@ -15,6 +15,7 @@ Masks = Any  # bool arrays, exactly the treedef of the parameters; True where a 
 GradFn = Callable[[Params], Params]
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 Compat = Literal["paper", "authors"]
+Invariant = Literal["per_layer", "total", "monotone", "bounded"]
 
 NEVER = int(jnp.iinfo(jnp.int32).max)
 
@@ -133,7 +134,8 @@ class SparseMethod(NamedTuple):
       update: ``(MaskInputs, state) -> MaskUpdate``, called when the clock fires; ``None`` for masks that
         never change.
       invariant: what every mask update preserves: ``"per_layer"`` (each leaf keeps its count), ``"total"`` (the sum
-        of counts is kept), ``"monotone"`` (masks only shrink, which ``sparsify`` relies on) or ``"bounded"``.
+        of counts is kept), ``"monotone"`` (masks only shrink, which ``sparsify`` relies on) or ``"bounded"``. Under
+        ``jax.experimental.checkify`` an update that breaks it is an error.
       ranks: whether it spends the sparsity ``"leaf"`` by leaf, or over all leaves together (``"global"``).
       when: the clock, if the method brings its own; ``sparsify(when=...)`` takes precedence.
       structured: whether it works under ``sparsify(structure=...)``: it ranks within leaves, by magnitudes, and
@@ -142,7 +144,7 @@ class SparseMethod(NamedTuple):
 
     init: Callable[[MaskInputs], MaskUpdate]
     update: Callable[[MaskInputs, Any], MaskUpdate] | None
-    invariant: Literal["per_layer", "total", "monotone", "bounded"]
+    invariant: Invariant
     ranks: Literal["leaf", "global"] = "leaf"
     when: Every | None = None
     structured: bool = False

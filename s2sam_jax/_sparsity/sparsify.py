@@ -26,6 +26,7 @@ from s2sam_jax._base.types import NEVER, Every, GradFn, MaskInputs, Masks, MaskU
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, Prunable, kernels
+from s2sam_jax._sparsity.promises import check_kept, check_method, check_returned
 from s2sam_jax._sparsity.units import fit_plan, structured
 
 
@@ -100,6 +101,7 @@ def sparsify(
     """
     check_sparsity(sparsity, "sparsity")
     check_structure(structure)
+    check_method(method)
     when = _clock(method, when)
     method = structured(method, structure)
     distribute = _distribution(distribution, method, structure)
@@ -139,7 +141,7 @@ def _init(setup: _Setup, params: Params) -> SparseState:
         inner_state=inner_state,
         structure=setup.structure,
     )
-    new = setup.method.init(inputs)
+    new = check_returned(setup.method.init(inputs), inputs)
     # Masked before the first update only, as set_masks may bring other weights to life until then; by masks that
     # are all true it gets the types that it will have.
     inner_state = mask_mirrored(dense, inner_state)
@@ -205,8 +207,10 @@ def _new_masks(
             inner_state=state.inner_state,
             structure=setup.structure,
         )
-        new = update(inputs, state.method_state)
-        return new, count_masks(new.masks, state)
+        new = check_returned(update(inputs, state.method_state), inputs, state.method_state)
+        nnz = count_masks(new.masks, state)
+        check_kept(setup.method, inputs, new, state.nnz, nnz)
+        return new, nnz
 
     def keep():
         values = None if asked.values is None else masked(state.masks, params)
@@ -271,8 +275,6 @@ def _distribution(distribution: str | Distribution | None, method: SparseMethod,
 
 
 def _clock(method: SparseMethod, when: Every | None) -> Every | None:
-    if not isinstance(method, SparseMethod):
-        raise TypeError(f"sparsify needs a SparseMethod, such as methods.rigl(); got {method!r}.")
     if not isinstance(when, Every | None):
         raise TypeError(f"sparsify needs when=Every(start, every, end), in calls of update; got {when!r}.")
     when = when or method.when

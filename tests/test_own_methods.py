@@ -1,0 +1,92 @@
+"""Methods of users: what they return is looked at while traced, what they promise under checkify."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import checkify
+
+from s2sam_jax import Every, MaskUpdate, SparseMethod, apply_masks, methods, sparsify
+
+PARAMS = {"bias": jnp.ones(4), "kernel": jnp.arange(1.0, 17.0).reshape(4, 4)}
+
+
+def complement(x, state):
+    """12 of the kernel's weights in place of 4, none of them among those."""
+    return MaskUpdate(x.masks | {"kernel": ~x.masks["kernel"]}, state)
+
+
+def sparse(update, invariant="bounded", **options):
+    method = SparseMethod(methods.static().init, update, invariant=invariant)
+    return sparsify(optax.sgd(0.1), method, sparsity=0.75, when=Every(0, 2, 9), **options)
+
+
+def fault(update, invariant):
+    """What checkify says of the first update, in a program in which the clock is traced."""
+    tx = sparse(update, invariant)
+    state = tx.init(PARAMS)
+    error, (_, new) = jax.jit(checkify.checkify(tx.update))(PARAMS, state, apply_masks(PARAMS, state))
+    return error.get(), [int(n) for n in new.nnz]
+
+
+@pytest.mark.parametrize("invariant", ["per_layer", "total", "monotone"])
+def test_a_broken_promise_is_an_error_under_checkify(invariant):
+    said, ones = fault(complement, invariant)
+    assert f"broke its invariant {invariant!r}; ones of each leaf: [ 4 12], before: [4 4]" in said
+    assert ones == [4, 12]
+
+
+def test_what_is_not_promised_is_not_asked_for():
+    assert fault(complement, "bounded") == (None, [4, 12])
+
+    def move(x, state):  # as many, elsewhere
+        return MaskUpdate(x.masks | {"kernel": jnp.roll(x.masks["kernel"], 1)}, state)
+
+    assert fault(move, "per_layer") == fault(move, "total") == (None, [4, 4])
+    assert "broke its invariant 'monotone'" in fault(move, "monotone")[0]
+
+
+def test_dense_leaves_must_stay_dense():
+    said, ones = fault(lambda x, state: MaskUpdate(jax.tree.map(jnp.logical_not, x.masks), state), "bounded")
+    assert "must leave the masks of dense leaves all true; ones of each leaf: [ 0 12], before: [4 4]" in said
+    assert ones == [0, 12]
+
+
+def test_without_checkify_nothing_is_looked_at():
+    tx = sparse(complement, "per_layer")
+    state = tx.init(PARAMS)
+    _, state = jax.jit(tx.update)(PARAMS, state, apply_masks(PARAMS, state))
+    np.testing.assert_array_equal(state.nnz, [4, 12])
+
+
+@pytest.mark.parametrize(
+    ("update", "error", "text"),
+    [
+        (lambda x, s: (x.masks, s), TypeError, r"update must return MaskUpdate\(masks, state, ...\); got a tuple"),
+        (
+            lambda x, s: MaskUpdate(jax.tree.map(jnp.float32, x.masks), s),
+            TypeError,
+            "must be bool; .*'bias': 'float32'",
+        ),
+        (lambda x, s: MaskUpdate(x.masks, (1,)), ValueError, r"a state like the one it is given, PyTreeDef\(\(\)\)"),
+        (
+            lambda x, s: MaskUpdate({"kernel": x.masks["kernel"]}, s),
+            ValueError,
+            "bias: missing in the masks of the met",
+        ),
+    ],
+)
+@pytest.mark.parametrize("refresh", [None, True])
+def test_what_does_not_fit_is_named(update, error, text, refresh):
+    tx = sparse(update)
+    state = tx.init(PARAMS)
+    with pytest.raises(error, match=text):
+        tx.update(PARAMS, state, PARAMS, refresh_masks=refresh)
+
+
+def test_first_masks_and_invariants_are_looked_at_as_well():
+    with pytest.raises(TypeError, match="A method's init must return MaskUpdate"):
+        sparsify(optax.sgd(0.1), SparseMethod(lambda x: x.masks, None, "monotone"), sparsity=0.5).init(PARAMS)
+    with pytest.raises(ValueError, match=r"invariant is one of .*'per_layer', .*; got 'perlayer'"):
+        sparse(complement, "perlayer")
