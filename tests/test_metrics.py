@@ -230,10 +230,20 @@ def test_warnings():
     state = after(tx, params, first)
     with pytest.warns(UserWarning, match=r"cosine .* is 0\.\d\d, below 0\.9"):
         warn_if_perturbation_lost(metrics_of(params, state, compute_dtype="bfloat16"))
-    with pytest.warns(UserWarning, match="nan"):
-        warn_if_perturbation_lost({"epsilon_norm": jnp.nan, "epsilon_cosine": jnp.nan})
+    with pytest.warns(UserWarning, match="cosine .* is nan"):
+        warn_if_perturbation_lost({"epsilon_norm": 0.05, "epsilon_cosine": jnp.nan})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_perturbation_lost(metrics_of(params, state, compute_dtype="float32"))
         warn_if_perturbation_lost(metrics_of(params, state))
         warn_if_perturbation_lost(metrics_of(params, state, compute_dtype="bfloat16"), threshold=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": "bfloat16"}])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_perturbation_that_is_not_finite_is_no_matter_of_precision(bad, options):
+    params, first, _ = params_and_grads()
+    first["b"][3] = bad
+    metrics = metrics_of(params, after(s2sam(rho=0.05), params, first), **options)
+    with pytest.warns(UserWarning, match="perturbation is not finite: its norm is nan"):
+        warn_if_perturbation_lost(metrics)
