@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from s2sam_jax._esam import sharpest
 from s2sam_jax._parts import Batch, beside, cut, rows_of, whole
+from s2sam_jax._trajectory import TrajectoryBuffer
+from s2sam_jax._tree import find_states
 from s2sam_jax._types import Params
 
 ModelState = Any
@@ -75,7 +77,16 @@ def gradient_by_part(
 
     The function returned takes ``point``, where a part's gradient is taken, and a tree with an entry a part that
     ``point`` is called with. Statistics of the batch are averaged over the parts, as everything else is.
+
+    Raises:
+      ValueError: for a ``TrajectoryBuffer`` in the model state, of which each part records rows of its own.
     """
+    if find_states(model_state, TrajectoryBuffer):
+        raise ValueError(
+            f"sharpness_parts={parts} averages the model state over the parts, and recorded logits are no averages: "
+            "model_state has a TrajectoryBuffer. Take sharpness_parts=1 (accumulate keeps every row), or leave the "
+            "buffer out."
+        )
     one, pieces = _gradient_of(loss_fn), cut(batch, parts, "sharpness_parts", split=0)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
 
