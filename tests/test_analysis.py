@@ -250,6 +250,99 @@ def test_sharpness():
     assert live == pytest.approx(0.5 * (1.1**2 - 1), rel=1e-5)
 
 
+def test_bounds_take_rounding_in():
+    """Once Lanczos has converged nothing but rounding is left, which exact arithmetic would call zero."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(300, 300)))
+    spectrum = np.concatenate([[100.0, 50, 20, 10, 5], np.linspace(0, 1, 295)])
+    matrix = jnp.asarray((rotation * spectrum) @ rotation.T, jnp.float32)
+
+    def loss_fn(w, matrix):
+        return 0.5 * w @ jnp.matmul(matrix, w, precision="highest")
+
+    values, bounds = analysis.top_eigenvalues(loss_fn, jnp.zeros(300), jax.random.key(0), [matrix])
+    exact = np.linalg.eigvalsh(np.asarray(matrix, np.float64))[::-1][:5]
+    errors = np.abs(values - exact)
+    assert errors.max() > 0
+    assert (errors <= 3 * bounds).all()
+    assert bounds.max() < 1e-4
+
+
+def narrow(size):
+    """Weights in bfloat16, and what they are in float64."""
+    weights = jnp.asarray(RNG.normal(size=size) * 0.05, jnp.bfloat16)
+    return weights, np.asarray(weights, np.float64)
+
+
+def as_f32(loss_fn):
+    return lambda w, batch: loss_fn(w.astype(jnp.float32), batch)
+
+
+@pytest.mark.parametrize("rho", [0.001, 0.005])
+def test_sharpness_of_bfloat16_weights(rho):
+    """L = c w^2 / 2 at w + rho g / |g|, g = c w, by hand."""
+    weights, exact = narrow(2000)
+    curvature = RNG.random(2000)
+    g = curvature * exact
+    rise = rho * np.linalg.norm(g) + 0.5 * rho**2 * np.sum(curvature * g**2) / np.sum(g**2)
+    loss_fn = as_f32(lambda w, c: 0.5 * jnp.sum(c * w**2))
+    found = analysis.sam_sharpness(loss_fn, weights, [jnp.float32(curvature)], rho=rho)
+    assert found == pytest.approx(rise, rel=1e-2)
+
+
+def test_surface_and_directions_of_bfloat16_weights():
+    weights, exact = narrow((50, 4))
+    (direction,) = analysis.filter_normalized_directions(weights, jax.random.key(0), count=1)
+    lengths = np.linalg.norm(np.asarray(direction, np.float64), axis=0)
+    np.testing.assert_allclose(lengths, np.linalg.norm(exact, axis=0), rtol=1e-5)
+    along = jnp.ones_like(weights)  # in bfloat16 as well
+    found = analysis.loss_surface(as_f32(lambda w, _: jnp.sum(w)), weights, [along], [None], span=1e-4, n=5)
+    np.testing.assert_allclose(found, exact.sum() + 200 * np.linspace(-1e-4, 1e-4, 5), atol=1e-5)
+
+
+def test_barrier_in_bfloat16_and_between_ends_of_unlike_size():
+    (first, a), (second, b) = narrow(50), narrow(50)
+    _, losses = analysis.error_barrier(as_f32(lambda w, _: jnp.sum(w)), first, second, [None], n=11)
+    np.testing.assert_allclose(losses, [((1 - s) * a + s * b).sum() for s in np.linspace(0, 1, 11)], atol=1e-5)
+    _, losses = analysis.error_barrier(lambda w, _: w, jnp.array(1e8), jnp.array(1.0), [None])
+    assert (losses[0], losses[-1]) == (1e8, 1.0)  # a + (b - a) would be 0
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "weights", "what"),
+    [
+        (lambda w, b: -jnp.sum(jnp.log(w)), [0.01, 1.0], "the loss is nan"),  # beyond the radius
+        (lambda w, b: jnp.linalg.norm(w), [0.0, 0.0], "the gradient's norm is nan"),
+        (lambda w, b: jnp.sum(jnp.abs(w)) * 1e30, [1.0, 1.0], "the gradient's norm is inf"),
+    ],
+    ids=["loss", "gradient", "overflow"],
+)
+def test_sharpness_is_no_zero_where_something_is_not_finite(loss_fn, weights, what):
+    with pytest.raises(FloatingPointError, match=what):
+        analysis.sam_sharpness(loss_fn, jnp.array(weights), [None])
+
+
+LOOKS = {
+    "sharpness": analysis.sam_sharpness,
+    "surface": lambda loss_fn, w, data: analysis.loss_surface(loss_fn, w, [w], data, n=3),
+    "barrier": lambda loss_fn, w, data: analysis.error_barrier(loss_fn, w, -w, data, n=3)[1],
+    "spectrum": lambda loss_fn, w, data: analysis.hessian_spectrum(loss_fn, w, jax.random.key(0), data).nodes,
+    "eigenvalues": lambda loss_fn, w, data: analysis.top_eigenvalues(loss_fn, w, jax.random.key(0), data)[0],
+    "trace": lambda loss_fn, w, data: analysis.hessian_trace(loss_fn, w, jax.random.key(0), data, samples=2)[0],
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS.keys())
+def test_batches_may_be_a_stacked_array_or_a_generator(look):
+    data, weights = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([1.0, -2.0])
+
+    def loss_fn(w, batch):
+        return jnp.sum(batch * w**2)
+
+    expected = look(loss_fn, weights, [data[0], data[1]])
+    np.testing.assert_allclose(look(loss_fn, weights, data), expected)
+    np.testing.assert_allclose(look(loss_fn, weights, (row for row in data)), expected)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

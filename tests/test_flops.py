@@ -58,6 +58,36 @@ def test_convolutions(kernel, options, expected):
     assert got == {"kernel": 2 * 2 * expected}
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(
+    ("strides", "kernel"), [((2, 2), (2, 2, 4, 6)), ((3, 2), (3, 3, 4, 6)), ((1, 2), (1, 5, 4, 6))]
+)
+def test_every_input_of_a_transposed_convolution_meets_every_tap(strides, kernel, padding):
+    def net(p, x):
+        return jax.lax.conv_transpose(x, p["kernel"], strides, padding)
+
+    assert layer_flops(net, {"kernel": shape(*kernel)}, shape(2, 5, 7, 4)) == {
+        "kernel": 2 * 2 * 5 * 7 * np.prod(kernel)
+    }
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_convolution_and_its_gradient_by_the_image_have_the_same_products(groups):
+    options = {"window_strides": (2, 3), "padding": ((1, 1), (1, 1)), "feature_group_count": groups}
+
+    def forward(p, x):
+        return conv(x, p, **options)
+
+    kernel, image, output = shape(3, 3, 4 // groups, 8), shape(2, 7, 7, 4), shape(2, 4, 3, 8)
+    expected = {"": 2 * 2 * (4 * 3) * 9 * (4 // groups) * 8}
+    assert layer_flops(forward, kernel, image) == expected
+
+    def back(p, y):
+        return jax.linear_transpose(lambda x: forward(p, x), image)(y)
+
+    assert layer_flops(back, kernel, output) == expected
+
+
 def heads(x):
     return x.reshape(*x.shape[:2], 2, -1)
 

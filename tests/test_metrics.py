@@ -85,6 +85,43 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_unbiased(dtype):
         stochastic_round(tree, jax.random.key(0), "float16")
 
 
+@pytest.mark.parametrize("dtype", BITS)
+def test_stochastic_rounding_is_differentiated_as_a_cast(dtype):
+    """A quadratic's gradient, 2 (w - target), and its Hessian, 2, at the rounded weights."""
+    key, target = jax.random.key(3), np.float32(RNG.normal(size=6))
+    params = {"a": jnp.asarray(RNG.normal(size=6), jnp.float32), "b": jnp.asarray(RNG.normal(size=6), jnp.bfloat16)}
+
+    def loss(params, key):
+        return sum(
+            jnp.sum((w.astype(jnp.float32) - target) ** 2) for w in stochastic_round(params, key, dtype).values()
+        )
+
+    def expected(key):
+        rounded = stochastic_round(params, key, dtype)
+        return {name: 2 * (np.float32(w) - target) for name, w in rounded.items()}
+
+    gradient = jax.jit(jax.grad(loss))
+    grads = gradient(params, key)
+    assert {name: g.dtype for name, g in grads.items()} == {"a": jnp.float32, "b": jnp.bfloat16}
+    for name, wanted in expected(key).items():
+        np.testing.assert_allclose(np.float32(grads[name]), wanted, rtol=1e-2)  # a cotangent of bfloat16
+    keys = jax.random.split(key, 3)
+    several = jax.vmap(jax.grad(loss), (None, 0))(params, keys)
+    for index, one in enumerate(keys):
+        np.testing.assert_allclose(several["a"][index], expected(one)["a"], rtol=1e-2)
+    ones = jax.tree.map(jnp.ones_like, params)
+    _, slope = jax.jvp(lambda p: loss(p, key), (params,), (ones,))
+    np.testing.assert_allclose(slope, sum(g.sum() for g in expected(key).values()), rtol=1e-2, atol=0.1)
+    curvature = jax.jvp(lambda p: jax.grad(loss)(p, key), (params,), (ones,))[1]["a"]
+    np.testing.assert_allclose(curvature, 2.0)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_rounding_to_nearest_has_a_derivative(dtype):
+    x = jnp.array([0.3, -1.7])
+    np.testing.assert_array_equal(jax.grad(lambda x: 3 * round_to_nearest(x, dtype).sum())(x), 3.0)
+
+
 def params_and_grads(scale=0.05):
     shapes = {"a": (30, 20), "b": (20,)}
     params, first, second = ({k: np.float32(RNG.normal(size=s) * scale) for k, s in shapes.items()} for _ in range(3))
@@ -193,10 +230,20 @@ def test_warnings():
     state = after(tx, params, first)
     with pytest.warns(UserWarning, match=r"cosine .* is 0\.\d\d, below 0\.9"):
         warn_if_perturbation_lost(metrics_of(params, state, compute_dtype="bfloat16"))
-    with pytest.warns(UserWarning, match="nan"):
-        warn_if_perturbation_lost({"epsilon_norm": jnp.nan, "epsilon_cosine": jnp.nan})
+    with pytest.warns(UserWarning, match="cosine .* is nan"):
+        warn_if_perturbation_lost({"epsilon_norm": 0.05, "epsilon_cosine": jnp.nan})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_perturbation_lost(metrics_of(params, state, compute_dtype="float32"))
         warn_if_perturbation_lost(metrics_of(params, state))
         warn_if_perturbation_lost(metrics_of(params, state, compute_dtype="bfloat16"), threshold=0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": "bfloat16"}])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_perturbation_that_is_not_finite_is_no_matter_of_precision(bad, options):
+    params, first, _ = params_and_grads()
+    first["b"][3] = bad
+    metrics = metrics_of(params, after(s2sam(rho=0.05), params, first), **options)
+    with pytest.warns(UserWarning, match="perturbation is not finite: its norm is nan"):
+        warn_if_perturbation_lost(metrics)

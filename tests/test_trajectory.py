@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from s2sam_jax import TrainState, TrajectoryBuffer, make_train_step, trajectory_loss
+from s2sam_jax import TrainState, TrajectoryBuffer, make_train_step, sam, trajectory_loss
 
 
 def softmax(z):
@@ -113,3 +113,29 @@ def test_padding_is_never_known():
     buffer = TrajectoryBuffer.init(n=2, classes=3, delay=1).record(jnp.array([0, 1]), jnp.ones((2, 3)), 0)
     _, known = buffer.recall(jnp.array([1, 2]), 1)
     np.testing.assert_array_equal(known, [True, False])
+
+
+def beside_sam(**options):
+    """A step on x w = (1, 5, 9, 13), each three times, that records what it saw."""
+    x = jnp.arange(8.0).reshape(4, 2)
+
+    def loss_fn(params, model_state, rows, key):
+        logits = x[rows] @ params
+        return jnp.mean(logits**2), ({"past": model_state["past"].record(rows, logits, 0)}, {})
+
+    tx = optax.chain(sam(0.05), optax.sgd(0.1))
+    buffer = TrajectoryBuffer.init(n=4, classes=3, delay=1)
+    state = TrainState.create(jnp.ones((2, 3)), tx, model_state={"past": buffer})
+    return make_train_step(loss_fn, tx, **options)(state, jnp.arange(4))[0].model_state["past"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_the_clean_outputs_are_recorded_beside_sam(accumulate):
+    logits, known = beside_sam(accumulate=accumulate).recall(jnp.arange(4), 1)
+    np.testing.assert_allclose(logits, np.repeat([[1.0], [5.0], [9.0], [13.0]], 3, axis=1), rtol=1e-6)
+    assert known.all()
+
+
+def test_recorded_outputs_are_not_averaged_over_parts():
+    with pytest.raises(ValueError, match=r"sharpness_parts=2 averages the model state .* TrajectoryBuffer"):
+        beside_sam(sharpness_parts=2)

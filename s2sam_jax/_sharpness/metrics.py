@@ -102,27 +102,33 @@ def warn_if_perturbation_lost(metrics: Mapping[str, Any], threshold: float = 0.9
       threshold: the cosine of what is kept with the perturbation, below which it counts as lost.
 
     Warns:
-      UserWarning: when the perturbation is zero, or ``epsilon_cosine`` is below the threshold or not a number.
+      UserWarning: when the perturbation is zero or not finite, or ``epsilon_cosine`` is below the threshold or not a
+        number.
 
     Example:
       >>> from s2sam_jax import warn_if_perturbation_lost
       >>> warn_if_perturbation_lost({"epsilon_norm": 0.05, "epsilon_cosine": 0.98})
     """
-    if float(metrics["epsilon_norm"]) == 0:
+    length, cosine = float(metrics["epsilon_norm"]), float(metrics.get("epsilon_cosine", math.inf))
+    if not math.isfinite(length):
+        message = (
+            f"The perturbation is not finite: its norm is {length}, as where the gradient it follows was not finite. "
+            "first_bad_step of make_train_step tells the step, and checked(tx) the leaf."
+        )
+    elif length == 0:
         message = (
             "Sharpness-aware training is off: the perturbation is exactly zero. Past the first step rho must be above "
             "0, and parameters precise enough to hold w + epsilon."
         )
-        warnings.warn(message, stacklevel=2)
-        return
-    cosine = float(metrics.get("epsilon_cosine", math.inf))
-    if not cosine >= threshold:
+    elif not cosine >= threshold:
         message = (
             "Low precision takes the perturbation away: the cosine of what is left with epsilon is "
             f"{cosine:.2f}, below {threshold:g}. Compute in float32 with jax_default_matmul_precision='highest', "
             "or raise rho."
         )
-        warnings.warn(message, stacklevel=2)
+    else:
+        return
+    warnings.warn(message, stacklevel=2)
 
 
 def _rounded(x: jax.Array, dtype: str) -> jax.Array:

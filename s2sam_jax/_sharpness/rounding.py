@@ -1,5 +1,7 @@
 """Numbers as a narrower floating-point format would hold them, to nearest or at random."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,8 @@ from s2sam_jax._base.types import Params
 # Stored bits of the mantissa, of formats that share float32's exponent: their numbers are float32's with low bits zero.
 _MANTISSA = {"float32": 23, "tensorfloat32": 10, "bfloat16": 7}
 FORMATS = (*_MANTISSA, "float16")
+
+Pair = tuple[jax.Array, jax.Array]
 
 
 def round_to_nearest(x: jax.Array, dtype: str) -> jax.Array:
@@ -25,7 +29,8 @@ def stochastic_round(tree: Params, key: jax.Array, dtype: str) -> Params:
     .. math:: P(\hat x = \lceil x \rceil) = \frac{x - \lfloor x \rfloor}{\lceil x \rceil - \lfloor x \rfloor}
 
     Where weights are numbers of the format already, rounding to nearest discards any perturbation below half a unit in
-    the last place; here it is kept in expectation, at the price of noise in every weight.
+    the last place; here it is kept in expectation, at the price of noise in every weight. Inside a loss gradients pass
+    straight through, as through a plain cast.
 
     Args:
       tree: any pytree of floating arrays; what is wider than float32 is first rounded to that.
@@ -58,7 +63,15 @@ def stochastic_round(tree: Params, key: jax.Array, dtype: str) -> Params:
     return treedef.unflatten([rounded(x, k) for x, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)])
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _cut(x: jax.Array, drop: int, added: jax.Array) -> jax.Array:
     """Adds to the magnitude, as an integer, then zeroes its ``drop`` lowest bits; a carry moves on to the exponent."""
     bits = (jax.lax.bitcast_convert_type(x, jnp.uint32) + added) & jnp.uint32(2**32 - 2**drop)
     return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(bits, jnp.float32), x)
+
+
+@_cut.defjvp
+def _straight_through(drop: int, primals: Pair, tangents: Pair) -> Pair:
+    """A step function's derivative is zero or none; a cast's is that of the number before it."""
+    x, added = primals
+    return _cut(x, drop, added), tangents[0]

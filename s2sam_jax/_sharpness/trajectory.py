@@ -64,6 +64,8 @@ class TrajectoryBuffer(NamedTuple):
     """Outputs of past epochs, for SAF: a ring of ``delay + 1`` epochs, part of the model state of a train step.
 
     It takes ``(delay + 1) * n * classes`` numbers: 11.5 GB for ImageNet in float32 and two epochs of delay.
+    Micro-batches (``accumulate``) record one after another; ``sharpness_parts``, which averages the model state over
+    the parts, is refused beside a buffer.
 
     Attributes:
       logits: ``[delay + 1, n, classes]``.

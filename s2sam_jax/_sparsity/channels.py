@@ -21,14 +21,16 @@ class ChannelGroup(NamedTuple):
     """Slices of several leaves that share one channel index, so that a channel can be removed from all at once.
 
     Zeroing a channel's slices must make its activation exactly zero at every layer that consumes it: what lies in
-    between maps zero to zero (ReLU, swish, pooling), and nothing is added. The residual stream, which every block
-    consumes and adds to, is best left out.
+    between maps zero to zero (ReLU, swish, pooling), and nothing is added. Nor may the channels that stay notice: the
+    norms must have a mean and a variance for each channel, as BatchNorm. Those of LayerNorm, RMSNorm and GroupNorm are
+    over channels, so that the network without a channel, zero or not, is another one. The residual stream, which every
+    block consumes and adds to, is best left out.
 
     Attributes:
       name: under which a model is rebuilt with fewer channels.
       filters: what computes the channels, the first kernel leading: kernels along their output axis, and depthwise
         ones in between.
-      scales: scales of the norms that follow; may be empty.
+      scales: scales of the norms that follow, with statistics per channel; may be empty.
       biases: biases of the norms, or of the layers where there is no norm; may be empty.
       inputs: kernels that read the channels, along their input axis.
       statistics: leaves of the model state with one entry a channel: running means and variances.

@@ -38,7 +38,9 @@ def materialize(params: Params, model_state: Any, groups: Sequence[ChannelGroup]
 
     where :math:`D_G` are the scales and biases of the group: a norm without them puts out zeros, whatever the filters
     are. In a group without scales, they are its filters and biases. Removed channels must be zero for their readers in
-    the sense of :class:`ChannelGroup`. A group keeps one channel even where all are dead.
+    the sense of :class:`ChannelGroup`. That rules out LayerNorm and GroupNorm, which cannot be told from BatchNorm
+    here: their statistics are over channels, so the small network would compute something else. A group keeps one
+    channel even where all are dead.
 
     Works on the host, as shapes depend on values. Leaves that lose nothing are the very ones given; others are on the
     default device.

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.batches import Batch, beside, cut, rows_of, whole
+from s2sam_jax._base.tree import find_states
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.esam import sharpest
+from s2sam_jax._sharpness.trajectory import TrajectoryBuffer
 
 ModelState = Any
 Metrics = dict[str, jax.Array]
@@ -75,7 +77,16 @@ def gradient_by_part(
 
     The function returned takes ``point``, where a part's gradient is taken, and a tree with an entry a part that
     ``point`` is called with. Statistics of the batch are averaged over the parts, as everything else is.
+
+    Raises:
+      ValueError: for a ``TrajectoryBuffer`` in the model state, of which each part records rows of its own.
     """
+    if find_states(model_state, TrajectoryBuffer):
+        raise ValueError(
+            f"sharpness_parts={parts} averages the model state over the parts, and recorded logits are no averages: "
+            "model_state has a TrajectoryBuffer. Take sharpness_parts=1 (accumulate keeps every row), or leave the "
+            "buffer out."
+        )
     one, pieces = _gradient_of(loss_fn), cut(batch, parts, "sharpness_parts", split=0)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
 

@@ -16,6 +16,7 @@ ACTIVATIONS = "(activations)"
 
 # What a value is computed from: constants alone (None), constants and the parameter of that path, or inputs.
 Origin = str | None
+Shape = tuple[int, ...]
 Sizes = dict[Origin, float]  # of parameters; constants lie below, activations above them all
 
 
@@ -28,7 +29,8 @@ def layer_flops(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[st
     derivatives, in ``scan`` (times its length), ``cond`` (the costliest branch) and ``shard_map`` (all devices
     together). A product belongs to the parameter that one of its operands is computed from without any input, as by a
     cast, a mask, a reshape or a slice; where several go into it, to the largest. A parameter used twice is counted
-    twice. Taps on padding count as the others. Everything else (norms, activation functions, biases, look-ups in an
+    twice. Taps on padding count as the others; zeros that a transposed convolution puts between its inputs do not:
+    every input meets every tap once. Everything else (norms, activation functions, biases, look-ups in an
     embedding) is left out, as is usual.
 
     Args:
@@ -184,19 +186,30 @@ def _equation(eqn: core.JaxprEqn, operands: list[Origin], sizes: Sizes) -> tuple
 
 
 def _product(eqn: core.JaxprEqn, operands: list[Origin], sizes: Sizes) -> Counter[str]:
-    """A convolution or a matrix product, as sums of so many terms; nothing for anything else."""
-    shapes: list[tuple[int, ...]] = [getattr(variable.aval, "shape", ()) for variable in (*eqn.invars, *eqn.outvars)]
+    """A convolution or a matrix product; nothing for anything else."""
+    shapes: list[Shape] = [getattr(variable.aval, "shape", ()) for variable in (*eqn.invars, *eqn.outvars)]
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        terms = math.prod(shapes[0][axis] for axis in contracted)
+        products = math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
     elif eqn.primitive.name == "conv_general_dilated":
-        _, *rest = eqn.params["dimension_numbers"].rhs_spec  # the input channels are those of one group
-        terms = math.prod(shapes[1][axis] for axis in rest)
+        products = _convolution(eqn.params, *shapes)
     else:
         return Counter()
     parameters = [origin for origin in operands if origin is not None and origin != ACTIVATIONS]
     owner = max(parameters, key=sizes.__getitem__, default=ACTIVATIONS)
-    return Counter({owner: 2 * math.prod(shapes[-1]) * terms})
+    return Counter({owner: 2 * products})
+
+
+def _convolution(params: Mapping[str, Any], image: Shape, kernel: Shape, output: Shape) -> int:
+    """Products by taps at every output, or where it is transposed, at every input: zeros between those cost nothing."""
+    images, (_, *taps), outputs = params["dimension_numbers"]  # the input channels of a kernel are those of one group
+    positions = [
+        output[to] if spread == 1 else math.ceil(image[of] / stride)
+        for of, to, spread, stride in zip(
+            images[2:], outputs[2:], params["lhs_dilation"], params["window_strides"], strict=True
+        )
+    ]
+    return math.prod(output[axis] for axis in outputs[:2]) * math.prod(positions + [kernel[axis] for axis in taps])
 
 
 def _scan(

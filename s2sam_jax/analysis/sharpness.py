@@ -1,6 +1,7 @@
 """How sharp a solution is along the steps that sharpness-aware methods take."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.arguments import check_non_negative
-from s2sam_jax._base.tree import check_same_leaves, masked, norm
+from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked, norm
 from s2sam_jax._base.types import Masks, Params
 from s2sam_jax._sharpness.ascent import add, ascent
 from s2sam_jax.analysis.surface import LossFn
@@ -58,7 +59,7 @@ def gradient_difference_ratio(grads: Params, sam_grads: Params, *, masks: Masks 
 def sam_sharpness(
     loss_fn: LossFn,
     params: Params,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     rho: float = 0.05,
     steps: int = 1,
@@ -73,7 +74,7 @@ def sam_sharpness(
 
     Args:
       loss_fn: ``(params, batch) -> loss[]``, in evaluation mode.
-      params: the solution.
+      params: the solution; numbers narrower than float32 are widened first.
       batches: data whose mean loss is meant; batches of equal size.
       rho: radius, L2 over all leaves.
       steps: gradients taken.
@@ -84,6 +85,7 @@ def sam_sharpness(
 
     Raises:
       ValueError: for masks that do not fit, no batches, a negative ``rho``, or ``steps`` below 1.
+      FloatingPointError: where the loss, or a gradient on the way, is not finite.
 
     Reference:
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021, equation 1.
@@ -95,26 +97,39 @@ def sam_sharpness(
       11.0
     """
     check_non_negative(rho, "rho")
-    rho = float(rho)
+    rho, batches = float(rho), list(batches)
     if steps < 1 or not batches:
         raise ValueError(f"sam_sharpness needs steps >= 1 and batches; got {steps} and {len(batches)} batches.")
     if masks is not None:
         check_same_leaves(masks, params, "masks", "params")
+    params = jax.tree.map(at_least_f32, params)  # a small perturbation would be lost in bfloat16
 
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn))
 
     def at(point):
         losses, grads = zip(*(value_and_grad(point, batch) for batch in batches), strict=True)
         mean = jax.tree.map(lambda *g: sum(g) / len(batches), *grads)
-        return float(sum(losses) / len(batches)), mean if masks is None else masked(masks, mean)
+        loss = _finite("loss", sum(losses) / len(batches), rho)
+        return loss, mean if masks is None else masked(masks, mean)
 
     (base, grads), epsilon = at(params), jax.tree.map(jnp.zeros_like, params)
     highest = base
     for step in range(steps):
+        _finite("gradient's norm", norm(grads), rho)
         epsilon = _ascend(epsilon, grads, rho=rho, length=rho if step == 0 else rho / 3)
         loss, grads = at(jax.tree.map(add, params, epsilon))
         highest = max(highest, loss)
     return highest - base
+
+
+def _finite(name: str, value: Any, rho: float) -> float:
+    """The value as a float; NaN would look like no sharpness at all, as it is above nothing."""
+    if not math.isfinite(found := float(value)):
+        raise FloatingPointError(
+            f"sam_sharpness needs a loss and gradients that are finite within rho={rho:g}; the {name} is {found}. "
+            "Look at the loss at the solution itself, or take a smaller rho."
+        )
+    return found
 
 
 @partial(jax.jit, static_argnames=("rho", "length"))

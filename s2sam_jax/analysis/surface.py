@@ -1,14 +1,14 @@
 """The loss around a solution: directions that are comparable between networks, surfaces, roughness, barriers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s2sam_jax._base.tree import check_same_leaves
+from s2sam_jax._base.tree import at_least_f32, check_same_leaves
 from s2sam_jax._base.types import Masks, Params
 
 LossFn = Callable[[Params, Any], jax.Array]
@@ -36,7 +36,7 @@ def filter_normalized_directions(
       axis: along which the filters lie: the last, outputs, in Flax; 0 in PyTorch's layout.
 
     Returns:
-      A list of trees like ``params``.
+      A list of trees like ``params``, in float32 or wider.
 
     Raises:
       ValueError: for masks that do not fit.
@@ -66,6 +66,7 @@ def filter_normalized_directions(
 
 
 def _normalised(key: jax.Array, w: jax.Array, mask: jax.Array | None, axis: int) -> jax.Array:
+    w = at_least_f32(w)
     if w.ndim < 2:
         return jnp.zeros_like(w)
     return rescaled(jax.random.normal(key, w.shape, w.dtype), w, mask, axis)
@@ -83,7 +84,7 @@ def loss_surface(
     loss_fn: LossFn,
     params: Params,
     directions: Sequence[Params],
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     *,
     span: float = 1.0,
     n: int = 51,
@@ -99,7 +100,7 @@ def loss_surface(
 
     Args:
       loss_fn: ``(params, batch) -> loss[]``, in evaluation mode (stored BatchNorm statistics).
-      params: the solution.
+      params: the solution; numbers narrower than float32 are widened, here and in the directions.
       directions: trees like ``params``, one a dimension.
       batches: the data, in batches of equal size and shape; each is weighted alike.
       span: the grid runs from ``-span`` to ``span``.
@@ -123,6 +124,7 @@ def loss_surface(
       >>> print(loss_surface(loss_fn, jnp.zeros(2), [jnp.array([1.0, 0.0])], [jnp.ones(2), 3 * jnp.ones(2)], n=3))
       [2. 0. 2.]
     """
+    batches = list(batches)
     for index, direction in enumerate(directions):
         check_same_leaves(direction, params, f"directions[{index}]", "params")
     if not batches or not directions or n < 2:
@@ -145,6 +147,7 @@ def loss_surface(
 def _losses_along(loss_fn: LossFn, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
     def at(params, directions, point, batch):
         def move(w, *ds):
+            w, *ds = map(at_least_f32, (w, *ds))  # neighbours on the grid may be one number in bfloat16
             return w + sum(a.astype(w.dtype) * d for a, d in zip(point, ds, strict=True))
 
         return loss_fn(jax.tree.map(move, params, *directions), batch)
@@ -197,7 +200,7 @@ def roughness(surface: Any) -> float:
 
 
 def error_barrier(
-    loss_fn: LossFn, first: Params, second: Params, batches: Sequence[Any], *, n: int = 11
+    loss_fn: LossFn, first: Params, second: Params, batches: Iterable[Any], *, n: int = 11
 ) -> tuple[float, np.ndarray]:
     r"""How much the loss rises on the straight line between two solutions.
 
@@ -208,7 +211,7 @@ def error_barrier(
 
     Args:
       loss_fn: ``(params, batch) -> loss[]``.
-      first: a solution.
+      first: a solution; numbers narrower than float32 are widened.
       second: another, of the same structure.
       batches: as in :func:`loss_surface`.
       n: points on the line, the two solutions among them.
@@ -231,11 +234,12 @@ def error_barrier(
       1.0
     """
     check_same_leaves(second, first, "second", "first")
+    batches = list(batches)
     if n < 2 or not batches:
         raise ValueError(f"error_barrier needs n >= 2 and batches; got n={n} and {len(batches)} batches.")
-    towards = jax.tree.map(jnp.subtract, second, first)
     losses, share = _losses_along(loss_fn, None), np.linspace(0.0, 1.0, n)
-    rows = [np.asarray(losses(first, [towards], share[:, None], batch), np.float64) for batch in batches]
+    origin, points = jax.tree.map(jnp.zeros_like, first), np.stack([1 - share, share], axis=1)  # both ends are exact
+    rows = [np.asarray(losses(origin, [first, second], points, batch), np.float64) for batch in batches]
     heights = np.mean(rows, axis=0)
     chord = (1 - share) * heights[0] + share * heights[-1]
     return float(np.max(heights - chord)), heights
