@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from experiments import optimizers, sharding
 from experiments.checkpoint import Checkpoints
-from experiments.config import Config
+from experiments.config import Config, choices
 from experiments.models import Network
 from experiments.record import Record
 from experiments.tasks import Losses, Reporter, Step, Task, images, run_epoch
@@ -41,12 +41,13 @@ def initial_state(
 
 def train_step(config: Config, losses: Losses, tx: optax.GradientTransformation, **options: Any) -> Any:
     """The library's step, as the config has it."""
-    fraction = config.sharpest_fraction if config.optimizer == "esam" else 1.0
+    read = choices(config.to_json())
+    fraction = read.get("sharpest_fraction", 1.0)
     step = make_train_step(
         losses.loss_fn,
         tx,
         accumulate=config.accumulate,
-        sharpness_parts=config.sharpness_parts,
+        sharpness_parts=read.get("sharpness_parts", 1),
         sharpest_fraction=fraction,
         example_loss_fn=losses.example_loss_fn,
         fisher_loss_fn=losses.plain_loss_fn,

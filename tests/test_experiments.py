@@ -311,12 +311,6 @@ def test_variants_of_s2sam_perturb_as_they_say():
     )
 
 
-def test_a_drop_fraction_is_for_methods_that_have_one():
-    optimizers.make(Config(drop_fraction=0.5), steps_per_epoch=10)
-    with pytest.raises(ValueError, match=r"drop_fraction given, but static has no such option"):
-        optimizers.make(Config(method="static", drop_fraction=0.5), steps_per_epoch=10)
-
-
 def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
     """The form for accelerators against the one for CPU, on a linear model."""
     dataset = digits._replace(train_images=digits.train_images[:64].astype(jnp.float32) / 255)

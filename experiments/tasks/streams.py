@@ -25,8 +25,6 @@ class Loaded(NamedTuple):
 
 def load(config: Config) -> Loaded:
     """Opens the prepared files; nothing is read yet."""
-    if config.subset is not None:
-        raise ValueError("subset is for data sets that fit on the device; leave it out for imagenet2012.")
     size = config.image_size or models.MODELS[config.model].image_size or 224
     train = imagenet.train_stream(config.batch_size, config.data, image_size=size)
     return Loaded(train, imagenet.evaluation(EVAL_BATCH, config.data, image_size=size))
