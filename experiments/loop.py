@@ -1,8 +1,6 @@
 """One training run: the same loop for every task, optimizer and method."""
 
-import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +13,7 @@ from experiments.checkpoint import Checkpoints
 from experiments.config import Config, choices
 from experiments.models import Network
 from experiments.record import Record
-from experiments.tasks import Losses, Reporter, Step, Task, images, run_epoch
+from experiments.tasks import Epoch, Losses, Reporter, Step, Task, images, run_epoch
 from s2sam_jax import TrainState, checked, eval_params, make_train_step
 
 
@@ -78,15 +76,15 @@ def train(
     )
     placed = sharding.of_state(task.mesh, state)
     step = train_step(config, task.losses, checked(tx) if debug else tx, state_sharding=placed)
-    epoch = _throwing(task, step) if debug else functools.partial(task.epoch, step)
+    run = _throwing(task, step, reporter) if debug else task.runner(step, reporter)
     while record.epoch < config.epochs:
         started = time.perf_counter()
-        state, metrics = epoch(state, record.epoch, reporter)
+        state, metrics = run(state, record.epoch)
         record.add(state, metrics, time.perf_counter() - started)
     return record.finish(state)
 
 
-def _throwing(task: Task, step: Step) -> Callable[[TrainState, int, Reporter], Any]:
+def _throwing(task: Task, step: Step, reporter: Reporter) -> Epoch:
     """Epochs of a step that checks itself, in which every step is waited for and raises what it has found."""
     checking = jax.jit(checkify.checkify(step))
 
@@ -95,4 +93,4 @@ def _throwing(task: Task, step: Step) -> Callable[[TrainState, int, Reporter], A
         error.throw()
         return result
 
-    return lambda state, number, reporter: run_epoch(throwing, state, task.batches(number), reporter)
+    return lambda state, number: run_epoch(throwing, state, task.batches(number), reporter)

@@ -335,6 +335,20 @@ def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *results)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_task_runs_the_step_and_tells_the_reporter_that_it_is_given(backend, monkeypatch, digits):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    task = arrays.ImageArrays(Config(batch_size=700), models.Network((), (), lambda *_: None), digits, sharding.parse())
+    seen = []
+    for amount in (1, 10):
+        reporter = SimpleNamespace(steps=lambda count, amount=amount: seen.append((amount, count)))
+        run = task.runner(lambda state, batch, amount=amount: (state + amount, {"loss": state}), reporter)
+        state, metrics = run(jnp.array(0), 0)
+        assert int(state) == 2 * amount
+        assert metrics["loss"].tolist() == [0, amount]
+    assert seen == ([(1, 1), (1, 1), (10, 1), (10, 1)] if backend == "cpu" else [(1, 2), (10, 2)])
+
+
 def test_a_breakdown_stops_the_run_and_names_the_step():
     state = SimpleNamespace(first_bad_step=jnp.array(7))
     with pytest.raises(FloatingPointError, match="broke down at step 7"):
