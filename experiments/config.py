@@ -5,10 +5,10 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
 
@@ -51,6 +51,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 ROUNDS = ("lottery", "lrr")  # Methods that train several times in one run.
+ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # No clock, or one of their own.
 
 # Names of their own for the forms that papers report.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,6 +67,49 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Channels every 2 epochs, weights every 0.4, both up to epoch 80 of 100.
     "chase-imagenet": ("chase", {"channel_every": 5, "removal_end": 0.8, "exploration_end": 0.8}),
 }
+
+
+class _Readers(NamedTuple):
+    """Runs whose field has one of these names, or with ``others`` none of them; a method stands for its variants."""
+
+    field: str
+    names: tuple[str, ...]
+    others: bool = False
+
+    def include(self, values: dict[str, Any]) -> bool:
+        name = values[self.field]
+        family = VARIANTS.get(name, (name,))[0] if self.field == "method" else name
+        return (family in self.names) != self.others
+
+    def __str__(self) -> str:
+        *most, last = self.names
+        names = f"{', '.join(most)} or {last}" if most else last
+        return f"any {self.field} but {names}" if self.others else f"{self.field} {names}"
+
+
+# Who reads the options that not all runs read. What a run does not read does not tell it from another one.
+_READ_BY: tuple[tuple[_Readers, tuple[str, ...]], ...] = (
+    (_Readers("dataset", ("digits",), others=True), ("data",)),
+    (_Readers("dataset", ("digits", "cifar10", "cifar100")), ("subset",)),
+    (_Readers("dataset", ("wmt14",)), ("vocabulary", "max_length")),
+    (_Readers("dataset", ("wmt14",), others=True), ("cutout",)),
+    (_Readers("dataset", ("imagenet2012",)), ("image_size",)),
+    (_Readers("optimizer", ("sgd",), others=True), ("rho", "rho_schedule")),
+    (_Readers("optimizer", ("sam", "asam", "ssam-f", "ssam-d", "looksam", "gsam", "esam")), ("sharpness_parts",)),
+    (_Readers("optimizer", ("asam",)), ("eta",)),
+    (_Readers("optimizer", ("ssam-f", "ssam-d")), ("ssam_sparsity", "ssam_update_every")),
+    (_Readers("optimizer", ("looksam",)), ("looksam_every",)),
+    (_Readers("optimizer", ("looksam", "gsam")), ("alpha",)),
+    (_Readers("optimizer", ("esam",)), ("esam_beta", "sharpest_fraction")),
+    (_Readers("method", ("dense",), others=True), ("sparsity", "distribution", "structure")),
+    (_Readers("method", ("dense", *ONE_SHOT, *ROUNDS), others=True), ("update_every", "update_end")),
+    (_Readers("method", ("set", "rigl", "itop", "chase")), ("drop_fraction",)),
+    (_Readers("method", ROUNDS), ("prune_fraction", "rounds", "rewind_epochs")),
+    (_Readers("method", ("chase",)), ("channel_sparsity",)),
+    (_Readers("method", ("chex",)), ("explore",)),
+    (_Readers("schedule", ("cosine",)), ("final_learning_rate",)),
+    (_Readers("base", ("sgd",)), ("nesterov",)),
+)
 
 
 def method_names() -> list[str]:
@@ -171,7 +215,7 @@ class Config:
 
     @property
     def digest(self) -> str:
-        """A hash of what differs from the defaults, so that a new field renames no old run."""
+        """A hash of what the run reads and differs from the defaults, so that a new field renames no old run."""
         changed = {k: v for k, v in choices(self.to_json()).items() if v != _DEFAULTS[k]}
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -196,23 +240,44 @@ class Config:
 
 def choices(stored: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on besides the seed, of a config as JSON; fields that it lacks have their defaults."""
-    chosen = {k: v for k, v in (_DEFAULTS | stored).items() if k not in _NOT_HASHED}
+    values = _DEFAULTS | stored
+    unread = {option for readers, options in _READ_BY if not readers.include(values) for option in options}
+    chosen = {k: v for k, v in values.items() if k not in unread and k not in _NOT_HASHED}
     if chosen["init_from"] is not None:
         chosen["init_from"] = Path(chosen["init_from"]).resolve().name
     return chosen
+
+
+def differing(chosen: Sequence[dict[str, Any]]) -> list[str]:
+    """The fields of which not all that have them have the same, of what :func:`choices` gives."""
+    fields = dict.fromkeys(field for one in chosen for field in one)
+    return [f for f in fields if len({json.dumps(one[f]) for one in chosen if f in one}) > 1]
 
 
 def check_same(stored: dict[str, Any], wanted: Config, what: str, advice: str) -> None:
     """Raises a ValueError that names, a line a field, in what a config as JSON is another run than the one wanted."""
     there = choices(stored) | {"seed": stored.get("seed")}
     here = choices(wanted.to_json()) | {"seed": wanted.seed}
-    differing = [
+    unknown = [field for field in there if field not in _DEFAULTS]
+    lines = [
         f"  {field}: {json.dumps(there.get(field))} there, {json.dumps(here.get(field))} asked for"
-        for field in dict.fromkeys([*here, *there])
-        if field not in here or there[field] != here[field]
+        for field in [*differing((here, there)), *unknown]
     ]
-    if differing:
-        raise ValueError("\n".join([f"{what} another config:", *differing, advice]))
+    if lines:
+        raise ValueError("\n".join([f"{what} another config:", *lines, advice]))
+
+
+def check_read(configs: Iterable[Config], default: Config) -> None:
+    """Raises a ValueError for an option that has another value than by default, and that none of the runs reads."""
+    runs, plain = [config.to_json() for config in configs], default.to_json()
+    ignored = [(readers, options) for readers, options in _READ_BY if not any(map(readers.include, runs))]
+    for readers, options in ignored:
+        for option in options:
+            if (value := runs[0][option]) != plain[option]:
+                found = ", ".join(dict.fromkeys(run[readers.field] for run in runs))
+                raise ValueError(
+                    f"{option}={value} has no effect with {readers.field}={found}: it is for {readers}. Leave it out."
+                )
 
 
 def _check_name(field: str, value: str | None, known: Sequence[str | None]) -> None:

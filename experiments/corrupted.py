@@ -16,7 +16,7 @@ import tyro
 from rich.progress import track
 
 from experiments import cli, data, files, jsonl, runs, spread, tasks
-from experiments.config import Config, choices
+from experiments.config import Config, choices, differing
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
 from experiments.recipes.base import LABELS
@@ -77,8 +77,7 @@ def check(rows: Sequence[Row]) -> None:
     """
     measured = [{"examples": row["examples"], "corruptions": list(row["by_corruption"])} for row in rows]
     chosen = [choices(row["config"]) | how for row, how in zip(rows, measured, strict=True)]
-    fields = [field for field in (chosen[0] if chosen else ()) if field != "optimizer"]
-    if different := [field for field in fields if any(other[field] != chosen[0][field] for other in chosen)]:
+    if different := [field for field in differing(chosen) if field != "optimizer"]:
         raise ValueError(
             f"Runs of one table must differ in optimizer and seed alone; these also differ in {', '.join(different)}. "
             "Leave some out, or give other --rows."

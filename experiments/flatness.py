@@ -94,6 +94,7 @@ def run(arguments: Arguments) -> None:
 def _wanted(config: Config, arguments: Arguments) -> Row:
     """What a row must say of itself."""
     measured = {field: getattr(arguments, field) for field in ("span", "n", "steps")}
+    measured["sharpness_rho"] = config.rho  # read by the measure, if not by SGD
     examples = min(arguments.examples, config.subset or arguments.examples)
     return {"config": config, "examples": examples // config.batch_size * config.batch_size} | measured
 

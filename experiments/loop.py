@@ -1,8 +1,6 @@
 """One training run: the same loop for every task, optimizer and method."""
 
-import functools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +10,10 @@ from jax.sharding import Mesh
 
 from experiments import optimizers, sharding
 from experiments.checkpoint import Checkpoints
-from experiments.config import Config
+from experiments.config import Config, choices
 from experiments.models import Network
 from experiments.record import Record
-from experiments.tasks import Losses, Reporter, Step, Task, images, run_epoch
+from experiments.tasks import Epoch, Losses, Reporter, Step, Task, images, run_epoch
 from s2sam_jax import TrainState, checked, eval_params, make_train_step
 
 
@@ -41,12 +39,13 @@ def initial_state(
 
 def train_step(config: Config, losses: Losses, tx: optax.GradientTransformation, **options: Any) -> Any:
     """The library's step, as the config has it."""
-    fraction = config.sharpest_fraction if config.optimizer == "esam" else 1.0
+    read = choices(config.to_json())
+    fraction = read.get("sharpest_fraction", 1.0)
     step = make_train_step(
         losses.loss_fn,
         tx,
         accumulate=config.accumulate,
-        sharpness_parts=config.sharpness_parts,
+        sharpness_parts=read.get("sharpness_parts", 1),
         sharpest_fraction=fraction,
         example_loss_fn=losses.example_loss_fn,
         fisher_loss_fn=losses.plain_loss_fn,
@@ -77,15 +76,15 @@ def train(
     )
     placed = sharding.of_state(task.mesh, state)
     step = train_step(config, task.losses, checked(tx) if debug else tx, state_sharding=placed)
-    epoch = _throwing(task, step) if debug else functools.partial(task.epoch, step)
+    run = _throwing(task, step, reporter) if debug else task.runner(step, reporter)
     while record.epoch < config.epochs:
         started = time.perf_counter()
-        state, metrics = epoch(state, record.epoch, reporter)
+        state, metrics = run(state, record.epoch)
         record.add(state, metrics, time.perf_counter() - started)
     return record.finish(state)
 
 
-def _throwing(task: Task, step: Step) -> Callable[[TrainState, int, Reporter], Any]:
+def _throwing(task: Task, step: Step, reporter: Reporter) -> Epoch:
     """Epochs of a step that checks itself, in which every step is waited for and raises what it has found."""
     checking = jax.jit(checkify.checkify(step))
 
@@ -94,4 +93,4 @@ def _throwing(task: Task, step: Step) -> Callable[[TrainState, int, Reporter], A
         error.throw()
         return result
 
-    return lambda state, number, reporter: run_epoch(throwing, state, task.batches(number), reporter)
+    return lambda state, number: run_epoch(throwing, state, task.batches(number), reporter)

@@ -1,11 +1,10 @@
 """From a config to a sparse method and its clock."""
 
-import dataclasses
 import inspect
 import math
 from collections.abc import Sequence
 
-from experiments.config import ROUNDS, VARIANTS, Config
+from experiments.config import ONE_SHOT, ROUNDS, VARIANTS, Config
 from s2sam_jax import ChannelGroup, Every, SparseMethod, methods
 
 # Epochs between mask updates, and the fraction of training at which they end, as the CIFAR experiments of the papers
@@ -32,31 +31,15 @@ CIFAR_RECIPES = {
 ELSEWHERE = (1.0, 0.75)
 OPTIONS = ("drop_fraction", "prune_fraction", "rounds", "channel_sparsity", "explore")
 PRUNE_FRACTION = 0.2  # Of a round, where the config gives none.
-ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # no clock, or one of their own
-
-
-def check_dense(config: Config) -> None:
-    """Raises a ValueError that names what only a sparse network has."""
-    plain = dataclasses.asdict(Config(method="dense"))
-    options = (*OPTIONS, "sparsity", "distribution", "update_every", "update_end")
-    if given := [option for option in options if getattr(config, option) != plain[option]]:
-        raise ValueError(f"{', '.join(given)} given, but dense has no such option; leave it out.")
-    if config.structure != "unstructured":
-        raise ValueError(f"structure={config.structure} given, but a dense network has none; leave it out.")
 
 
 def make(config: Config, groups: Sequence[ChannelGroup] = ()) -> SparseMethod:
-    """The method of that name, with the options that the config gives; on the network's channels, if it has any."""
+    """The method of that name, with what it reads of the config; on the network's channels, if it has any."""
     name, options = VARIANTS.get(config.method, (config.method, {}))
     factory = getattr(methods, name)
     known = inspect.signature(factory).parameters
-    given = {option: getattr(config, option) for option in OPTIONS if getattr(config, option) is not None}
-    if foreign := sorted(given.keys() - known.keys()):
-        raise ValueError(f"{', '.join(foreign)} given, but {config.method} has no such option; leave it out.")
-    if config.rewind_epochs and config.method not in ROUNDS:
-        raise ValueError(
-            f"rewind_epochs={config.rewind_epochs:g} given, but {config.method} never rewinds; leave it out."
-        )
+    given = {option: getattr(config, option) for option in OPTIONS if option in known}
+    given = {option: value for option, value in given.items() if value is not None}
     if "groups" in known:
         if not groups:
             raise ValueError(f"{config.method} removes channels, but {config.model} declares none.")

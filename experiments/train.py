@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,10 @@ from experiments import (
     runs,
     seeds,
     sharding,
-    sparse_methods,
     tasks,
 )
 from experiments.checkpoint import Checkpoints
-from experiments.config import Config, OptimizerName
+from experiments.config import Config, OptimizerName, check_read
 from experiments.figures import training
 from experiments.record import Row
 from experiments.tasks import Task
@@ -114,19 +115,22 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     for folder in folders.values():
         console.print(f"Files: {folder}", soft_wrap=True)
     if arguments.compare and sharding.writes():
-        first = next(iter(configs.values()))
-        file = arguments.config.out / f"compare-{'-'.join(arguments.compare)}-{first.name}.png"
+        file = arguments.config.out / _curves_name(arguments.compare, [config.name for config in configs.values()])
         training.draw(rows, _title(arguments), file)
         console.print(f"Curves: {file}", soft_wrap=True)
     return folders
+
+
+def _curves_name(optimizers: Sequence[str], names: Sequence[str]) -> str:
+    """Readable by the first run, and unique by a hash of all: what the first does not read, another may."""
+    digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
+    return f"compare-{'-'.join(optimizers)}-{names[0]}-{digest}.png"
 
 
 def _configs(arguments: Arguments) -> dict[str, Config]:
     """Of every run asked for, by what tells it from the others."""
     if arguments.vmap and len(set(arguments.seeds)) < 2:
         raise ValueError(f"--vmap trains several seeds side by side: give them as --seeds; got {arguments.seeds}.")
-    if arguments.config.method == "dense":
-        sparse_methods.check_dense(arguments.config)
     if arguments.seeds and arguments.config.seed not in (0, *arguments.seeds):
         raise ValueError(f"--seed {arguments.config.seed} is not among --seeds {arguments.seeds}; give one of the two.")
     if arguments.vmap and arguments.debug:
@@ -220,6 +224,7 @@ def main(argv: list[str] | None = None) -> dict[str, Path]:
     recipe, argv = _recipe(argv)
     default = Arguments() if recipe is None else Arguments(config=recipe.config)
     arguments = tyro.cli(Arguments, args=argv, default=default)
+    check_read(_configs(arguments).values(), default.config)
     one_of_several = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.distributed:
         sharding.join(*one_of_several)

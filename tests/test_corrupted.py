@@ -60,7 +60,7 @@ def test_gains_are_paired_by_seed_with_their_interval():
 
 
 def test_a_table_is_of_runs_that_differ_in_optimizer_and_seed(tmp_path):
-    config = Config(dataset="cifar10", optimizer="sgd").to_json()
+    config = Config(dataset="cifar10", optimizer="s2sam").to_json()
     row = {**synthetic()[0], "config": config, "examples": 60}
     corrupted.check([row, {**row, "config": {**config, "optimizer": "sam", "seed": 3}}])
     for other, named in (
@@ -78,10 +78,10 @@ def test_a_table_is_of_runs_that_differ_in_optimizer_and_seed(tmp_path):
 
 def test_runs_of_two_tables_are_refused_before_a_row_is_written(cifar_run, tmp_path, monkeypatch):
     other, read = tmp_path / "other", runs.read_config
-    configs = {cifar_run: read(cifar_run), other: dataclasses.replace(read(cifar_run), rho=0.7)}
+    configs = {cifar_run: read(cifar_run), other: dataclasses.replace(read(cifar_run), momentum=0.7)}
     monkeypatch.setattr(runs, "read_config", lambda folder, data: configs[folder])
     arguments = arguments_of(tmp_path, cifar_run, other)
-    with pytest.raises(ValueError, match="these also differ in rho"):
+    with pytest.raises(ValueError, match="these also differ in momentum"):
         corrupted.run(arguments)
     assert jsonl.read(arguments.rows) == []
 

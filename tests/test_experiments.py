@@ -311,12 +311,6 @@ def test_variants_of_s2sam_perturb_as_they_say():
     )
 
 
-def test_a_drop_fraction_is_for_methods_that_have_one():
-    optimizers.make(Config(drop_fraction=0.5), steps_per_epoch=10)
-    with pytest.raises(ValueError, match=r"drop_fraction given, but static has no such option"):
-        optimizers.make(Config(method="static", drop_fraction=0.5), steps_per_epoch=10)
-
-
 def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
     """The form for accelerators against the one for CPU, on a linear model."""
     dataset = digits._replace(train_images=digits.train_images[:64].astype(jnp.float32) / 255)
@@ -339,6 +333,20 @@ def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
             results.append((metrics["loss"], state.params["kernel"]))
     assert results[0][0].shape == (8,)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *results)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_task_runs_the_step_and_tells_the_reporter_that_it_is_given(backend, monkeypatch, digits):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    task = arrays.ImageArrays(Config(batch_size=700), models.Network((), (), lambda *_: None), digits, sharding.parse())
+    seen = []
+    for amount in (1, 10):
+        reporter = SimpleNamespace(steps=lambda count, amount=amount: seen.append((amount, count)))
+        run = task.runner(lambda state, batch, amount=amount: (state + amount, {"loss": state}), reporter)
+        state, metrics = run(jnp.array(0), 0)
+        assert int(state) == 2 * amount
+        assert metrics["loss"].tolist() == [0, amount]
+    assert seen == ([(1, 1), (1, 1), (10, 1), (10, 1)] if backend == "cpu" else [(1, 2), (10, 2)])
 
 
 def test_a_breakdown_stops_the_run_and_names_the_step():

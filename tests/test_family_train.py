@@ -397,7 +397,12 @@ def test_esam_in_the_loop(monkeypatch):
 
 def test_names_of_runs():
     assert Config(looksam_every=5, alpha=None, esam_beta=0.6, sharpest_fraction=0.5).digest == Config().digest
-    assert len({Config(**x).digest for x in ({}, {"looksam_every": 4}, {"alpha": 0.2}, {"esam_beta": 0.5})}) == 4
+    for optimizer, field, value in (
+        ("looksam", "looksam_every", 4),
+        ("gsam", "alpha", 0.2),
+        ("esam", "esam_beta", 0.5),
+    ):
+        assert Config(optimizer=optimizer, **{field: value}).digest != Config(optimizer=optimizer).digest
     for field, value in {"looksam_every": 0, "alpha": -1.0, "esam_beta": 0.0, "sharpest_fraction": 1.5}.items():
         with pytest.raises(ValueError, match=f"{field} must be .*; got {value}"):
             Config(**{field: value})

@@ -87,7 +87,13 @@ def test_curves_are_means_over_seeds_with_their_deviation(figures, tmp_path):
 def test_groups_are_named_by_what_differs():
     rows = [*rows_of("sgd", 0, [1.0]), *rows_of("sgd", 3, [1.0], sparsity=0.95), *rows_of("sam", 0, [1.0], rho=0.1)]
     names = curves.grouped(rows)
-    assert list(names) == ["sgd, rho 0.05, sparsity 0.9", "sgd, rho 0.05, sparsity 0.95", "sam, rho 0.1, sparsity 0.9"]
+    assert list(names) == ["sgd, sparsity 0.9", "sgd, sparsity 0.95", "sam, sparsity 0.9"]
+    rows += [*rows_of("sam", 0, [1.0], rho=0.2), *rows_of("sam", 0, [1.0], method="dense")]
+    assert list(curves.grouped(rows))[2:] == [
+        "sam, rigl, sparsity 0.9, rho 0.1",
+        "sam, rigl, sparsity 0.9, rho 0.2",
+        "sam, dense, rho 0.05",
+    ]
     assert list(curves.grouped(rows_of("sam", 0, [1.0]) + rows_of("sam", 1, [1.0]))) == ["sam"]
 
 

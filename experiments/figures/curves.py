@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.config import choices
+from experiments.config import choices, differing
 from experiments.figures.style import COLOURS, MARKERS, tidy
 from experiments.record import Row
 
@@ -25,10 +25,10 @@ def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows of runs that differ in their seed alone, under what tells them from the others."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(json.dumps(choices(row["config"]), sort_keys=True), []).append(row)
+        groups.setdefault(json.dumps(choices(row["config"])), []).append(row)
     settings = [json.loads(group) for group in groups]
-    differing = [field for field in choices({}) if any(one[field] != settings[0][field] for one in settings)]
-    labels = [", ".join(_word(field, one[field]) for field in differing) for one in settings]
+    fields = differing(settings)
+    labels = [", ".join(_word(field, one[field]) for field in fields if field in one) for one in settings]
     return {label or one["optimizer"]: mine for label, one, mine in zip(labels, settings, groups.values(), strict=True)}
 
 

@@ -27,7 +27,7 @@ UNKNOWN = "All: 100 epochs, rho untuned, weight decay 5e-4 for all, RigL updates
 
 def recipes() -> Iterator[Recipe]:
     sparse = Config(label_noise=0.4, epochs=100, checkpoint_every=100, distribution="erk", update_every=1.0)
-    dense = dataclasses.replace(sparse, method="dense", distribution=None, update_every=None)
+    dense = dataclasses.replace(sparse, method="dense")
     for key, label, base in (("dense", "dense", dense), ("rigl-erk", "RigL (ERK)", sparse)):
         yield from by_radius("label-noise", key, label, base, RADII + RELATIVES, UNKNOWN)
         # A large radius from the start may keep a network from learning anything.

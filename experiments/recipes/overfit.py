@@ -25,7 +25,7 @@ def recipes() -> Iterator[Recipe]:
         yield from by_radius("overfit", f"{images}", f"{images} images", base, RADII, UNKNOWN)
     for images, epochs in CIFAR:
         sparse = dataclasses.replace(_base(images, epochs), dataset="cifar10")
-        dense = dataclasses.replace(sparse, method="dense", distribution=None, update_every=None)
+        dense = dataclasses.replace(sparse, method="dense")
         for key, label, base in (("dense", "dense", dense), ("rigl-erk", "RigL (ERK)", sparse)):
             yield from by_radius(
                 "overfit-cifar10", f"{images}-{key}", f"{images} images, {label}", base, RADII, UNKNOWN

@@ -13,6 +13,7 @@ from experiments.models import Network
 from s2sam_jax import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+Epoch = Callable[[TrainState, int], tuple[TrainState, dict[str, np.ndarray]]]
 Loss = Callable[..., Any]
 
 
@@ -53,10 +54,8 @@ class Task(Protocol):
     losses: Losses
     mesh: Mesh
 
-    def epoch(
-        self, step: Step, state: TrainState, number: int, reporter: Reporter
-    ) -> tuple[TrainState, dict[str, np.ndarray]]:
-        """Trains once over the data; the metrics are arrays of one value a step."""
+    def runner(self, step: Step, reporter: Reporter) -> Epoch:
+        """Trains once over the data by this step, as the epoch of that number; metrics have one value a step."""
         ...
 
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:

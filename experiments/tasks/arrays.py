@@ -11,19 +11,19 @@ from experiments import data, sharding
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.models import Network
-from experiments.tasks import Reporter, Step, images, run_epoch
+from experiments.tasks import Epoch, Reporter, Step, images, run_epoch
 from s2sam_jax import TrainState
 
 EVAL_BATCH = 500
 
-Epoch = Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, np.ndarray]]]
+OrderedEpoch = Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, np.ndarray]]]
 
 
 class ImageArrays:
     """A :class:`~experiments.tasks.Task` of images on the device."""
 
     def __init__(self, config: Config, network: Network, dataset: Dataset, mesh: Mesh):
-        self._config, self._runner, self.network, self.mesh = config, None, network, mesh
+        self._config, self.network, self.mesh = config, network, mesh
         dataset = data.hold_out(dataset, config.validation) if config.validation else dataset
         if config.label_noise:
             classes = data.KINDS[config.dataset].classes
@@ -41,11 +41,9 @@ class ImageArrays:
     def order(self, number: int) -> np.ndarray:
         return data.epoch_order(self._config.seed, number, len(self._dataset.train_labels), self._config.batch_size)
 
-    def epoch(
-        self, step: Step, state: TrainState, number: int, reporter: Reporter
-    ) -> tuple[TrainState, dict[str, np.ndarray]]:
-        self._runner = self._runner or epoch_runner(step, self._dataset, reporter, self.mesh)
-        return self._runner(state, self.order(number))
+    def runner(self, step: Step, reporter: Reporter) -> Epoch:
+        run = epoch_runner(step, self._dataset, reporter, self.mesh)
+        return lambda state, number: run(state, self.order(number))
 
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
         del final
@@ -66,7 +64,7 @@ def _take(images: jax.Array, labels: jax.Array, rows: jax.Array) -> tuple[jax.Ar
     return images[rows], labels[rows]
 
 
-def epoch_runner(step: Step, dataset: Dataset, reporter: Reporter, mesh: Mesh | None = None) -> Epoch:
+def epoch_runner(step: Step, dataset: Dataset, reporter: Reporter, mesh: Mesh | None = None) -> OrderedEpoch:
     """An epoch as one program; on CPU, where XLA is slow at convolution gradients inside loops, as one a step."""
     mesh = mesh or sharding.parse()
 

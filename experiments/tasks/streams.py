@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from jax.sharding import Mesh
 
 from experiments import data, models, sharding
@@ -12,8 +11,7 @@ from experiments.config import Config
 from experiments.datasets import imagenet
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
-from experiments.tasks import Reporter, Step, images, run_epoch
-from s2sam_jax import TrainState
+from experiments.tasks import Epoch, Reporter, Step, images, run_epoch
 
 EVAL_BATCH = 256
 
@@ -25,37 +23,36 @@ class Loaded(NamedTuple):
 
 def load(config: Config) -> Loaded:
     """Opens the prepared files; nothing is read yet."""
-    if config.subset is not None:
-        raise ValueError("subset is for data sets that fit on the device; leave it out for imagenet2012.")
     size = config.image_size or models.MODELS[config.model].image_size or 224
     train = imagenet.train_stream(config.batch_size, config.data, image_size=size)
     return Loaded(train, imagenet.evaluation(EVAL_BATCH, config.data, image_size=size))
 
 
-class ImageStream:
+class Streamed:
+    """What tasks of data that are read while training have in common; it leaves out ``losses`` and ``evaluate``."""
+
+    def __init__(self, config: Config, network: Network, loaded: Any, mesh: Mesh):
+        self._config, self._loaded, self.network, self.mesh = config, loaded, network, mesh
+        self._test = dataclasses.replace(loaded.test, batch_size=sharding.fill(mesh, loaded.test.batch_size))
+        self.steps_per_epoch = loaded.train.steps_per_epoch
+
+    def runner(self, step: Step, reporter: Reporter) -> Epoch:
+        return lambda state, number: run_epoch(step, state, self.batches(number), reporter)
+
+    def batches(self, number: int) -> Iterator[Any]:
+        batches = self._loaded.train.batches(self._config.seed, number * self.steps_per_epoch)
+        return (sharding.assemble(self.mesh, next(batches)) for _ in range(self.steps_per_epoch))
+
+
+class ImageStream(Streamed):
     """A :class:`~experiments.tasks.Task` of streamed images, augmented on the host."""
 
     def __init__(self, config: Config, network: Network, loaded: Loaded, mesh: Mesh):
-        self._config, self._train, self.mesh = config, loaded.train, mesh
-        self._test = dataclasses.replace(loaded.test, batch_size=sharding.fill(mesh, loaded.test.batch_size))
-        self.network, self.steps_per_epoch = network, loaded.train.steps_per_epoch
+        super().__init__(config, network, loaded, mesh)
         self.losses = images.losses(config, network)
         self._predict = images.predictor(network, data.KINDS[config.dataset])
-
-    def epoch(
-        self, step: Step, state: TrainState, number: int, reporter: Reporter
-    ) -> tuple[TrainState, dict[str, np.ndarray]]:
-        return run_epoch(step, state, self.batches(number), reporter)
 
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
         del final
         test = (sharding.assemble(self.mesh, batch) for batch in self._test)
         return {"test_accuracy": images.accuracy(lambda x: self._predict(params, model_state, x), test)}
-
-    def batches(self, number: int) -> Iterator[Any]:
-        return epoch_batches(self._train, self._config.seed, number, self.mesh)
-
-
-def epoch_batches(stream: Stream, seed: int, number: int, mesh: Mesh) -> Iterator[Any]:
-    batches = stream.batches(seed, number * stream.steps_per_epoch)
-    return (sharding.assemble(mesh, next(batches)) for _ in range(stream.steps_per_epoch))

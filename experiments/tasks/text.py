@@ -1,14 +1,11 @@
 """Translation, WMT-14 English to German: next-token loss, and SacreBLEU at the end."""
 
-import dataclasses
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -17,9 +14,8 @@ from experiments.config import Config
 from experiments.datasets import sources, translation, wmt
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
-from experiments.tasks import Losses, Reporter, Step, run_epoch
-from experiments.tasks.streams import epoch_batches
-from s2sam_jax import TrainState
+from experiments.tasks import Losses
+from experiments.tasks.streams import Streamed
 
 EVAL_BATCH = 64
 
@@ -56,20 +52,13 @@ def _pairs(folder: Path, split: str) -> wmt.TextPairs | wmt.TfdsPairs:
     return wmt.TfdsPairs(split, folder)
 
 
-class Translation:
+class Translation(Streamed):
     """A :class:`~experiments.tasks.Task` of sentence pairs."""
 
     def __init__(self, config: Config, network: Network, loaded: Loaded, mesh: Mesh):
-        self._config, self._data, self.mesh = config, loaded, mesh
-        self._test = dataclasses.replace(loaded.test, batch_size=sharding.fill(mesh, loaded.test.batch_size))
-        self.network, self.steps_per_epoch = network, loaded.train.steps_per_epoch
+        super().__init__(config, network, loaded, mesh)
         self.losses = losses(config, network)
         self._score = jax.jit(self._counts)
-
-    def epoch(
-        self, step: Step, state: TrainState, number: int, reporter: Reporter
-    ) -> tuple[TrainState, dict[str, np.ndarray]]:
-        return run_epoch(step, state, self.batches(number), reporter)
 
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
         """Accuracy of the next token, given the right ones before it; at the end SacreBLEU."""
@@ -80,9 +69,6 @@ class Translation:
         figures = {"test_accuracy": right / tokens}
         return figures | {"bleu": self._bleu(params, model_state)} if final else figures
 
-    def batches(self, number: int) -> Iterator[Any]:
-        return epoch_batches(self._data.train, self._config.seed, number, self.mesh)
-
     def _counts(self, params: Any, model_state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """The accuracy of a batch, and of how many tokens."""
         _, (_, metrics) = self.losses.plain_loss_fn(params, model_state, batch, jax.random.key(0))
@@ -92,10 +78,10 @@ class Translation:
         everywhere = sharding.everywhere(self.mesh)
         compiled = partial(jax.jit(self._search, out_shardings=everywhere), params, model_state)
         length = self._config.max_length
-        english, german = zip(*self._data.test_pairs, strict=True)
+        english, german = zip(*self._loaded.test_pairs, strict=True)
         found = translation.translate(
             lambda batch: compiled(sharding.put(batch, everywhere)),
-            self._data.tokenizer,
+            self._loaded.tokenizer,
             english,
             batch_size=EVAL_BATCH,
             max_length=length,
