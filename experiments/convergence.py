@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -233,11 +232,11 @@ def write(file: Path) -> None:
     draw(rows, file.with_suffix(".png"))
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     run(arguments)
     write(arguments.rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

@@ -146,11 +146,11 @@ def write(file: Path) -> None:
     files.write_text(file.with_suffix(".md"), page)
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     run(arguments)
     write(arguments.rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

@@ -12,7 +12,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.progress import track
 
 from experiments import cli, files, jsonl, loop, missing, runs, solution, spectrum, spread, surface, sweep, tasks
@@ -44,7 +43,7 @@ class Arguments:
     steps: int = 30  # Of Lanczos.
     samples: int = 10  # For the trace.
     rows: Path = jsonl.RESULTS / "flatness_digits.jsonl"
-    cache: Path = Path("runs/compiled")  # Compiled programs: the seeds of a cell share them.
+    cache: Path = cli.COMPILED  # Compiled programs: the seeds of a cell share them.
 
 
 def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int) -> Config:
@@ -211,7 +210,7 @@ def write(file: Path) -> None:
         landscapes.draw_against_sparsity(rows, field, label, title, figure, scale=scale, logarithmic=logarithmic)
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     cli.keep_compiled(arguments.cache)
     run(arguments)
@@ -219,4 +218,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

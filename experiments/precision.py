@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from rich.progress import track
 
 from experiments import cli, files, jsonl, loop, missing, runs, solution, sweep, tasks
@@ -45,7 +44,7 @@ class Arguments:
     examples: int = 256  # Training images that gradients are the mean of.
     draws: int = 4  # Of rounding at random.
     rows: Path = jsonl.RESULTS / "precision.jsonl"
-    cache: Path = Path("runs/compiled")
+    cache: Path = cli.COMPILED
 
 
 def with_radius(opt_state: Any, rho: float) -> Any:
@@ -235,7 +234,7 @@ def write(file: Path) -> None:
     files.write_text(file.with_suffix(".md"), page(jsonl.read(file), file.name) + "\n")
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     cli.keep_compiled(arguments.cache)
     run(arguments)
@@ -243,4 +242,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

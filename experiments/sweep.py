@@ -11,7 +11,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.progress import track
 
 from experiments import cli, files, jsonl, loop, missing, runs, sparse_methods, spread, tasks
@@ -29,7 +28,7 @@ ROUND_EPOCHS, PRUNE_FRACTION = 10, 0.4
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class Arguments:
     """Which runs, and where their rows go."""
 
     methods: tuple[str, ...] = METHODS
@@ -37,7 +36,7 @@ class Sweep:
     sparsities: tuple[float, ...] = (0.9, 0.95)
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: Path = jsonl.RESULTS / "methods_digits.jsonl"
-    cache: Path = Path("runs/compiled")  # Compiled programs: the seeds of a cell share them.
+    cache: Path = cli.COMPILED  # Compiled programs: the seeds of a cell share them.
 
 
 def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int) -> Config:
@@ -50,27 +49,31 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int)
     return dataclasses.replace(small, epochs=epochs, prune_fraction=PRUNE_FRACTION)
 
 
-def run(sweep: Sweep) -> None:
+def run(arguments: Arguments) -> None:
     """Trains what has no row yet; each row is written as soon as it is there.
 
     Raises:
       ValueError: for a method that is not sparse, and for a row of another config.
     """
-    if "dense" in sweep.methods:
+    if "dense" in arguments.methods:
         raise ValueError("The sweep is over sparse methods, at each sparsity; dense is none: leave it out.")
-    have = {cell_of(row): row for row in jsonl.read(sweep.rows, (*CELL, "config"))}
+    have = {cell_of(row): row for row in jsonl.read(arguments.rows, (*CELL, "config"))}
     cells: list[Cell] = [
-        (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds
+        (method, optimizer, sparsity, seed)
+        for method in arguments.methods
+        for sparsity in arguments.sparsities
+        for optimizer in arguments.optimizers
+        for seed in arguments.seeds
     ]
     dataset = tasks.load(Config())
-    left = missing.of(sweep.rows, have, {cell: {"config": config_of(*cell)} for cell in cells})
+    left = missing.of(arguments.rows, have, {cell: {"config": config_of(*cell)} for cell in cells})
     for cell in track(left, description="runs"):
         config, last = config_of(*cell), Last()
         loop.train(config, tasks.make(config, dataset), last)
         method, optimizer, sparsity, _ = cell
         row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity}
         row |= runs.provenance(config) | last.last
-        jsonl.append(sweep.rows, row)
+        jsonl.append(arguments.rows, row)
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
@@ -131,12 +134,12 @@ def _beside(rows: list[dict[str, Any]]) -> str:
     return "".join(f" and {words}" for words in said)
 
 
-@cli.one_line()
-def main(sweep: Sweep) -> None:
-    cli.keep_compiled(sweep.cache)
-    run(sweep)
-    write(sweep.rows)
+@cli.command
+def main(arguments: Arguments) -> None:
+    cli.keep_compiled(arguments.cache)
+    run(arguments)
+    write(arguments.rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Sweep))
+    main()

@@ -221,10 +221,10 @@ def _all(rows: list[dict[str, Any]], field: str) -> str:
     return ", ".join(sorted({str(row[field]) for row in rows}))
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> None:
+@cli.command
+def main(arguments: Arguments) -> None:
     """The command line."""
-    arguments, console = tyro.cli(Arguments, args=argv), Console()
+    console = Console()
     cli.keep_compiled(arguments.out / "compiled")
     run(arguments)
     file = rows_file(arguments)

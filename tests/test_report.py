@@ -44,16 +44,16 @@ def test_rows_are_added_and_read(tmp_path):
 
 def test_rows_that_are_not_there(tmp_path):
     with pytest.raises(SystemExit, match="there are no rows in"):
-        report.main(report.Arguments(results=tmp_path))
+        report.main(["--results", str(tmp_path)])
     (tmp_path / "table1_cpu.jsonl").touch()
-    report.main(report.Arguments(results=tmp_path))
+    report.main(["--results", str(tmp_path)])
     assert [file.name for file in tmp_path.iterdir()] == ["table1_cpu.jsonl"]
 
 
 def test_the_command_makes_what_there_are_rows_for(tmp_path, capsys):
     shutil.copy(jsonl.RESULTS / "table1_cpu.jsonl", tmp_path)
     shutil.copy(jsonl.RESULTS / "fuzz.jsonl", tmp_path)
-    report.main(report.Arguments(results=tmp_path))
+    report.main(["--results", str(tmp_path)])
     assert capsys.readouterr().out == "from table1_cpu.jsonl\n"
     assert {file.name for file in tmp_path.iterdir()} == {
         "table1_cpu.jsonl", "table1_cpu.md", "table1_cpu.csv", "table1_cpu.png", "fuzz.jsonl",

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 from rich.progress import track
 
@@ -186,7 +185,7 @@ def _check_inner(inner_state: Any, masks: dict[Any, np.ndarray], finite: bool) -
                 raise WrongError(f"inner_state{jax.tree_util.keystr(path)}: not zero off the mask")
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     jax.config.update("jax_enable_x64", True)
     console = Console()
@@ -221,4 +220,4 @@ def chunk(numbers: range, jit_every: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()
