@@ -7,6 +7,7 @@ Runs what is missing in the rows file, and rewrites page and figure beside it fr
 
 import dataclasses
 import inspect
+import itertools
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from experiments import cli, files, jsonl, missing, nonconvex, runs, stability
+from experiments import cli, files, jsonl, missing, nonconvex, pages, runs, stability
 from experiments.config import Config
 from experiments.figures.style import COLOURS, GREY, MARKERS
 
@@ -105,36 +106,31 @@ def gradient_table(rows: list[Row]) -> str:
     """Measured means, and the largest share of a bound that is used up."""
     steps = rows[0]["steps"]
     shown = [index for index, count in enumerate(steps) if np.log10(count) % 1 == 0]
-    lines = [
-        f"| optimizer | {' | '.join(f'T = {steps[i]:,}' for i in shown)} | slope | largest measured / bound "
-        "| / the paper's |",
-        "|---" * (len(shown) + 4) + "|",
-    ]
+    header = ["optimizer", *(f"T = {steps[i]:,}" for i in shown), "slope", "largest measured / bound", "/ the paper's"]
+    lines = []
     for row in rows:
-        values = " | ".join(f"{row['mean'][i]:.2e} ± {row['error'][i]:.0e}" for i in shown)
+        values = [f"{row['mean'][i]:.2e} ± {row['error'][i]:.0e}" for i in shown]
         ours, theirs = (np.max(np.divide(row["mean"], row[bound])) for bound in ("bound", "paper_bound"))
         paper = f"{theirs:.3f}" if row["rho"] <= nonconvex.LARGEST_GRADIENT * nonconvex.RATE / 2 else "–"
         last = slope(steps[-3:], row["mean"][-3:])
-        lines.append(f"| {label(row)} | {values} | {last:.2f} | {ours:.3f} | {paper} |")
+        lines.append([label(row), *values, f"{last:.2f}", f"{ours:.3f}", paper])
     for rho in dict.fromkeys(row["rho"] for row in rows):
         bound = next(row["bound"] for row in rows if row["rho"] == rho)
-        values = " | ".join(f"{bound[i]:.2e}" for i in shown)
-        lines.append(f"| *bound, ρ₀ = {rho:g}* | {values} | {slope(steps[-3:], bound[-3:]):.2f} | | |")
-    return "\n".join(lines)
+        values = [f"{bound[i]:.2e}" for i in shown]
+        lines.append([f"*bound, ρ₀ = {rho:g}*", *values, f"{slope(steps[-3:], bound[-3:]):.2f}", "", ""])
+    return pages.table(header, lines)
 
 
 def risk_table(rows: list[Row]) -> str:
     """Measured means beside their bounds."""
-    lines = [
-        "| ρ₀ | n | F − F_S at w̄ | bound | F(w̄) − F(w°) | bound | distance of w̄, w̄' | bound |",
-        "|---" * 8 + "|",
-    ]
+    lines = []
     for row in rows:
-        pairs = " | ".join(
-            f"{row['mean'][name]:.4f} ± {row['error'][name]:.4f} | {row['bound'][name]:.3f}" for name in FIGURES
-        )
-        lines.append(f"| {row['rho']:g} | {row['of']} | {pairs} |")
-    return "\n".join(lines)
+        pairs = [
+            (f"{row['mean'][name]:.4f} ± {row['error'][name]:.4f}", f"{row['bound'][name]:.3f}") for name in FIGURES
+        ]
+        lines.append([f"{row['rho']:g}", str(row["of"]), *itertools.chain(*pairs)])
+    header = "ρ₀", "n", "F − F_S at w̄", "bound", "F(w̄) − F(w°)", "bound", "distance of w̄, w̄'", "bound"
+    return pages.table(header, lines)
 
 
 def page(rows: list[Row], name: str) -> str:
@@ -149,8 +145,8 @@ def page(rows: list[Row], name: str) -> str:
     slopes = [slope(steps, row["mean"][-3:]) for row in found]
     return f"""# Bounds with known constants, and what is measured
 
-{"Every measured mean is below its bound." if kept else "**A measured mean is above its bound.**"} Device: \
-{", ".join(sorted({row["device"] for row in rows}))}. Made by `python -m experiments.convergence` from `{name}`.
+{"Every measured mean is below its bound." if kept else "**A measured mean is above its bound.**"} \
+{pages.source(rows, "convergence", name)}.
 
 ![measured means and bounds]({Path(name).with_suffix(".png")})
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from rich.progress import track
 
-from experiments import cli, files, jsonl, loop, missing, runs, sparse_methods, spread, tasks
+from experiments import cli, files, jsonl, loop, missing, pages, runs, sparse_methods, spread, tasks
 from experiments.config import Config, OptimizerName
 from experiments.record import Last
 
@@ -91,19 +91,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         counts = row["layers"].values()
         zeros[row["method"], row["sparsity_asked"]].append(100 * sum(z for z, _ in counts) / sum(n for _, n in counts))
-    lines = [
-        "| method | sparsity asked (%) | reached (%) | SGD (%) | S2-SAM (%) | S2-SAM − SGD, paired | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = "method", "sparsity asked (%)", "reached (%)", "SGD (%)", "S2-SAM (%)", "S2-SAM − SGD, paired", "seeds"
+    lines = []
     for method, sparsity in zeros:
         sgd, s2sam = (accuracy[method, sparsity, name] for name in ("sgd", "s2sam"))
         gains = spread.gains(s2sam, sgd)
+        reached = f"{statistics.mean(zeros[method, sparsity]):.2f}"
         cells = [spread.figure(*spread.mean(values.values())) for values in (sgd, s2sam)]
-        lines.append(
-            f"| {method} | {100 * sparsity:g} | {statistics.mean(zeros[method, sparsity]):.2f} | "
-            f"{cells[0]} | {cells[1]} | {spread.figure(*spread.mean(gains), sign='+')} | {len(gains)} |"
-        )
-    return "\n".join(lines)
+        cells.append(spread.figure(*spread.mean(gains), sign="+"))
+        lines.append([method, f"{100 * sparsity:g}", reached, *cells, str(len(gains))])
+    return pages.table(header, lines)
 
 
 def write(file: Path) -> None:
@@ -116,8 +113,7 @@ def write(file: Path) -> None:
         f"quarters of training; `lottery` and `lrr`: {ROUND_EPOCHS} epochs a round, {PRUNE_FRACTION:.0%} pruned a "
         "round, so more training in all. Accuracy on the test set after the last epoch, BatchNorm statistics "
         "recalibrated for both; one image is 0.28 points. Mean ± standard deviation over seeds.\n\n"
-        f"Device: {', '.join(sorted({row['device'] for row in rows}))}; XLA flags: "
-        f"`{', '.join(sorted({row['xla_flags'] for row in rows})) or 'none'}`. Made by "
+        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags') or 'none'}`. Made by "
         f"`python -m experiments.sweep`{_beside(rows)} from `{file.name}`, which holds config, versions and commit of "
         "each run.\n\n"
     )
