@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 from experiments import cli, files, jsonl, missing, nonconvex, pages, runs, stability
-from experiments.config import Config
 from experiments.figures.style import COLOURS, GREY, MARKERS
 
 Row = dict[str, Any]
@@ -82,15 +81,14 @@ def run(arguments: Arguments) -> None:
     wanted |= {("risk", n, rho): {"sets": arguments.sets} for rho in arguments.risk_radii for n in arguments.sizes}
     rows = jsonl.read(arguments.rows, ("part", "of", "rho"))
     have = {(row["part"], row["of"], row["rho"]): row | {"last_step": row.get("steps", [0])[-1]} for row in rows}
-    provenance = runs.provenance(Config())
-    provenance = {name: provenance[name] for name in ("device", "xla_flags", "versions", "commit")}
+    environment = runs.environment()
     for part, of, rho in track(missing.of(arguments.rows, have, wanted), description="runs"):
         row = {"part": part, "of": of, "rho": rho}
         if part == "gradients":
             row |= gradients(str(of), rho, arguments.steps, arguments.seeds)
         else:
             row |= risks(int(of), rho, arguments.sets)
-        jsonl.append(arguments.rows, row | provenance)
+        jsonl.append(arguments.rows, row | environment)
 
 
 def slope(steps: Any, values: Any) -> float:

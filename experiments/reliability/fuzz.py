@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, jsonl, runs
-from experiments.config import Config
 from experiments.reliability import fuzz_cases
 from experiments.reliability.fuzz_cases import Case
 from s2sam_jax import SparseState, _select, apply_masks, get_masks, perturb
@@ -214,9 +213,8 @@ def chunk(numbers: range, jit_every: int) -> dict[str, Any]:
             }
             findings.append(dataclasses.asdict(case) | found)
     seconds = time.perf_counter() - started
-    provenance = {name: value for name, value in runs.provenance(Config()).items() if name not in ("config", "seed")}
     counts = {"cases": len(numbers), "passed": refused.pop("passed", 0), "refused": dict(refused)}
-    return {"first": numbers.start} | counts | {"findings": findings, "seconds": seconds} | provenance
+    return {"first": numbers.start} | counts | {"findings": findings, "seconds": seconds} | runs.environment()
 
 
 if __name__ == "__main__":
