@@ -165,11 +165,8 @@ def test_description():
     text = recipes.describe(recipes.get("table1.rigl-erk-0.95.s2sam"))
     assert "accuracy (%): 92.81 ± 0.08" in text
     assert "RigL (ERK) + S2-SAM, cifar10, 95 % zeros" in text
-    assert "about 0.37, an estimate" in text
     assert "python -m experiments.train --recipe table1.rigl-erk-0.95.s2sam --seed 0" in text
     assert "accuracy (%): unknown" in recipes.describe(recipes.get("table2.rigl-0.8.sgd"))
-    assert "no estimate" in recipes.describe(recipes.get("wmt14.dense.sgd"))
-    assert recipes.get("table6.resnet34.sam").gpu_hours == 2 * recipes.get("table6.resnet34.sgd").gpu_hours
 
 
 # Scales

@@ -18,22 +18,6 @@ LABELS = {
     "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM",
 }  # fmt: skip
 
-# Forward pass of one image, two operations a multiplication and addition; convolutions and linear layers.
-FORWARD_GFLOP = {
-    "resnet32": 0.551,
-    "vgg19": 0.796,
-    "mobilenet-v2-cifar": 0.18,
-    "resnet18-cifar": 1.11,
-    "wrn28x10": 10.5,
-    "efficientnet-b0": 0.77,
-    "resnet34": 7.3,
-    "resnet50": 8.2,
-}
-ESTIMATE = (
-    "an estimate, not measured: 3 times the dense forward FLOPs an image, times the gradients a step, at an "
-    "assumed 10 TFLOP/s on CIFAR and 50 TFLOP/s on ImageNet"
-)
-
 
 class Metric(NamedTuple):
     """What a table reports, the field of a run's last row that holds it, and the factor between the two."""
@@ -104,16 +88,6 @@ class Recipe:
     def gradients(self) -> float:
         """Gradient evaluations a step, or the like of them; of SSAM by its paper's formula."""
         return flops.gradient_evaluations(self.config)
-
-    @property
-    def gpu_hours(self) -> float | None:
-        """A rough estimate, with the basis that ``ESTIMATE`` states."""
-        config = self.config
-        if config.model not in FORWARD_GFLOP:
-            return None
-        on_cifar = config.dataset.startswith("cifar")
-        images = config.epochs * (50_000 if on_cifar else 1_281_167)
-        return 3 * FORWARD_GFLOP[config.model] * images * self.gradients / (10_000 if on_cifar else 50_000) / 3600
 
     @property
     def command(self) -> str:
