@@ -151,7 +151,7 @@ def _difference(value: float | None, baseline: float | None) -> float | None:
 def store(rows: list[Row], file: Path) -> list[Row]:
     """Adds rows to the file, in place of older ones of the same recipe and seed; returns all, in the table's order."""
     old = jsonl.read(file)
-    order = {name: place for place, name in enumerate(recipes.names())}
+    order = {name: place for place, name in enumerate(recipes.RECIPES)}
     merged = {(row["recipe"]["name"], row["seed"]): row for row in [*old, *rows]}
     kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
     jsonl.write(file, kept)

@@ -56,7 +56,7 @@ def test_every_name_is_its_recipes():
     assert len(ALL) > 400
     assert all(name == recipe.name and name.startswith(recipe.table + ".") for name, recipe in recipes.RECIPES.items())
     assert len({(r.table, r.key, r.sparsity, r.config.optimizer) for r in ALL}) == len(ALL)
-    assert recipes.names("official") == [
+    assert [recipe.name for recipe in recipes.of_table("official")] == [
         f"official.{row}.{optimizer}"
         for row in ("mest-em-0.95", "mest-em-0.98", "mest-ems-0.98")
         for optimizer in ("sgd", "s2sam")

@@ -51,11 +51,6 @@ def get(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def names(prefix: str = "") -> list[str]:
-    """All names that begin so, table by table."""
-    return [name for name in RECIPES if name.startswith(prefix)]
-
-
 def of_table(table: str) -> list[Recipe]:
     """The rows of one table.
 

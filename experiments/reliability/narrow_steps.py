@@ -29,9 +29,9 @@ class Arguments:
 
 
 def combinations(names: tuple[str, ...] = ()) -> dict[Key, str]:
-    """The first recipe of each combination."""
+    """The first recipe of each combination, among these or all."""
     found: dict[Key, str] = {}
-    for name in names or recipes.names():
+    for name in names or recipes.RECIPES:
         config = recipes.get(name).config
         found.setdefault((config.model, config.method, config.optimizer), name)
     return found
