@@ -17,7 +17,6 @@ from experiments.config import Config
 from experiments.tasks import images
 from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, sam, sparsify, ssam
 
-RARELY = Every(1_000_000, 1_000_000, 10_000_000)  # mask updates are timed apart
 SHARPNESS = {
     "sgd": optax.identity,
     "s2sam": partial(s2sam, 0.05),
@@ -27,9 +26,9 @@ SHARPNESS = {
 }
 
 
-def optimizer(name: str, *, sparse: bool = True, when: Every = RARELY) -> optax.GradientTransformationExtraArgs:
+def optimizer(name: str, *, sparse: bool = True, when: Every = masks.RARELY) -> optax.GradientTransformationExtraArgs:
     """Momentum SGD with decay behind a sharpness transform, under RigL-ERK at 90 % if sparse."""
-    chain = optax.chain(SHARPNESS[name](), optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
+    chain = optax.chain(SHARPNESS[name](), masks.sgd())
     return sparsify(chain, methods.rigl(), sparsity=0.9, distribution="erk", when=when) if sparse else chain
 
 

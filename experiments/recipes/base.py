@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments import flops
 from experiments.config import Config, OptimizerName
@@ -11,6 +11,7 @@ from experiments.config import Config, OptimizerName
 S2SAM = "S2-SAM (Ji et al., NeurIPS 2024)"
 REBUTTAL = "S2-SAM (Ji et al., NeurIPS 2024), authors' rebuttal"
 SSAM = "SSAM (Mi et al., NeurIPS 2022)"
+OURS: dict[str, Any] = {"paper": "none: ours", "known": "Nothing: the comparison is ours."}  # a row that no paper has
 
 LABELS = {
     "sgd": "SGD", "sam": "SAM", "asam": "ASAM", "ssam-f": "SSAM-F", "ssam-d": "SSAM-D", "s2sam": "S2-SAM",
@@ -137,9 +138,8 @@ def by_radius(
             row,
             config,
             Printed(),
-            known="Nothing: the comparison is ours.",
             unknown=unknown,
-            paper="none: ours",
+            **OURS,
         )
         baseline = None if plain else f"{table}.{stem}-sgd"
         yield dataclasses.replace(found, name=f"{table}.{key}", row=row, baseline=baseline)
