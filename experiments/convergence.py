@@ -8,22 +8,17 @@ Runs what is missing in the rows file, and rewrites page and figure beside it fr
 import dataclasses
 import inspect
 import itertools
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.progress import track
 
 from experiments import cli, files, jsonl, missing, nonconvex, pages, runs, stability
-from experiments.figures.style import COLOURS, GREY, MARKERS
-
-Row = dict[str, Any]
-FIGURES = ("gap", "excess", "distance")
+from experiments.figures.convergence import RISKS, draw_bounds, label
+from experiments.record import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +91,6 @@ def slope(steps: Any, values: Any) -> float:
     return float(np.polyfit(np.log(steps), np.log(values), 1)[0])
 
 
-def label(row: Row) -> str:
-    return row["of"] if row["of"] == "sgd" else f"{row['of']}, ρ₀ = {row['rho']:g}"
-
-
 def gradient_table(rows: list[Row]) -> str:
     """Measured means, and the largest share of a bound that is used up."""
     steps = rows[0]["steps"]
@@ -123,9 +114,7 @@ def risk_table(rows: list[Row]) -> str:
     """Measured means beside their bounds."""
     lines = []
     for row in rows:
-        pairs = [
-            (f"{row['mean'][name]:.4f} ± {row['error'][name]:.4f}", f"{row['bound'][name]:.3f}") for name in FIGURES
-        ]
+        pairs = [(f"{row['mean'][name]:.4f} ± {row['error'][name]:.4f}", f"{row['bound'][name]:.3f}") for name in RISKS]
         lines.append([f"{row['rho']:g}", str(row["of"]), *itertools.chain(*pairs)])
     header = "ρ₀", "n", "F − F_S at w̄", "bound", "F(w̄) − F(w°)", "bound", "distance of w̄, w̄'", "bound"
     return pages.table(header, lines)
@@ -136,7 +125,7 @@ def page(rows: list[Row], name: str) -> str:
     found = [row for row in rows if row["part"] == "gradients"]
     risk = [row for row in rows if row["part"] == "risk"]
     kept = all(np.all(np.less_equal(row["mean"], row["bound"])) for row in found)
-    kept &= all(row["mean"][field] <= row["bound"][field] for row in risk for field in FIGURES)
+    kept &= all(row["mean"][field] <= row["bound"][field] for row in risk for field in RISKS)
     curvatures = [value for row in found for value in row["curvature_last"]]
     apart = max(np.max(np.abs(np.divide(row["mean"], found[0]["mean"]) - 1)) for row in found)
     steps = found[0]["steps"][-3:]
@@ -188,42 +177,11 @@ def _speed(slopes: list[float]) -> str:
     return "slower than −1/2, within the logarithm." if min(slopes) > -0.5 else "on both sides of −1/2."
 
 
-def draw(rows: list[Row], file: Path) -> None:
-    """Gradients against steps, and risks against examples, each below its dashed bound."""
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    found = [row for row in rows if row["part"] == "gradients"]
-    largest = max(row["rho"] for row in found)
-    shown = [row for row in found if row["rho"] in (0.0, largest)]
-    for row, colour, marker in zip(shown, cycle(COLOURS), cycle(MARKERS)):
-        panels[0].loglog(row["steps"], row["mean"], marker + "-", color=colour, markersize=3, label=label(row))
-    panels[0].loglog(shown[-1]["steps"], shown[-1]["bound"], "--", color=GREY, label=f"bound, ρ₀ = {largest:g}")
-    _finish(panels[0], "Mean squared gradient, non-convex", "T", "mean of |∇f|² over T steps")
-    risk = [row for row in rows if row["part"] == "risk"]
-    largest = max(row["rho"] for row in risk)
-    mine = [row for row in risk if row["rho"] == largest]
-    sizes, names = [row["of"] for row in mine], ("F − F_S at w̄", "F(w̄) − F(w°)", "|w̄ − w̄'|")
-    for field, name, colour, style in zip(FIGURES, names, COLOURS, ("--", "--", ":"), strict=False):
-        values, errors = ([row[kind][field] for row in mine] for kind in ("mean", "error"))
-        panels[1].errorbar(sizes, values, yerr=errors, color=colour, marker="o", markersize=3, label=name)
-        panels[1].plot(sizes, [row["bound"][field] for row in mine], style, color=colour, label=f"bound on {name}")
-    panels[1].set(xscale="log", yscale="log")
-    _finish(panels[1], f"S2-SAM on logistic regression, ρ₀ = {largest:g}", "training examples n", "")
-    figure.savefig(file, dpi=120)
-
-
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.legend(frameon=False, fontsize=7)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def write(file: Path) -> None:
     """Page and figure, from the rows alone."""
     rows = jsonl.read(file)
     files.write_text(file.with_suffix(".md"), page(rows, file.name))
-    draw(rows, file.with_suffix(".png"))
+    draw_bounds(rows, file.with_suffix(".png"))
 
 
 @cli.command
