@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -35,13 +34,13 @@ class Arguments:
     rounds: int = 7
     jaxpruner: Path | None = None  # A checkout of google-research/jaxpruner to be measured beside.
     official: Path | None = None  # A checkout of the released S2-SAM code; needs PyTorch.
-    out: Path = Path("experiments/results")  # Folder of bench_DEVICE.jsonl and the growth curve.
+    out: Path = jsonl.RESULTS  # Folder of bench_DEVICE.jsonl and the growth curve.
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> None:
+@cli.command
+def main(arguments: Arguments) -> None:
     """The command line."""
-    console, arguments = Console(), tyro.cli(Arguments, args=argv)
+    console = Console()
     config = Config(dataset="cifar10", model="resnet32", width=arguments.width, batch_size=arguments.batch_size)
     everything = _sections(arguments, config, console)
     provenance = runs.provenance(config) | {"bench": {"rounds": arguments.rounds}}

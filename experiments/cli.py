@@ -1,31 +1,53 @@
-"""What the command lines share: how a user's mistake ends, and where compiled programs are kept."""
+"""What the command lines share: their ``main``, how a user's mistake ends, and where compiled programs are kept."""
 
 import contextlib
+import functools
 import linecache
 import sys
+import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
 
 import jax
+import tyro
+from jax.experimental import checkify
 
+Result = TypeVar("Result")
+COMPILED = Path("runs/compiled")  # Where commands keep compiled programs, unless told otherwise.
 PACKAGES = ("s2sam_jax", "experiments", "__main__")
+
+
+def command(main: Callable[[Any], Result]) -> Callable[..., Result]:
+    """Makes a command of a function of ``arguments: Arguments``, whose fields are its options.
+
+    It is called with a list of words, or with nothing for those of the process.
+    """
+    kind = get_type_hints(main)["arguments"]
+
+    @functools.wraps(main)
+    @one_line()
+    def of_words(argv: Sequence[str] | None = None) -> Result:
+        return main(tyro.cli(kind, args=argv))
+
+    return of_words
 
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """Ends a mistake of the user in its message and exit code 1; what nobody foresaw keeps its traceback.
 
-    A mistake is a file that cannot be opened, or an error that our own code raises, rather than a library that it
-    calls. Ctrl-C ends in a line too, with exit code 130 as shells have it.
+    A mistake is a file that cannot be opened, a fault that ``checked`` finds, or an error that our own code raises,
+    rather than a library that it calls. Ctrl-C ends in a line too, with exit code 130 as shells have it.
     """
     try:
         yield
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    except (OSError, checkify.JaxRuntimeError) as error:
+        sys.exit(f"error: {textwrap.shorten(str(error), 1000)}")
     except (ValueError, TypeError, FloatingPointError) as error:
         if not _raised_by_us(error):
             raise

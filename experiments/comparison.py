@@ -8,6 +8,7 @@ from typing import NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from experiments import pages
 from experiments.record import Row
 from experiments.spread import MISSING, figure, gains, interval, mean
 
@@ -118,7 +119,7 @@ def terminal(lines: Sequence[Line], title: str) -> Table:
 
 def markdown(lines: Sequence[Line]) -> str:
     header, *body = _cells(lines)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ("---",) * len(header), *body])
+    return pages.table(header, body, rule=" --- ")
 
 
 def comma_separated(lines: Iterable[Line]) -> str:

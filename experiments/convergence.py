@@ -7,24 +7,18 @@ Runs what is missing in the rows file, and rewrites page and figure beside it fr
 
 import dataclasses
 import inspect
-from itertools import cycle
+import itertools
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.progress import track
 
-from experiments import cli, files, jsonl, missing, nonconvex, runs, stability
-from experiments.config import Config
-from experiments.figures.style import COLOURS, GREY, MARKERS
-
-Row = dict[str, Any]
-FIGURES = ("gap", "excess", "distance")
+from experiments import cli, files, jsonl, missing, nonconvex, pages, runs, stability
+from experiments.figures.convergence import RISKS, draw_bounds, label
+from experiments.record import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +76,14 @@ def run(arguments: Arguments) -> None:
     wanted |= {("risk", n, rho): {"sets": arguments.sets} for rho in arguments.risk_radii for n in arguments.sizes}
     rows = jsonl.read(arguments.rows, ("part", "of", "rho"))
     have = {(row["part"], row["of"], row["rho"]): row | {"last_step": row.get("steps", [0])[-1]} for row in rows}
-    provenance = runs.provenance(Config())
-    provenance = {name: provenance[name] for name in ("device", "xla_flags", "versions", "commit")}
+    environment = runs.environment()
     for part, of, rho in track(missing.of(arguments.rows, have, wanted), description="runs"):
         row = {"part": part, "of": of, "rho": rho}
         if part == "gradients":
             row |= gradients(str(of), rho, arguments.steps, arguments.seeds)
         else:
             row |= risks(int(of), rho, arguments.sets)
-        jsonl.append(arguments.rows, row | provenance)
+        jsonl.append(arguments.rows, row | environment)
 
 
 def slope(steps: Any, values: Any) -> float:
@@ -98,44 +91,33 @@ def slope(steps: Any, values: Any) -> float:
     return float(np.polyfit(np.log(steps), np.log(values), 1)[0])
 
 
-def label(row: Row) -> str:
-    return row["of"] if row["of"] == "sgd" else f"{row['of']}, ρ₀ = {row['rho']:g}"
-
-
 def gradient_table(rows: list[Row]) -> str:
     """Measured means, and the largest share of a bound that is used up."""
     steps = rows[0]["steps"]
     shown = [index for index, count in enumerate(steps) if np.log10(count) % 1 == 0]
-    lines = [
-        f"| optimizer | {' | '.join(f'T = {steps[i]:,}' for i in shown)} | slope | largest measured / bound "
-        "| / the paper's |",
-        "|---" * (len(shown) + 4) + "|",
-    ]
+    header = ["optimizer", *(f"T = {steps[i]:,}" for i in shown), "slope", "largest measured / bound", "/ the paper's"]
+    lines = []
     for row in rows:
-        values = " | ".join(f"{row['mean'][i]:.2e} ± {row['error'][i]:.0e}" for i in shown)
+        values = [f"{row['mean'][i]:.2e} ± {row['error'][i]:.0e}" for i in shown]
         ours, theirs = (np.max(np.divide(row["mean"], row[bound])) for bound in ("bound", "paper_bound"))
         paper = f"{theirs:.3f}" if row["rho"] <= nonconvex.LARGEST_GRADIENT * nonconvex.RATE / 2 else "–"
         last = slope(steps[-3:], row["mean"][-3:])
-        lines.append(f"| {label(row)} | {values} | {last:.2f} | {ours:.3f} | {paper} |")
+        lines.append([label(row), *values, f"{last:.2f}", f"{ours:.3f}", paper])
     for rho in dict.fromkeys(row["rho"] for row in rows):
         bound = next(row["bound"] for row in rows if row["rho"] == rho)
-        values = " | ".join(f"{bound[i]:.2e}" for i in shown)
-        lines.append(f"| *bound, ρ₀ = {rho:g}* | {values} | {slope(steps[-3:], bound[-3:]):.2f} | | |")
-    return "\n".join(lines)
+        values = [f"{bound[i]:.2e}" for i in shown]
+        lines.append([f"*bound, ρ₀ = {rho:g}*", *values, f"{slope(steps[-3:], bound[-3:]):.2f}", "", ""])
+    return pages.table(header, lines)
 
 
 def risk_table(rows: list[Row]) -> str:
     """Measured means beside their bounds."""
-    lines = [
-        "| ρ₀ | n | F − F_S at w̄ | bound | F(w̄) − F(w°) | bound | distance of w̄, w̄' | bound |",
-        "|---" * 8 + "|",
-    ]
+    lines = []
     for row in rows:
-        pairs = " | ".join(
-            f"{row['mean'][name]:.4f} ± {row['error'][name]:.4f} | {row['bound'][name]:.3f}" for name in FIGURES
-        )
-        lines.append(f"| {row['rho']:g} | {row['of']} | {pairs} |")
-    return "\n".join(lines)
+        pairs = [(f"{row['mean'][name]:.4f} ± {row['error'][name]:.4f}", f"{row['bound'][name]:.3f}") for name in RISKS]
+        lines.append([f"{row['rho']:g}", str(row["of"]), *itertools.chain(*pairs)])
+    header = "ρ₀", "n", "F − F_S at w̄", "bound", "F(w̄) − F(w°)", "bound", "distance of w̄, w̄'", "bound"
+    return pages.table(header, lines)
 
 
 def page(rows: list[Row], name: str) -> str:
@@ -143,15 +125,15 @@ def page(rows: list[Row], name: str) -> str:
     found = [row for row in rows if row["part"] == "gradients"]
     risk = [row for row in rows if row["part"] == "risk"]
     kept = all(np.all(np.less_equal(row["mean"], row["bound"])) for row in found)
-    kept &= all(row["mean"][field] <= row["bound"][field] for row in risk for field in FIGURES)
+    kept &= all(row["mean"][field] <= row["bound"][field] for row in risk for field in RISKS)
     curvatures = [value for row in found for value in row["curvature_last"]]
     apart = max(np.max(np.abs(np.divide(row["mean"], found[0]["mean"]) - 1)) for row in found)
     steps = found[0]["steps"][-3:]
     slopes = [slope(steps, row["mean"][-3:]) for row in found]
     return f"""# Bounds with known constants, and what is measured
 
-{"Every measured mean is below its bound." if kept else "**A measured mean is above its bound.**"} Device: \
-{", ".join(sorted({row["device"] for row in rows}))}. Made by `python -m experiments.convergence` from `{name}`.
+{"Every measured mean is below its bound." if kept else "**A measured mean is above its bound.**"} \
+{pages.source(rows, "convergence", name)}.
 
 ![measured means and bounds]({Path(name).with_suffix(".png")})
 
@@ -195,49 +177,18 @@ def _speed(slopes: list[float]) -> str:
     return "slower than −1/2, within the logarithm." if min(slopes) > -0.5 else "on both sides of −1/2."
 
 
-def draw(rows: list[Row], file: Path) -> None:
-    """Gradients against steps, and risks against examples, each below its dashed bound."""
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    found = [row for row in rows if row["part"] == "gradients"]
-    largest = max(row["rho"] for row in found)
-    shown = [row for row in found if row["rho"] in (0.0, largest)]
-    for row, colour, marker in zip(shown, cycle(COLOURS), cycle(MARKERS)):
-        panels[0].loglog(row["steps"], row["mean"], marker + "-", color=colour, markersize=3, label=label(row))
-    panels[0].loglog(shown[-1]["steps"], shown[-1]["bound"], "--", color=GREY, label=f"bound, ρ₀ = {largest:g}")
-    _finish(panels[0], "Mean squared gradient, non-convex", "T", "mean of |∇f|² over T steps")
-    risk = [row for row in rows if row["part"] == "risk"]
-    largest = max(row["rho"] for row in risk)
-    mine = [row for row in risk if row["rho"] == largest]
-    sizes, names = [row["of"] for row in mine], ("F − F_S at w̄", "F(w̄) − F(w°)", "|w̄ − w̄'|")
-    for field, name, colour, style in zip(FIGURES, names, COLOURS, ("--", "--", ":"), strict=False):
-        values, errors = ([row[kind][field] for row in mine] for kind in ("mean", "error"))
-        panels[1].errorbar(sizes, values, yerr=errors, color=colour, marker="o", markersize=3, label=name)
-        panels[1].plot(sizes, [row["bound"][field] for row in mine], style, color=colour, label=f"bound on {name}")
-    panels[1].set(xscale="log", yscale="log")
-    _finish(panels[1], f"S2-SAM on logistic regression, ρ₀ = {largest:g}", "training examples n", "")
-    figure.savefig(file, dpi=120)
-
-
-def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.legend(frameon=False, fontsize=7)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def write(file: Path) -> None:
     """Page and figure, from the rows alone."""
     rows = jsonl.read(file)
     files.write_text(file.with_suffix(".md"), page(rows, file.name))
-    draw(rows, file.with_suffix(".png"))
+    draw_bounds(rows, file.with_suffix(".png"))
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     run(arguments)
     write(arguments.rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

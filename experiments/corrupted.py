@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-from experiments import cli, data, files, jsonl, runs, spread, tasks
+from experiments import cli, data, files, jsonl, pages, runs, spread, tasks
 from experiments.config import Config, choices, differing
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
@@ -103,7 +103,7 @@ def table(rows: list[Row]) -> str:
     """Means over seeds in per cent; gains over SGD are paired by seed, with their 95 % interval."""
     names = list(accuracies(rows[0]))
     header = ["optimizer", "seeds", *names, "gain, clean", "gain, corrupted", "pairs"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     by_optimizer: dict[str, dict[int, dict[str, float]]] = {}
     for row in rows:
         by_optimizer.setdefault(row["optimizer"], {})[row["seed"]] = accuracies(row)
@@ -114,7 +114,7 @@ def table(rows: list[Row]) -> str:
         means = [f"{np.mean([figures[name] for figures in mine.values()]):.1f}" for name in names]
         shown = [spread.with_interval(differences) for differences in gains]
         lines.append([LABELS[optimizer], str(len(mine)), *means, *shown, str(len(gains[0]))])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return pages.table(header, lines, rule=" --- ")
 
 
 def accuracies(row: Row) -> dict[str, float]:
@@ -139,17 +139,16 @@ def write(file: Path) -> None:
         f"first {first['examples']} test images, clean and under {len(first['by_corruption'])} corruptions at 5 "
         f"severities, computed here; missing: {', '.join(first['missing'])}. Means over seeds; gains over SGD "
         f"are paired by seed, with their 95 % interval.\n\n{table(rows)}\n\n"
-        f"Device: {', '.join(sorted({row['device'] for row in rows}))}. Made by `python -m experiments.corrupted` from "
-        f"`{file.name}`, which holds config, versions and commit of each row.\n"
+        f"{pages.source(rows, 'corrupted', file.name)}, which holds config, versions and commit of each row.\n"
     )
     files.write_text(file.with_suffix(".md"), page)
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     run(arguments)
     write(arguments.rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

@@ -120,9 +120,8 @@ def _read(file: Path, fields: Sequence[str]) -> list[Row]:
     return jsonl.read(file, fields)
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> Path:
-    arguments = tyro.cli(Arguments, args=argv)
+@cli.command
+def main(arguments: Arguments) -> Path:
     file = run(arguments)
     Console().print(f"File: {file}", soft_wrap=True)
     return file

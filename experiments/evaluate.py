@@ -36,9 +36,8 @@ def evaluate(arguments: Arguments, console: Console) -> tuple[float, float]:
     return accuracy, sparsity
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> tuple[float, float]:
-    arguments = tyro.cli(Arguments, args=argv)
+@cli.command
+def main(arguments: Arguments) -> tuple[float, float]:
     return evaluate(arguments, Console())
 
 

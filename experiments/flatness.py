@@ -12,10 +12,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.progress import track
 
-from experiments import cli, files, jsonl, loop, missing, runs, solution, spectrum, spread, surface, sweep, tasks
+from experiments import cli, files, jsonl, loop, missing, pages, runs, solution, spectrum, spread, surface, sweep, tasks
 from experiments.config import Config, OptimizerName
 from experiments.figures import landscapes
 from experiments.record import Last, Row
@@ -44,7 +43,7 @@ class Arguments:
     steps: int = 30  # Of Lanczos.
     samples: int = 10  # For the trace.
     rows: Path = jsonl.RESULTS / "flatness_digits.jsonl"
-    cache: Path = Path("runs/compiled")  # Compiled programs: the seeds of a cell share them.
+    cache: Path = cli.COMPILED  # Compiled programs: the seeds of a cell share them.
 
 
 def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int) -> Config:
@@ -142,7 +141,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "trace": ("trace", 1.0),
         "SAM's sharpness": ("sam_sharpness", 1.0),
     }
-    lines = [f"| method | zeros (%) | optimizer | {' | '.join(columns)} | seeds |", "|---" * (len(columns) + 4) + "|"]
+    lines = []
     for (method, sparsity, optimizer), mine in _by_cell(rows).items():
         cells = [
             spread.figure(
@@ -152,8 +151,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
             for field, scale in columns.values()
         ]
-        lines.append(f"| {method} | {100 * sparsity:g} | {optimizer} | {' | '.join(cells)} | {len(mine)} |")
-    return "\n".join(lines)
+        lines.append([method, f"{100 * sparsity:g}", optimizer, *cells, str(len(mine))])
+    return pages.table(["method", "zeros (%)", "optimizer", *columns, "seeds"], lines)
 
 
 def claims(rows: list[dict[str, Any]]) -> str:
@@ -203,8 +202,7 @@ def write(file: Path) -> None:
         f"mode. Ra: {first['n']} x {first['n']} points, from -{first['span']:g} to {first['span']:g} filter norms "
         "along two random directions, those of one seed for all. Eigenvalues of the Hessian of the live weights: "
         f"{first['steps']} Lanczos steps. Mean ± standard deviation over seeds.\n\n"
-        f"Device: {', '.join(sorted({row['device'] for row in rows}))}. Made by `python -m experiments.flatness` from "
-        f"`{file.name}`, which holds config, versions and commit of each run.\n\n"
+        f"{pages.source(rows, 'flatness', file.name)}, which holds config, versions and commit of each run.\n\n"
     )
     files.write_text(file.with_suffix(".md"), f"{head}{claims(rows)}\n\n{table(rows)}\n")
     for field, label, title, scale, logarithmic in FIGURES:
@@ -212,7 +210,7 @@ def write(file: Path) -> None:
         landscapes.draw_against_sparsity(rows, field, label, title, figure, scale=scale, logarithmic=logarithmic)
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     cli.keep_compiled(arguments.cache)
     run(arguments)
@@ -220,4 +218,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

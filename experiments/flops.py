@@ -34,14 +34,12 @@ class Entry(NamedTuple):
       unit: of its figures: "FLOP", or copies of the parameters.
       dense: of the dense network, trained with SGD.
       sparse: of this run, if zeros cost nothing.
-      small: of the network without its removed channels; None where there is none.
     """
 
     name: str
     unit: str
     dense: float
     sparse: float
-    small: float | None = None
 
 
 def ledger(
@@ -50,7 +48,6 @@ def ledger(
     steps_per_epoch: int,
     *,
     masks: Any = None,
-    small: Network | None = None,
     sparsities: Sequence[float] | None = None,
 ) -> list[Entry]:
     """Every layer, and then the sums: ``FORWARD``, ``TRAINING``, ``RUN`` and ``STATE``.
@@ -64,13 +61,11 @@ def ledger(
       network: its network; shapes will do.
       steps_per_epoch: of the run.
       masks: at its end; default: as sparse as planned.
-      small: the network without its removed channels, by :func:`s2sam_jax.materialize`.
       sparsities: after each epoch, for the methods whose density is not known beforehand, chex and chase; their
         training has NaN without them.
     """
     layers = layer_flops(*_forward(config, network))
     sparse = _planned_flops(config, network, layers) if masks is None else masked_flops(layers, masks)
-    smaller = {} if small is None else layer_flops(*_forward(config, small))
     f_dense, f_sparse = sum(layers.values()), sum(sparse.values())
     share = pruned_share(config, steps_per_epoch, network.groups, sparsities)
     training = math.nan
@@ -85,8 +80,8 @@ def ledger(
     plain = dataclasses.replace(config, method="dense", optimizer="sgd")
     copies = [_state_copies(each, network, steps_per_epoch) for each in (plain, config)]
     return [
-        *(Entry(path, "FLOP", flops, sparse[path], smaller.get(path)) for path, flops in layers.items()),
-        Entry(FORWARD, "FLOP", f_dense, f_sparse, sum(smaller.values()) if smaller else None),
+        *(Entry(path, "FLOP", flops, sparse[path]) for path, flops in layers.items()),
+        Entry(FORWARD, "FLOP", f_dense, f_sparse),
         Entry(TRAINING, "FLOP", 3 * f_dense, training),
         Entry(RUN, "FLOP", 3 * f_dense * samples, training * samples),
         Entry(STATE, "copies", *copies),
@@ -96,17 +91,13 @@ def ledger(
 def table(entries: Sequence[Entry], *, layers: bool = False) -> Table:
     """The sums, and with ``layers`` every layer before them."""
     shown = entries if layers else entries[-4:]
-    with_small = any(entry.small is not None for entry in entries)
     result = Table(title="FLOPs, if zeros cost nothing", title_justify="left", box=SIMPLE_HEAD)
     result.add_column("", no_wrap=True)
-    for column in ("dense SGD", "this run", "ratio", *(["materialized"] if with_small else [])):
+    for column in ("dense SGD", "this run", "ratio"):
         result.add_column(column, justify="right")
     for entry in shown:
         ratio = f"{entry.sparse / entry.dense:.4f}" if entry.dense and not math.isnan(entry.sparse) else ""
-        figures = [_figure(entry.dense, entry.unit), _figure(entry.sparse, entry.unit), ratio]
-        if with_small:
-            figures.append("" if entry.small is None else _figure(entry.small, entry.unit))
-        result.add_row(entry.name, *figures)
+        result.add_row(entry.name, _figure(entry.dense, entry.unit), _figure(entry.sparse, entry.unit), ratio)
     return result
 
 

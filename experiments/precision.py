@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from rich.progress import track
 
-from experiments import cli, files, jsonl, loop, missing, runs, solution, sweep, tasks
+from experiments import cli, files, jsonl, loop, missing, pages, runs, solution, sweep, tasks
 from experiments.config import Config
 from experiments.record import Last, Row
 from experiments.solution import Solution
@@ -45,7 +44,7 @@ class Arguments:
     examples: int = 256  # Training images that gradients are the mean of.
     draws: int = 4  # Of rounding at random.
     rows: Path = jsonl.RESULTS / "precision.jsonl"
-    cache: Path = Path("runs/compiled")
+    cache: Path = cli.COMPILED
 
 
 def with_radius(opt_state: Any, rho: float) -> Any:
@@ -164,18 +163,15 @@ def run(arguments: Arguments) -> None:
 
 def table(rows: list[Row]) -> str:
     """Means over networks."""
-    lines = [
-        f"| weights in | products in | rounding | ρ | {' | '.join(COLUMNS)} |",
-        "|---" * (4 + len(COLUMNS)) + "|",
-    ]
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         where = row["dtype"] if row["stored"] == "format" else row["stored"]
         groups.setdefault((where, row["dtype"], row["rounding"], row["rho_measured"]), []).append(row)
+    lines = []
     for (stored, dtype, rounding, rho), mine in groups.items():
-        values = " | ".join(f"{statistics.mean(row[field] for row in mine):.3f}" for field in COLUMNS.values())
-        lines.append(f"| {stored} | {dtype} | {rounding} | {rho:g} | {values} |")
-    return "\n".join(lines)
+        means = [f"{statistics.mean(row[field] for row in mine):.3f}" for field in COLUMNS.values()]
+        lines.append([stored, dtype, rounding, f"{rho:g}", *means])
+    return pages.table(["weights in", "products in", "rounding", "ρ", *COLUMNS], lines)
 
 
 def found_mean(rows: list[Row], field: str, **where: Any) -> str:
@@ -224,7 +220,7 @@ would see; the rest is float32. Gradients are of the loss in evaluation mode. A 
 with {", ".join(f"d = {count:,} live weights ({method})" for method, count in live.items())}: ρ = 0.005 is to each of
 20,000 weights what 0.05 is on 2 million. Columns: ‖c(w + ε) − c(w)‖ / ρ and its cosine with ε, c being the rounding;
 cosines with what float32 gives, of the gradient at c(w + ε), and of the gradient there less that at c(w); the last one
-with changes averaged over draws. Device: {", ".join(sorted({row["device"] for row in rows}))}. Made by
+with changes averaged over draws. Device: {pages.values(rows, "device")}. Made by
 `python -m experiments.precision` from `{name}`."""
     tables = [f"## {method}\n\n{table([row for row in rows if row['method'] == method])}" for method in live]
     return "\n\n".join([head, conclusion(rows), *tables])
@@ -235,7 +231,7 @@ def write(file: Path) -> None:
     files.write_text(file.with_suffix(".md"), page(jsonl.read(file), file.name) + "\n")
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     cli.keep_compiled(arguments.cache)
     run(arguments)
@@ -243,4 +239,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

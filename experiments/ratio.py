@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments import cli, solution
@@ -72,9 +71,9 @@ ANALYSIS = solution.Analysis(
 )
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> Row:
-    return ANALYSIS.run(tyro.cli(Arguments, args=argv), Console())
+@cli.command
+def main(arguments: Arguments) -> Row:
+    return ANALYSIS.run(arguments, Console())
 
 
 if __name__ == "__main__":

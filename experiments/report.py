@@ -9,8 +9,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from experiments import bench, cli, convergence, corrupted, flatness, jsonl, precision, sweep, table
 
 # What makes the pages of which rows; the first that fits.
@@ -42,7 +40,7 @@ def writer(file: Path) -> Callable[[Path], Any] | None:
     return table.write if any("scale" in row for row in rows) else None
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     files = sorted(arguments.results.glob("*.jsonl"))
     if not files:
@@ -61,4 +59,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

@@ -38,10 +38,9 @@ class Arguments:
     rows: int | None = None  # Only the first so many test images; for corruptions that are computed.
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> dict[str, object]:
+@cli.command
+def main(arguments: Arguments) -> dict[str, object]:
     """The command line; returns the summary."""
-    arguments = tyro.cli(Arguments, args=argv)
     return evaluate(arguments, Console())
 
 

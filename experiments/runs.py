@@ -175,6 +175,13 @@ def provenance(config: Config) -> dict[str, Any]:
     return {
         "config": {field: value for field, value in config.to_json().items() if field not in ("data", "out")},
         "seed": config.seed,
+        **environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What provenance says that no config decides: device, XLA flags, versions and commit."""
+    return {
         "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": {name: version(name) for name in ("jax", "optax", "flax")} | {"s2sam_jax": s2sam_jax.__version__},

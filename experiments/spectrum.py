@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 
 from experiments import cli, solution
@@ -73,9 +72,9 @@ ANALYSIS = solution.Analysis(
 )
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> Row:
-    return ANALYSIS.run(tyro.cli(Arguments, args=argv), Console())
+@cli.command
+def main(arguments: Arguments) -> Row:
+    return ANALYSIS.run(arguments, Console())
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.progress import track
 
-from experiments import cli, files, jsonl, loop, missing, runs, sparse_methods, spread, tasks
+from experiments import cli, files, jsonl, loop, missing, pages, runs, sparse_methods, spread, tasks
 from experiments.config import Config, OptimizerName
 from experiments.record import Last
 
@@ -29,7 +28,7 @@ ROUND_EPOCHS, PRUNE_FRACTION = 10, 0.4
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class Arguments:
     """Which runs, and where their rows go."""
 
     methods: tuple[str, ...] = METHODS
@@ -37,7 +36,7 @@ class Sweep:
     sparsities: tuple[float, ...] = (0.9, 0.95)
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: Path = jsonl.RESULTS / "methods_digits.jsonl"
-    cache: Path = Path("runs/compiled")  # Compiled programs: the seeds of a cell share them.
+    cache: Path = cli.COMPILED  # Compiled programs: the seeds of a cell share them.
 
 
 def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int) -> Config:
@@ -50,27 +49,31 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int)
     return dataclasses.replace(small, epochs=epochs, prune_fraction=PRUNE_FRACTION)
 
 
-def run(sweep: Sweep) -> None:
+def run(arguments: Arguments) -> None:
     """Trains what has no row yet; each row is written as soon as it is there.
 
     Raises:
       ValueError: for a method that is not sparse, and for a row of another config.
     """
-    if "dense" in sweep.methods:
+    if "dense" in arguments.methods:
         raise ValueError("The sweep is over sparse methods, at each sparsity; dense is none: leave it out.")
-    have = {cell_of(row): row for row in jsonl.read(sweep.rows, (*CELL, "config"))}
+    have = {cell_of(row): row for row in jsonl.read(arguments.rows, (*CELL, "config"))}
     cells: list[Cell] = [
-        (m, o, s, k) for m in sweep.methods for s in sweep.sparsities for o in sweep.optimizers for k in sweep.seeds
+        (method, optimizer, sparsity, seed)
+        for method in arguments.methods
+        for sparsity in arguments.sparsities
+        for optimizer in arguments.optimizers
+        for seed in arguments.seeds
     ]
     dataset = tasks.load(Config())
-    left = missing.of(sweep.rows, have, {cell: {"config": config_of(*cell)} for cell in cells})
+    left = missing.of(arguments.rows, have, {cell: {"config": config_of(*cell)} for cell in cells})
     for cell in track(left, description="runs"):
         config, last = config_of(*cell), Last()
         loop.train(config, tasks.make(config, dataset), last)
         method, optimizer, sparsity, _ = cell
         row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity}
         row |= runs.provenance(config) | last.last
-        jsonl.append(sweep.rows, row)
+        jsonl.append(arguments.rows, row)
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
@@ -88,19 +91,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         counts = row["layers"].values()
         zeros[row["method"], row["sparsity_asked"]].append(100 * sum(z for z, _ in counts) / sum(n for _, n in counts))
-    lines = [
-        "| method | sparsity asked (%) | reached (%) | SGD (%) | S2-SAM (%) | S2-SAM − SGD, paired | seeds |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = "method", "sparsity asked (%)", "reached (%)", "SGD (%)", "S2-SAM (%)", "S2-SAM − SGD, paired", "seeds"
+    lines = []
     for method, sparsity in zeros:
         sgd, s2sam = (accuracy[method, sparsity, name] for name in ("sgd", "s2sam"))
         gains = spread.gains(s2sam, sgd)
+        reached = f"{statistics.mean(zeros[method, sparsity]):.2f}"
         cells = [spread.figure(*spread.mean(values.values())) for values in (sgd, s2sam)]
-        lines.append(
-            f"| {method} | {100 * sparsity:g} | {statistics.mean(zeros[method, sparsity]):.2f} | "
-            f"{cells[0]} | {cells[1]} | {spread.figure(*spread.mean(gains), sign='+')} | {len(gains)} |"
-        )
-    return "\n".join(lines)
+        cells.append(spread.figure(*spread.mean(gains), sign="+"))
+        lines.append([method, f"{100 * sparsity:g}", reached, *cells, str(len(gains))])
+    return pages.table(header, lines)
 
 
 def write(file: Path) -> None:
@@ -113,8 +113,7 @@ def write(file: Path) -> None:
         f"quarters of training; `lottery` and `lrr`: {ROUND_EPOCHS} epochs a round, {PRUNE_FRACTION:.0%} pruned a "
         "round, so more training in all. Accuracy on the test set after the last epoch, BatchNorm statistics "
         "recalibrated for both; one image is 0.28 points. Mean ± standard deviation over seeds.\n\n"
-        f"Device: {', '.join(sorted({row['device'] for row in rows}))}; XLA flags: "
-        f"`{', '.join(sorted({row['xla_flags'] for row in rows})) or 'none'}`. Made by "
+        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags') or 'none'}`. Made by "
         f"`python -m experiments.sweep`{_beside(rows)} from `{file.name}`, which holds config, versions and commit of "
         "each run.\n\n"
     )
@@ -131,12 +130,12 @@ def _beside(rows: list[dict[str, Any]]) -> str:
     return "".join(f" and {words}" for words in said)
 
 
-@cli.one_line()
-def main(sweep: Sweep) -> None:
-    cli.keep_compiled(sweep.cache)
-    run(sweep)
-    write(sweep.rows)
+@cli.command
+def main(arguments: Arguments) -> None:
+    cli.keep_compiled(arguments.cache)
+    run(arguments)
+    write(arguments.rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Sweep))
+    main()

@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, comparison, files, jsonl, missing, recipes, runs, train, tune
+from experiments import cli, comparison, files, jsonl, missing, pages, recipes, runs, train, tune
 from experiments.config import Config, OptimizerName
 from experiments.figures import tables
 from experiments.recipes import Recipe
@@ -151,7 +151,7 @@ def _difference(value: float | None, baseline: float | None) -> float | None:
 def store(rows: list[Row], file: Path) -> list[Row]:
     """Adds rows to the file, in place of older ones of the same recipe and seed; returns all, in the table's order."""
     old = jsonl.read(file)
-    order = {name: place for place, name in enumerate(recipes.names())}
+    order = {name: place for place, name in enumerate(recipes.RECIPES)}
     merged = {(row["recipe"]["name"], row["seed"]): row for row in [*old, *rows]}
     kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
     jsonl.write(file, kept)
@@ -182,14 +182,14 @@ def _head(rows: list[Row], file: Path) -> str:
     configs, versions = [row["config"] for row in rows], {json.dumps(row["versions"]) for row in rows}
     fields = ["model", "width", "subset", "epochs", "batch_size"]
     fields += ["label_noise"] if any(config.get("label_noise") for config in configs) else []
-    size = ", ".join(f"{field} {_all(configs, field)}" for field in fields)
+    size = ", ".join(f"{field} {pages.values(configs, field)}" for field in fields)
     has_best = any(row.get("best") is not None for row in rows)
     best = f" {BEST}" if has_best else ""
     small = "" if scale == "full" else " That is smaller than the paper's, so that the figures cannot be compared."
     return (
         f"Ours: {size} (None is the model's own, or all).{small} After the last epoch, BatchNorm recalibrated; mean ± "
         f"standard deviation over seeds. Gains are over {_baselines(rows)}; ours are paired by seed.{best}\n\n"
-        f"Device: {_all(rows, 'device')}; XLA flags: `{_all(rows, 'xla_flags') or 'none'}`; "
+        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags') or 'none'}`; "
         f"versions: {', '.join(sorted(versions))}. {_effort(rows)}"
         f"Made by `python -m experiments.table {table} --scale {scale}{_tuned(rows)}` from `{file.name}`, which holds "
         "config, versions and commit of each run."
@@ -217,14 +217,10 @@ def _effort(rows: list[Row]) -> str:
     return f"{len(rows)} runs, {hours:.1f} hours in all; commits {', '.join(commits)}. "
 
 
-def _all(rows: list[dict[str, Any]], field: str) -> str:
-    return ", ".join(sorted({str(row[field]) for row in rows}))
-
-
-@cli.one_line()
-def main(argv: list[str] | None = None) -> None:
+@cli.command
+def main(arguments: Arguments) -> None:
     """The command line."""
-    arguments, console = tyro.cli(Arguments, args=argv), Console()
+    console = Console()
     cli.keep_compiled(arguments.out / "compiled")
     run(arguments)
     file = rows_file(arguments)

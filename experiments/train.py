@@ -5,15 +5,12 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import tyro
-from jax.experimental.checkify import JaxRuntimeError
 from rich.console import Console
 from rich.table import Table
 
@@ -218,7 +215,7 @@ def _recipe(argv: list[str] | None) -> tuple["recipes.Recipe | None", list[str]]
     return None if known.recipe is None else recipes.get(known.recipe), rest
 
 
-@cli.one_line()
+@cli.one_line()  # and no cli.command, as --recipe is read first
 def main(argv: list[str] | None = None) -> dict[str, Path]:
     """The command line; returns the folders of the runs, by optimizer."""
     recipe, argv = _recipe(argv)
@@ -235,9 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, Path]:
         console.print(recipes.describe(recipe), soft_wrap=True)
     try:
         return train(arguments, console)
-    except (OSError, JaxRuntimeError) as error:
-        sys.exit(f"error: {textwrap.shorten(str(error), 1000)}")
-    except jax.errors.JaxRuntimeError as error:  # of the runtime; that above is of checkify
+    except jax.errors.JaxRuntimeError as error:  # of the runtime; checkify has another of that name
         if jax.process_count() == 1:
             raise
         sharding.leave(error)

@@ -35,7 +35,7 @@ class Arguments:
     seed: int = 0
     data: Path | None = None  # As in experiments.train.
     rows: Path | None = None  # Default: TABLE_SCALE_tuning.jsonl among the results.
-    cache: Path = Path("runs/compiled")
+    cache: Path = cli.COMPILED
 
 
 def setting(recipe: Recipe) -> str:
@@ -126,10 +126,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return result
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> None:
+@cli.command
+def main(arguments: Arguments) -> None:
     """The command line."""
-    arguments = tyro.cli(Arguments, args=argv)
     file = arguments.rows or jsonl.RESULTS / f"{arguments.table}_{arguments.scale}_tuning.jsonl"
     cli.keep_compiled(arguments.cache)
     run(arguments, file)

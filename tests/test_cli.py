@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -191,7 +190,7 @@ def test_a_bad_file_does_not_keep_the_others_from_their_pages(tmp_path, capsys):
     (tmp_path / good.name).write_text(good.read_text())
     (tmp_path / "a_cpu.jsonl").write_text("no row\n")
     with pytest.raises(SystemExit, match=r"^error: no page was made from a_cpu.jsonl: .*line 1, is not a row"):
-        report.main(report.Arguments(tmp_path))
+        report.main(["--results", str(tmp_path)])
     assert capsys.readouterr().out == f"from {good.name}\n"
     assert (tmp_path / good.with_suffix(".md").name).read_text() == good.with_suffix(".md").read_text()
 
@@ -206,7 +205,7 @@ def test_a_run_without_rows_is_named(tmp_path):
 
 def test_the_sweep_is_over_sparse_methods(tmp_path):
     with pytest.raises(SystemExit, match=r"^error: .* dense is none"):
-        sweep.main(sweep.Sweep(methods=("rigl", "dense"), rows=tmp_path / "rows.jsonl"))
+        sweep.main(["--methods", "rigl", "dense", "--rows", str(tmp_path / "rows.jsonl")])
 
 
 def test_flatness_refuses_a_run_that_its_figures_could_not_tell_apart(tmp_path):
@@ -215,30 +214,53 @@ def test_flatness_refuses_a_run_that_its_figures_could_not_tell_apart(tmp_path):
     row = {"method": "rigl", "optimizer": "s2sam", "sparsity_asked": 0.9, "seed": 0, "examples": 512}
     rows = write(tmp_path / "rows.jsonl", json.dumps(row | {"config": Config().to_json()}) + "\n")
     with pytest.raises(SystemExit, match=r"(?s)^error: .*rho: 0\.05 there, 0\.2 asked for\nGive another file"):
-        flatness.main(flatness.Arguments(runs=(tmp_path / "run",), rows=pathlib.Path(rows)))
+        flatness.main(["--runs", str(tmp_path / "run"), "--rows", rows])
 
 
 @pytest.mark.parametrize(
-    ("main", "options", "message"),
+    ("command", "options", "message"),
     [
-        (convergence.main, convergence.Arguments(steps=1000), "last_step=100000, not 1000"),
-        (precision.main, precision.Arguments(draws=2), "draws=4, not 2"),
-        (precision.main, precision.Arguments(radii=(0.05,)), "radii=[0.005, 0.01, 0.05, 0.1, 0.5], not [0.05]"),
-        (precision.main, precision.Arguments(epochs=1), "epochs: 20 there, 1 asked for"),
-        (flatness.main, flatness.Arguments(n=3, examples=64), "examples=512, not 64; n=15, not 3"),
+        (convergence, ["--steps", "1000"], "last_step=100000, not 1000"),
+        (precision, ["--draws", "2"], "draws=4, not 2"),
+        (precision, ["--radii", "0.05"], "radii=[0.005, 0.01, 0.05, 0.1, 0.5], not [0.05]"),
+        (precision, ["--epochs", "1"], "epochs: 20 there, 1 asked for"),
+        (flatness, ["--n", "3", "--examples", "64"], "examples=512, not 64; n=15, not 3"),
     ],
 )
-def test_rows_that_were_made_otherwise_are_not_passed_off_as_what_is_asked_for(main, options, message, tmp_path):
+def test_rows_that_were_made_otherwise_are_not_passed_off_as_what_is_asked_for(command, options, message, tmp_path):
     """Copies of the committed rows, on which the command without options finds nothing left to do."""
-    rows = tmp_path / options.rows.name
-    rows.write_bytes(options.rows.read_bytes())
-    here = {"cache": tmp_path / "cache"} if hasattr(options, "cache") else {}
+    committed = command.Arguments().rows
+    rows = tmp_path / committed.name
+    rows.write_bytes(committed.read_bytes())
+    here = ["--rows", str(rows), *(["--cache", str(tmp_path / "cache")] if command is not convergence else [])]
     with pytest.raises(SystemExit, match=r"^error: .* has a row of ") as stop:
-        main(dataclasses.replace(options, rows=rows, **here))
+        command.main([*options, *here])
     assert message in str(stop.value)
-    assert rows.read_bytes() == options.rows.read_bytes()
-    main(dataclasses.replace(type(options)(), rows=rows, **here))
-    assert rows.read_bytes() == options.rows.read_bytes()
+    assert rows.read_bytes() == committed.read_bytes()
+    command.main(here)
+    assert rows.read_bytes() == committed.read_bytes()
+
+
+def test_a_command_reads_its_words_and_returns_what_its_function_does(capsys):
+    @dataclasses.dataclass
+    class Arguments:
+        """Doubles."""
+
+        number: int = 2
+
+    @cli.command
+    def main(arguments: Arguments) -> int:
+        if arguments.number < 0:
+            raise OSError("no  such\nfile")
+        return 2 * arguments.number
+
+    assert (main([]), main(["--number", "5"])) == (4, 10)
+    with pytest.raises(SystemExit, match=r"^error: no such file$"):
+        main(["--number", "-1"])
+    with pytest.raises(SystemExit) as stop:
+        main(["--numbr", "5"])
+    assert stop.value.code == 2
+    assert "--numbr" in capsys.readouterr().err
 
 
 def test_stopping_is_no_error(capsys):

@@ -113,21 +113,21 @@ def test_neighbours_part_no_faster_than_the_bound_and_the_library_walks_the_same
 
 def test_page_comes_from_rows_and_says_when_a_bound_does_not_hold(tmp_path, monkeypatch):
     monkeypatch.setattr(nonconvex, "OPTIMIZERS", ("sgd", "ssam, refreshed masks", "s2sam"))
-    arguments = convergence.Arguments(
-        radii=(0.075,), steps=100, seeds=2, sizes=(10,), sets=4, risk_radii=(0.5,), rows=tmp_path / "convergence.jsonl"
-    )
-    convergence.main(arguments)
-    lines = arguments.rows.read_text().splitlines()
+    file = tmp_path / "convergence.jsonl"
+    words = "--radii 0.075 --steps 100 --seeds 2 --sizes 10 --sets 4 --risk-radii 0.5 --rows"
+    small = [*words.split(), str(file)]
+    convergence.main(small)
+    lines = file.read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["of"] for row in rows] == ["sgd", *nonconvex.OPTIMIZERS[1:], 10]
     assert all(row["steps"] == [10, 32, 100] for row in rows[:-1])
     assert len({row["mean"][-1] for row in rows[:-1]}) == len(nonconvex.OPTIMIZERS)  # none is another in disguise
-    page = arguments.rows.with_suffix(".md").read_text()
+    page = file.with_suffix(".md").read_text()
     assert "Every measured mean is below its bound." in page
     assert "| s2sam, ρ₀ = 0.075 |" in page
-    assert imread(arguments.rows.with_suffix(".png")).std() > 0.05
-    convergence.main(arguments)  # nothing is missing
-    assert arguments.rows.read_text().splitlines() == lines
+    assert imread(file.with_suffix(".png")).std() > 0.05
+    convergence.main(small)  # nothing is missing
+    assert file.read_text().splitlines() == lines
     rows[-1]["mean"]["gap"] = 10.0
     assert "A measured mean is above its bound." in convergence.page(rows, "convergence.jsonl")
     assert "1.00e+01" not in page

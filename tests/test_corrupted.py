@@ -21,7 +21,7 @@ def arguments_of(tmp_path, *folders):
 
 def test_a_row_is_what_the_whole_benchmark_finds(cifar_run, tmp_path):
     arguments = arguments_of(tmp_path, cifar_run)
-    corrupted.main(arguments)
+    corrupted.main([str(cifar_run), "--examples", str(ROWS), "--corruptions", *NAMES, "--rows", str(arguments.rows)])
     (row,) = jsonl.read(arguments.rows)
     summary = robustness.main([str(cifar_run), "--rows", str(ROWS), "--corruptions", *NAMES])
     assert {name: row[name] for name in summary} == summary

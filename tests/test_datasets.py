@@ -220,13 +220,9 @@ def test_central_crops_against_a_computation_by_hand(tfds_folder, pictures):
     assert (grey == grey[..., :1]).all()
 
 
-def test_missing_data_says_how_to_prepare_it(tfds_folder, tmp_path):
+def test_missing_data_says_how_to_prepare_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no prepared imagenet2012 in .*tfds.data_source\('imagenet2012'"):
-        imagenet.train_stream(2, tmp_path)
-    with pytest.raises(ValueError, match=r"words is no image classification: its records lack \['image', 'label'\]"):
-        imagenet.train_stream(1, tfds_folder, name="words")
-    with pytest.raises(ValueError, match="Unknown split 'test'"):
-        imagenet.evaluation(1, tfds_folder, split="test")
+        imagenet.train_stream(2, tmp_path, image_size=224)
 
 
 # Corruptions
@@ -351,8 +347,6 @@ def test_corruptions_prepared_by_tfds(name, side, glass, tmp_path, monkeypatch):
     np.testing.assert_array_equal(labels, [0, 1, -1, -1])
     offset = (side - 32) // 2
     np.testing.assert_array_equal(images[:2], pixels[:, 4:36, offset : offset + 32])
-    with pytest.raises(ValueError, match="Unknown data set 'cifar10'; there are cifar10_corrupted"):
-        corruptions.from_tfds("cifar10", 4, tmp_path, image_size=32)
 
 
 # WMT

@@ -52,8 +52,10 @@ def test_rows_count_and_go_on(monkeypatch, tmp_path):
     monkeypatch.setattr(fuzz, "run", run)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     for count in (4, 6):
-        fuzz.main(fuzz.Arguments(count=count, chunk=3, rows=tmp_path / "rows"))
+        fuzz.main(["--count", str(count), "--chunk", "3", "--rows", str(tmp_path / "rows")])
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [(row["first"], row["cases"], row["passed"]) for row in rows] == [(0, 3, 1), (3, 1, 0), (4, 2, 1)]
     assert rows[0]["refused"] == {"refused": 2}
     assert [(f["number"], f["error"]) for f in rows[1]["findings"]] == [(3, "WrongError: found")]
+    assert rows[0]["device"] == jax.devices()[0].device_kind
+    assert not {"config", "seed"} & rows[0].keys()  # a case is of no run

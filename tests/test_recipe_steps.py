@@ -16,7 +16,7 @@ from experiments.reliability import narrow_steps, one_step
 from s2sam_jax import SparseState
 from s2sam_jax._base.tree import find_states
 
-CONFIGS = {name: recipes.get(name).config for name in recipes.names()}
+CONFIGS = {name: recipe.config for name, recipe in recipes.RECIPES.items()}
 
 
 def full_size() -> list[str]:

@@ -56,7 +56,7 @@ def test_every_name_is_its_recipes():
     assert len(ALL) > 400
     assert all(name == recipe.name and name.startswith(recipe.table + ".") for name, recipe in recipes.RECIPES.items())
     assert len({(r.table, r.key, r.sparsity, r.config.optimizer) for r in ALL}) == len(ALL)
-    assert recipes.names("official") == [
+    assert [recipe.name for recipe in recipes.of_table("official")] == [
         f"official.{row}.{optimizer}"
         for row in ("mest-em-0.95", "mest-em-0.98", "mest-ems-0.98")
         for optimizer in ("sgd", "s2sam")
@@ -165,11 +165,8 @@ def test_description():
     text = recipes.describe(recipes.get("table1.rigl-erk-0.95.s2sam"))
     assert "accuracy (%): 92.81 ± 0.08" in text
     assert "RigL (ERK) + S2-SAM, cifar10, 95 % zeros" in text
-    assert "about 0.37, an estimate" in text
     assert "python -m experiments.train --recipe table1.rigl-erk-0.95.s2sam --seed 0" in text
     assert "accuracy (%): unknown" in recipes.describe(recipes.get("table2.rigl-0.8.sgd"))
-    assert "no estimate" in recipes.describe(recipes.get("wmt14.dense.sgd"))
-    assert recipes.get("table6.resnet34.sam").gpu_hours == 2 * recipes.get("table6.resnet34.sgd").gpu_hours
 
 
 # Scales

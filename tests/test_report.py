@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import jsonl, report
+from experiments import jsonl, pages, report
 
 ROWS = sorted(jsonl.RESULTS.glob("*.jsonl"))
 BY_HAND = {
@@ -44,17 +44,29 @@ def test_rows_are_added_and_read(tmp_path):
 
 def test_rows_that_are_not_there(tmp_path):
     with pytest.raises(SystemExit, match="there are no rows in"):
-        report.main(report.Arguments(results=tmp_path))
+        report.main(["--results", str(tmp_path)])
     (tmp_path / "table1_cpu.jsonl").touch()
-    report.main(report.Arguments(results=tmp_path))
+    report.main(["--results", str(tmp_path)])
     assert [file.name for file in tmp_path.iterdir()] == ["table1_cpu.jsonl"]
 
 
 def test_the_command_makes_what_there_are_rows_for(tmp_path, capsys):
     shutil.copy(jsonl.RESULTS / "table1_cpu.jsonl", tmp_path)
     shutil.copy(jsonl.RESULTS / "fuzz.jsonl", tmp_path)
-    report.main(report.Arguments(results=tmp_path))
+    report.main(["--results", str(tmp_path)])
     assert capsys.readouterr().out == "from table1_cpu.jsonl\n"
     assert {file.name for file in tmp_path.iterdir()} == {
         "table1_cpu.jsonl", "table1_cpu.md", "table1_cpu.csv", "table1_cpu.png", "fuzz.jsonl",
     }  # fmt: skip
+
+
+def test_tables_and_sources_of_pages():
+    cells = [["a", "1"], ["b", ""]]
+    assert pages.table(("name", "n"), cells) == "| name | n |\n|---|---|\n| a | 1 |\n| b | |"
+    assert pages.table(("name", "n"), cells[:1], rule=" --- ") == "| name | n |\n| --- | --- |\n| a | 1 |"
+    rows = [{"device": device, "width": width} for device, width in (("gpu", None), ("cpu", 8), ("gpu", 8))]
+    assert pages.values(rows, "width") == "8, None"
+    assert (
+        pages.source(rows, "sweep", "a.jsonl")
+        == "Device: cpu, gpu. Made by `python -m experiments.sweep` from `a.jsonl`"
+    )

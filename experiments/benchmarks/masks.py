@@ -15,7 +15,7 @@ from experiments.benchmarks.timing import Row, figure, memory, paired, ratio_row
 from s2sam_jax import Every, apply_masks, get_masks, methods, select, sparsify
 
 SPARSITY = 0.9
-RARELY = Every(1_000_000, 1_000_000, 10_000_000)
+RARELY = Every(1_000_000, 1_000_000, 10_000_000)  # mask updates are timed apart
 
 
 def large_params(size: int) -> dict[str, jax.Array]:
@@ -25,7 +25,8 @@ def large_params(size: int) -> dict[str, jax.Array]:
     return {f"kernel{i}": jax.random.normal(key, (3, 3, side, side)) for i, key in enumerate(keys)}
 
 
-def _sgd() -> optax.GradientTransformation:
+def sgd() -> optax.GradientTransformation:
+    """With momentum and decay."""
     return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
 
 
@@ -45,13 +46,13 @@ def optimizer_alone(name: str, params: Any, rounds: int, peer: Path | None) -> I
 
 
 def _optimizers(params: Any, grads: Any, peer: Path | None) -> Iterator[tuple[str, Any]]:
-    tx = sparsify(_sgd(), methods.rigl(), sparsity=SPARSITY, when=RARELY)
-    yield "bare", _stepper(_sgd(), params, grads)
+    tx = sparsify(sgd(), methods.rigl(), sparsity=SPARSITY, when=RARELY)
+    yield "bare", _stepper(sgd(), params, grads)
     yield "ours", _stepper(tx, params, grads, refresh_masks=False)
     yield "clock", _stepper(tx, params, grads)
     if peer:
         other = Jaxpruner(peer, params, SPARSITY)
-        yield "peer", _stepper(other.wrap(_sgd()), other.params, _like(other.params, False), other.updater)
+        yield "peer", _stepper(other.wrap(sgd()), other.params, _like(other.params, False), other.updater)
 
 
 def _stepper(tx: Any, params: Any, grads: Any, updater: Any = None, **extra: Any) -> Any:
@@ -96,7 +97,7 @@ def update_seconds(params: Any, rounds: int) -> float:
 def _mask_updates(params: Any, tied: bool, peer: Path | None) -> tuple[dict[str, Any], bool]:
     params = jax.tree.map(jnp.ones_like, params) if tied else params
     grads = _like(params, tied)
-    tx = sparsify(_sgd(), methods.rigl(0.3), sparsity=SPARSITY, when=Every(0, 100, 25_000))
+    tx = sparsify(sgd(), methods.rigl(0.3), sparsity=SPARSITY, when=Every(0, 100, 25_000))
     state = tx.init(params)
     live = apply_masks(params, state)
     update = jax.jit(lambda g, s, p: tx.update(g, s, p, refresh_masks=True))
@@ -107,7 +108,7 @@ def _mask_updates(params: Any, tied: bool, peer: Path | None) -> tuple[dict[str,
     if peer:
         other = Jaxpruner(peer, params, SPARSITY)
         tree = other.params
-        theirs = jax.jit(other.wrap(_sgd()).init)(tree)
+        theirs = jax.jit(other.wrap(sgd()).init)(tree)
         refresh, their_grads = jax.jit(other.updater.update_state), _like(tree, tied)
         sparse = other.updater.post_gradient_update(tree, theirs)
         cases["peer"] = lambda: refresh(theirs, sparse, their_grads)

@@ -17,7 +17,6 @@ from experiments.config import Config
 from experiments.tasks import images
 from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, sam, sparsify, ssam
 
-RARELY = Every(1_000_000, 1_000_000, 10_000_000)  # mask updates are timed apart
 SHARPNESS = {
     "sgd": optax.identity,
     "s2sam": partial(s2sam, 0.05),
@@ -27,9 +26,9 @@ SHARPNESS = {
 }
 
 
-def optimizer(name: str, *, sparse: bool = True, when: Every = RARELY) -> optax.GradientTransformationExtraArgs:
+def optimizer(name: str, *, sparse: bool = True, when: Every = masks.RARELY) -> optax.GradientTransformationExtraArgs:
     """Momentum SGD with decay behind a sharpness transform, under RigL-ERK at 90 % if sparse."""
-    chain = optax.chain(SHARPNESS[name](), optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
+    chain = optax.chain(SHARPNESS[name](), masks.sgd())
     return sparsify(chain, methods.rigl(), sparsity=0.9, distribution="erk", when=when) if sparse else chain
 
 
@@ -122,8 +121,9 @@ def _first_calls(workload: Workload, sparse: bool) -> list[float]:
     return [seconds[0] - seconds[2], seconds[1] - seconds[3]]
 
 
-def seeds_at_once(workload: Workload, rounds: int, seeds: int = 4) -> Iterator[Row]:
+def seeds_at_once(workload: Workload, rounds: int) -> Iterator[Row]:
     """Several seeds in one program against one after another."""
+    seeds = 4
     tx = optimizer("s2sam")
     step = make_train_step(workload.loss_fn, tx)
     single, many = jax.jit(lambda s, b: step(s, b)), jax.jit(jax.vmap(lambda s, b: step(s, b), in_axes=(0, None)))

@@ -43,15 +43,13 @@ class Cell(NamedTuple):
 
 
 def from_tfds(
-    name: str, batch_size: int, data_dir: Path | None = None, *, image_size: int, names: Collection[str] = ()
+    name: str, batch_size: int, data_dir: Path, *, image_size: int, names: Collection[str] = ()
 ) -> Iterator[Cell]:
     """The cells of "cifar10_corrupted" (image_size 32) or "imagenet2012_corrupted" (224), as prepared by TFDS.
 
     Raises:
       FileNotFoundError: before any cell is read, if one is not prepared.
     """
-    if name not in _TFDS_SPLITS:
-        raise ValueError(f"Unknown data set {name!r}; there are {', '.join(_TFDS_SPLITS)}.")
     renamed, folder = _TFDS_NAMES.get(name, {}), sources.tfds_folder(data_dir)
     paths = {(c, s): f"{name}/{renamed.get(c, c)}_{s}" for c in _chosen(names, CORRUPTIONS) for s in SEVERITIES}
     if missing := [path for path in paths.values() if not sources.versions(path, folder)]:
@@ -85,12 +83,10 @@ def from_npy(folder: Path, batch_size: int, *, names: Collection[str] = ()) -> I
     return (cell(corruption, severity) for corruption in chosen for severity in SEVERITIES)
 
 
-def computed(
-    images: np.ndarray, labels: np.ndarray, batch_size: int, seed: int = 0, *, names: Collection[str] = ()
-) -> Iterator[Cell]:
+def computed(images: np.ndarray, labels: np.ndarray, batch_size: int, *, names: Collection[str] = ()) -> Iterator[Cell]:
     """Cells made from the test images of CIFAR-10, without frost; see :mod:`experiments.datasets.cifar_c`."""
     return (
-        Cell(name, severity, _array_batches(cifar_c.corrupt(name, severity, images, seed), labels, batch_size))
+        Cell(name, severity, _array_batches(cifar_c.corrupt(name, severity, images), labels, batch_size))
         for name in _chosen(names, cifar_c.CORRUPTIONS)
         for severity in SEVERITIES
     )

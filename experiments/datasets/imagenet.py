@@ -1,4 +1,4 @@
-"""ImageNet-1K, and other image classification in TFDS: decoded, cropped and resized by pillow, raw pixels out."""
+"""ImageNet-1K: decoded, cropped and resized by pillow, raw pixels out."""
 
 import io
 import math
@@ -12,34 +12,22 @@ from PIL import Image
 from experiments.datasets import sources
 from experiments.datasets.stream import Evaluation, Stream
 
+NAME = "imagenet2012"  # in TFDS
 Box = tuple[int, int, int, int]
 SCALE, LOG_RATIO = (0.08, 1.0), (math.log(3 / 4), math.log(4 / 3))
 
 
-def train_stream(
-    batch_size: int,
-    data_dir: Path | None = None,
-    *,
-    name: str = "imagenet2012",
-    split: str = "train",
-    image_size: int = 224,
-) -> Stream:
+def train_stream(batch_size: int, data_dir: Path | None, *, image_size: int) -> Stream:
     """Batches ``(uint8[n, image_size, image_size, 3], int32[n])`` of random resized crops, half of them flipped."""
-    return Stream(sources.images(name, split, data_dir), partial(_train_example, image_size=image_size), batch_size)
+    example = partial(_train_example, image_size=image_size)
+    return Stream(sources.images(NAME, "train", data_dir), example, batch_size)
 
 
-def evaluation(
-    batch_size: int,
-    data_dir: Path | None = None,
-    *,
-    name: str = "imagenet2012",
-    split: str = "validation",
-    image_size: int = 224,
-) -> Evaluation:
+def evaluation(batch_size: int, data_dir: Path | None, *, image_size: int) -> Evaluation:
     """Batches as in training, of central crops; the rows that fill the last one have label -1."""
     padding = np.zeros((image_size, image_size, 3), np.uint8), np.int32(-1)
     example = partial(_eval_example, image_size=image_size)
-    return Evaluation(sources.images(name, split, data_dir), example, padding, batch_size)
+    return Evaluation(sources.images(NAME, "validation", data_dir), example, padding, batch_size)
 
 
 def decode(encoded: bytes) -> Image.Image:

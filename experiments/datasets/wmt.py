@@ -27,19 +27,16 @@ Pairs = Iterable[tuple[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class TfdsPairs:
-    """Pairs of a split that TFDS has prepared; to be iterated as often as wanted."""
+    """English and German of a split that TFDS has prepared; to be iterated as often as wanted."""
 
     split: str
-    data_dir: Path | None = None
-    name: str = "wmt14_translate/de-en"
-    source: str = "en"
-    target: str = "de"
+    data_dir: Path | None
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        records = sources.records(self.name, self.split, self.data_dir)
+        records = sources.records("wmt14_translate/de-en", self.split, self.data_dir)
         for index in range(len(records)):
             record = records[index]
-            yield record[self.source].decode().strip(), record[self.target].decode().strip()
+            yield record["en"].decode().strip(), record["de"].decode().strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ class TextPairs:
                 yield a.strip(), b.strip()
 
 
-def vocabulary(file: Path, pairs: Pairs, size: int = 37_000) -> "Tokenizer":
+def vocabulary(file: Path, pairs: Pairs, size: int) -> "Tokenizer":
     """The byte-level BPE in ``file``, which is trained on both sides of the pairs and written if it is not there.
 
     Its first tokens are :data:`SPECIAL`; as it knows every byte, nothing becomes ``<unk>``.

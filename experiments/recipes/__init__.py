@@ -20,7 +20,7 @@ from experiments.recipes import (
     ssam,
     translation,
 )
-from experiments.recipes.base import ESTIMATE, Recipe
+from experiments.recipes.base import Recipe
 
 _SOURCES = (
     cifar,
@@ -51,11 +51,6 @@ def get(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def names(prefix: str = "") -> list[str]:
-    """All names that begin so, table by table."""
-    return [name for name in RECIPES if name.startswith(prefix)]
-
-
 def of_table(table: str) -> list[Recipe]:
     """The rows of one table.
 
@@ -69,7 +64,7 @@ def of_table(table: str) -> list[Recipe]:
 
 def describe(recipe: Recipe) -> str:
     """A header for a run: where the row is from, what to expect, and how sure that is."""
-    printed, hours, zeros = recipe.printed, recipe.gpu_hours, recipe.sparsity
+    printed, zeros = recipe.printed, recipe.sparsity
     value = "unknown" if printed.value is None else f"{printed.value:g}"
     spread = "" if printed.spread is None else f" ± {printed.spread:g}"
     sparse = "" if zeros is None else f", {100 * zeros:g} % zeros"
@@ -79,10 +74,9 @@ def describe(recipe: Recipe) -> str:
         "expected": f"{recipe.metric.name}: {value}{spread}",
         "known": recipe.known,
         "unknown": recipe.unknown,
-        "GPU hours": "no estimate" if hours is None else f"about {hours:.2g}, {ESTIMATE}",
         "command": recipe.command,
     }
-    return "\n".join([recipe.name, *(f"  {field:9}  {text}" for field, text in fields.items())])
+    return "\n".join([recipe.name, *(f"  {field:8}  {text}" for field, text in fields.items())])
 
 
 def _near(name: str, known: list[str]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments import flops
 from experiments.config import Config, OptimizerName
@@ -11,28 +11,13 @@ from experiments.config import Config, OptimizerName
 S2SAM = "S2-SAM (Ji et al., NeurIPS 2024)"
 REBUTTAL = "S2-SAM (Ji et al., NeurIPS 2024), authors' rebuttal"
 SSAM = "SSAM (Mi et al., NeurIPS 2022)"
+OURS: dict[str, Any] = {"paper": "none: ours", "known": "Nothing: the comparison is ours."}  # a row that no paper has
 
 LABELS = {
     "sgd": "SGD", "sam": "SAM", "asam": "ASAM", "ssam-f": "SSAM-F", "ssam-d": "SSAM-D", "s2sam": "S2-SAM",
     "s2sam-released": "S2-SAM as released", "s2sam-opposite": "S2-SAM, downhill", "msam": "MSAM",
     "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM",
 }  # fmt: skip
-
-# Forward pass of one image, two operations a multiplication and addition; convolutions and linear layers.
-FORWARD_GFLOP = {
-    "resnet32": 0.551,
-    "vgg19": 0.796,
-    "mobilenet-v2-cifar": 0.18,
-    "resnet18-cifar": 1.11,
-    "wrn28x10": 10.5,
-    "efficientnet-b0": 0.77,
-    "resnet34": 7.3,
-    "resnet50": 8.2,
-}
-ESTIMATE = (
-    "an estimate, not measured: 3 times the dense forward FLOPs an image, times the gradients a step, at an "
-    "assumed 10 TFLOP/s on CIFAR and 50 TFLOP/s on ImageNet"
-)
 
 
 class Metric(NamedTuple):
@@ -106,16 +91,6 @@ class Recipe:
         return flops.gradient_evaluations(self.config)
 
     @property
-    def gpu_hours(self) -> float | None:
-        """A rough estimate, with the basis that ``ESTIMATE`` states."""
-        config = self.config
-        if config.model not in FORWARD_GFLOP:
-            return None
-        on_cifar = config.dataset.startswith("cifar")
-        images = config.epochs * (50_000 if on_cifar else 1_281_167)
-        return 3 * FORWARD_GFLOP[config.model] * images * self.gradients / (10_000 if on_cifar else 50_000) / 3600
-
-    @property
     def command(self) -> str:
         return f"python -m experiments.train --recipe {self.name} --seed 0"
 
@@ -163,9 +138,8 @@ def by_radius(
             row,
             config,
             Printed(),
-            known="Nothing: the comparison is ours.",
             unknown=unknown,
-            paper="none: ours",
+            **OURS,
         )
         baseline = None if plain else f"{table}.{stem}-sgd"
         yield dataclasses.replace(found, name=f"{table}.{key}", row=row, baseline=baseline)

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 
 from experiments.config import OptimizerName
 from experiments.recipes import cifar
-from experiments.recipes.base import Printed, Recipe
+from experiments.recipes.base import OURS, Printed, Recipe
 
 OPTIMIZERS: tuple[OptimizerName, ...] = (
     "sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam", "msam", "looksam", "gsam", "esam",
 )  # fmt: skip
 ROWS = (("dense", 0.0), ("rigl-erk", 0.9), ("rigl-erk", 0.95), ("rigl-erk", 0.98))
-KNOWN = "Nothing: the comparison is ours."
 UNKNOWN = "rho (here 0.05, to be tuned on held-out training images by `experiments.tune`); all else is Table 1's."
 
 
@@ -31,4 +30,4 @@ def recipes() -> Iterator[Recipe]:
 
 
 def _row(table: str, key: str, sparsity: float, optimizer: OptimizerName) -> Recipe:
-    return cifar.row(table, key, sparsity, optimizer, Printed(), known=KNOWN, unknown=UNKNOWN, paper="none: ours")
+    return cifar.row(table, key, sparsity, optimizer, Printed(), unknown=UNKNOWN, **OURS)

@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.config import OptimizerName
 from experiments.recipes import cifar
-from experiments.recipes.base import Printed, Recipe
+from experiments.recipes.base import OURS, Printed, Recipe
 
 SPARSITY = 0.95
 # Key, label, optimizer and what else is changed.
@@ -28,13 +28,11 @@ ROWS: tuple[tuple[str, str, OptimizerName, dict[str, Any]], ...] = (
     ("s2sam-released", "S2-SAM as released", "s2sam-released", {}),
     ("sam", "SAM, rho 0.05", "sam", {}),
 )
-KNOWN = "Nothing: the comparison is ours."
 UNKNOWN = "All is Table 1's but for what the row names."
 
 
 def recipes() -> Iterator[Recipe]:
     for key, label, optimizer, changes in ROWS:
-        common: dict[str, Any] = {"known": KNOWN, "unknown": UNKNOWN, "paper": "none: ours"}
-        found = cifar.row("causes", "rigl-erk", SPARSITY, optimizer, Printed(), **common, **changes)
+        found = cifar.row("causes", "rigl-erk", SPARSITY, optimizer, Printed(), unknown=UNKNOWN, **OURS, **changes)
         baseline = None if key == "sgd" else "causes.sgd"
         yield dataclasses.replace(found, name=f"causes.{key}", key=key, row=label, baseline=baseline)

@@ -8,12 +8,12 @@ from typing import cast
 
 from experiments.config import OptimizerName
 from experiments.recipes import cifar, rebuttal
-from experiments.recipes.base import REBUTTAL, Printed, Recipe, cell, lines
+from experiments.recipes.base import OURS, REBUTTAL, Printed, Recipe, cell, lines
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "s2sam", "sam")
 SPARSITIES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
 PAPER = f"{REBUTTAL}, and Table 1 of the paper"
-KNOWN = "Nothing: no paper has this row."
+NO_PAPER = OURS | {"known": "Nothing: no paper has this row."}
 
 
 def recipes() -> Iterator[Recipe]:
@@ -22,8 +22,8 @@ def recipes() -> Iterator[Recipe]:
         for sparsity in sparsities:
             for optimizer in OPTIMIZERS:
                 value = printed.get((key, sparsity, optimizer), Printed())
-                source = {} if value.value is not None else {"known": KNOWN, "paper": "none: ours"}
-                yield cifar.row("sparsities", key, sparsity, optimizer, value, **{"paper": PAPER} | source)
+                source = NO_PAPER if value.value is None else {"paper": PAPER}
+                yield cifar.row("sparsities", key, sparsity, optimizer, value, **source)
 
 
 def _printed() -> dict[tuple[str, float, OptimizerName], Printed]:

@@ -21,12 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, jsonl, runs
-from experiments.config import Config
 from experiments.reliability import fuzz_cases
 from experiments.reliability.fuzz_cases import Case
 from s2sam_jax import SparseState, apply_masks, get_masks, perturb
@@ -187,7 +185,7 @@ def _check_inner(inner_state: Any, masks: dict[Any, np.ndarray], finite: bool) -
                 raise WrongError(f"inner_state{jax.tree_util.keystr(path)}: not zero off the mask")
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     jax.config.update("jax_enable_x64", True)
     console = Console()
@@ -216,10 +214,9 @@ def chunk(numbers: range, jit_every: int) -> dict[str, Any]:
             }
             findings.append(dataclasses.asdict(case) | found)
     seconds = time.perf_counter() - started
-    provenance = {name: value for name, value in runs.provenance(Config()).items() if name not in ("config", "seed")}
     counts = {"cases": len(numbers), "passed": refused.pop("passed", 0), "refused": dict(refused)}
-    return {"first": numbers.start} | counts | {"findings": findings, "seconds": seconds} | provenance
+    return {"first": numbers.start} | counts | {"findings": findings, "seconds": seconds} | runs.environment()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()

@@ -10,7 +10,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import tyro
 from rich.progress import track
 
 from experiments import cli, jsonl, models, recipes, runs
@@ -26,13 +25,13 @@ class Arguments:
 
     recipes: tuple[str, ...] = ()  # Only the combinations of these; default: of all.
     out: Path = jsonl.RESULTS / "narrow_steps.jsonl"
-    cache: Path = Path("runs/compiled")  # Compiled programs: methods with one optimizer share the gradient.
+    cache: Path = cli.COMPILED  # Compiled programs: methods with one optimizer share the gradient.
 
 
 def combinations(names: tuple[str, ...] = ()) -> dict[Key, str]:
-    """The first recipe of each combination."""
+    """The first recipe of each combination, among these or all."""
     found: dict[Key, str] = {}
-    for name in names or recipes.names():
+    for name in names or recipes.RECIPES:
         config = recipes.get(name).config
         found.setdefault((config.model, config.method, config.optimizer), name)
     return found
@@ -63,10 +62,9 @@ def run(arguments: Arguments) -> None:
         jax.clear_caches()
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> None:
+@cli.command
+def main(arguments: Arguments) -> None:
     """The command line."""
-    arguments = tyro.cli(Arguments, args=argv)
     cli.keep_compiled(arguments.cache, 0.0)
     run(arguments)
 

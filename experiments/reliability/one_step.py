@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments import cli, data, jsonl, loop, models, optimizers, runs, tasks
@@ -94,10 +93,10 @@ def two_steps(config: Config) -> dict[str, Any]:
     return row
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> None:
+@cli.command
+def main(arguments: Arguments) -> None:
     """The command line; each row is written as soon as it is there."""
-    arguments, console = tyro.cli(Arguments, args=argv), Console()
+    console = Console()
     rows = {row["model"]: row for row in jsonl.read(arguments.out)}
     for name in arguments.models:
         config = config_of(name, arguments.batch_size)

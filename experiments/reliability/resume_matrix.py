@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from rich.console import Console
 
 from experiments import cli, jsonl, runs
@@ -40,7 +39,7 @@ class Arguments:
     out: Path = jsonl.RESULTS / "resume.jsonl"
 
 
-@cli.one_line()
+@cli.command
 def main(arguments: Arguments) -> None:
     moments, console, rows = random.Random(arguments.seed), Console(), []
     with tempfile.TemporaryDirectory() as scratch:
@@ -103,4 +102,4 @@ def _raw(x: jax.Array) -> jax.Array:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments))
+    main()
