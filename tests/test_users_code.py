@@ -229,6 +229,33 @@ def test_a_model_state_that_was_forgotten_is_asked_for(options):
         step(TrainState.create(PARAMS, optax.sgd(0.1)), jnp.ones((4, 2)))
 
 
+@pytest.mark.parametrize(
+    ("returned", "error", "text"),
+    [
+        (
+            lambda loss: loss,
+            TypeError,
+            r"must return \(loss, \(model_state, metrics\)\), .* of arrays, \(\)\.",
+        ),
+        (lambda loss: (loss, {}), TypeError, r"arrays, \(\(\), \{\}\)\."),
+        (lambda loss: (loss, {"a": loss}), TypeError, r"arrays, \(\(\), \{'a': \(\)\}\)\."),
+        (lambda loss: (loss, ({"a": loss}, ())), TypeError, "metrics a dict of scalars"),
+        (lambda loss: (loss, ((), {"a": jnp.ones(3)})), ValueError, r"must be scalars; .* \{'a': \(3,\)\}"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}])
+def test_a_loss_that_returns_something_else_is_told_what(returned, error, text, options):
+    step = make_train_step(lambda p, m, b, k: returned(jnp.sum(p["kernel"])), optax.sgd(0.1), **options)
+    with pytest.raises(error, match=text):
+        step(TrainState.create(PARAMS, optax.sgd(0.1)), jnp.ones((4, 2)))
+
+
+def test_a_state_that_was_restored_without_its_structure_is_refused():
+    step, state = make_train_step(loss_fn, optax.sgd(0.1)), TrainState.create(PARAMS, optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"needs a TrainState; got a dict\. Restore .*TrainState\.create\(params, tx\)"):
+        step(state._asdict(), jnp.ones((4, 2)))
+
+
 def test_numbers_of_numpy():
     assert Every(np.int64(0), np.int32(100), np.int64(200)) == Every(0, 100, 200)
     with pytest.raises(TypeError, match=r"Every counts calls in integers; got 0, 1\.5"):

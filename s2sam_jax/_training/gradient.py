@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.batches import Batch, beside, cut, rows_of, whole
-from s2sam_jax._base.tree import find_states
+from s2sam_jax._base.tree import by_name, find_states
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.esam import sharpest
 from s2sam_jax._sharpness.trajectory import TrajectoryBuffer
@@ -122,18 +122,33 @@ def gradient_of_sharpest(
 
 
 def _gradient_of(loss_fn: LossFn) -> Callable[..., Any]:
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    def checked(params, model_state, batch, key):
+        out = loss_fn(params, model_state, batch, key)
+        _check_returned(out, model_state)
+        return out
+
+    value_and_grad = jax.value_and_grad(checked, has_aux=True)
 
     def one(params, model_state, batch, key):
         (loss, (new, metrics)), grads = value_and_grad(params, model_state, batch, key)
-        _check_model_state(new, model_state)
         metrics = jax.tree.map(lambda m: jnp.asarray(m, jnp.result_type(float)), metrics)
         return (grads, loss, metrics), new
 
     return one
 
 
-def _check_model_state(new: Any, before: Any) -> None:
+def _check_returned(out: Any, before: ModelState) -> None:
+    match out:
+        case (_, (new, dict() as metrics)):
+            pass
+        case _:
+            got = jax.tree.map(jnp.shape, out)
+            raise TypeError(
+                "loss_fn must return (loss, (model_state, metrics)), metrics a dict of scalars, and () for a model "
+                f"without state; got, with shapes in place of arrays, {got}."
+            )
+    if shaped := {name: jnp.shape(metric) for name, metric in by_name(metrics).items() if jnp.shape(metric)}:
+        raise ValueError(f"The metrics of loss_fn must be scalars; these have a shape: {shaped}.")
     if jax.tree.structure(new) != jax.tree.structure(before):
         raise ValueError(
             f"loss_fn returns a model state {jax.tree.structure(new)}, but the train state holds "

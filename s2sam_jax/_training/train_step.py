@@ -94,6 +94,7 @@ def make_train_step(
         ``example_loss_fn``, or more than one of the three in use, and from the step: a batch that does not divide, an
         ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` or ``sharpest_fraction`` without an
         optimizer that takes a second gradient, or such a one inside ``optax.MultiSteps`` (use ``accumulate``).
+      TypeError: from the step, for a ``loss_fn`` that returns something else, or a state that is no ``TrainState``.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -165,6 +166,11 @@ def make_train_step(
     jitted = _two_programs(each, updates) if apart else jax.jit(one, donate_argnames="state")
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"The step needs a TrainState; got a {type(state).__name__}. Restore checkpoints into the structure of "
+                "TrainState.create(params, tx)."
+            )
         traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch)))
         return one(state, batch) if traced else jitted(state, batch)
 
