@@ -4,9 +4,9 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import tyro
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
-from experiments import cli, data, runs, tasks
+from experiments import cli, runs, tasks
 from experiments.config import Config
 from experiments.models import Network
 from s2sam_jax import eval_params, get_masks, materialize
@@ -32,7 +32,7 @@ class Arguments:
 
 
 class Comparison(NamedTuple):
-    """Of the masked and the small network, on the test set.
+    """Of the masked and the small network, on what the run was evaluated on: the test set, or held-out images.
 
     Attributes:
       difference: the largest between two outputs.
@@ -99,7 +99,7 @@ def load_small(folder: Path) -> Network:
 
 
 def compare(config: Config, masked: Network, small: Network) -> Comparison:
-    """Runs both networks over the test set."""
+    """Runs both networks over what the run was evaluated on."""
 
     @jax.jit
     def figures(weights, example):
@@ -111,8 +111,8 @@ def compare(config: Config, masked: Network, small: Network) -> Comparison:
         right = [jnp.sum((jnp.argmax(x, axis=-1) == labels) & counted) for x in outputs]
         return {"largest": (difference, largest), "sums": (*right, jnp.sum(counted))}
 
-    weights = (masked[:2], small[:2])
-    found = jax.device_get([figures(weights, example) for example in _examples(config)])
+    weights, examples = (masked[:2], small[:2]), tasks.make(config, tasks.load(config)).examples()
+    found = jax.device_get([figures(weights, example) for example in examples])
     difference, largest = (max(float(x) for x in column) for column in zip(*(f["largest"] for f in found), strict=True))
     *right, rows = (sum(int(x) for x in column) for column in zip(*(f["sums"] for f in found), strict=True))
     sizes = [sum(x.size for x in jax.tree.leaves(network.params)) for network in (masked, small)]
@@ -135,23 +135,6 @@ def _networks(folder: Path, config: Config) -> tuple[Network, Network, dict[str,
             f"methods that prune channels make them; this run is of method={config.method}."
         )
     return masked, small, left.widths
-
-
-def _examples(config: Config) -> Iterator[tuple[Any, jax.Array, jax.Array]]:
-    """Test batches as inputs of the network, labels, and which labels count."""
-    loaded = tasks.load(config)
-    if config.dataset == "wmt14":
-        from experiments.datasets import wmt
-
-        for batch in loaded.test:
-            targets = jnp.asarray(batch["targets"])
-            before = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=wmt.BOS)
-            yield (batch["sources"], before), targets, targets != wmt.PAD
-        return
-    streamed = config.dataset == "imagenet2012"
-    batches = loaded.test if streamed else data.eval_batches(loaded.test_images, loaded.test_labels)
-    for images, labels in batches:
-        yield data.normalise(jnp.asarray(images), data.KINDS[config.dataset]), labels, labels >= 0
 
 
 def _save(folder: Path, network: Network, widths: Mapping[str, int]) -> None:

@@ -127,8 +127,8 @@ class Silent:
 def test_a_run_goes_on_on_another_mesh(toy, one_device, tmp_path, monkeypatch):
     reference = start(one_device)
     monkeypatch.setattr("test_resume.SHORT", SHORT)
-    stop_in(monkeypatch, arrays.ImageArrays, "order", 2, tmp_path, "--mesh", "data=2,fsdp=4")
-    stop_in(monkeypatch, arrays.ImageArrays, "order", 1, tmp_path, "--mesh", "data=8")
+    stop_in(monkeypatch, arrays.Task, "order", 2, tmp_path, "--mesh", "data=2,fsdp=4")
+    stop_in(monkeypatch, arrays.Task, "order", 1, tmp_path, "--mesh", "data=8")
     assert_close_runs(start(tmp_path), reference)
 
 
@@ -198,7 +198,7 @@ from experiments.figures import training
 from experiments.tasks import arrays
 tasks.build, training.draw = toy.build, lambda runs, title, file: file.touch()
 
-order, saved = arrays.ImageArrays.order, os.environ.get("DIE_AFTER")
+order, saved = arrays.Task.order, os.environ.get("DIE_AFTER")
 
 def dying(task, number):
     while saved and number == 1 and not glob.glob(saved):
@@ -207,7 +207,7 @@ def dying(task, number):
         os.kill(os.getpid(), signal.SIGKILL)
     return order(task, number)
 
-arrays.ImageArrays.order = dying
+arrays.Task.order = dying
 train.main(sys.argv[1:])
 """
 

@@ -189,7 +189,7 @@ def test_every_test_row_is_counted_once(digits):
     def apply(params, model_state, images, train):
         return jax.nn.one_hot(jnp.zeros(len(images), jnp.int32), 10), model_state
 
-    task = arrays.ImageArrays(Config(), models.Network((), (), apply), digits, sharding.parse())
+    task = arrays.Task(Config(), models.Network((), (), apply), digits, sharding.parse())
     accuracy = task.evaluate((), ())["test_accuracy"]
     assert accuracy == np.mean(np.asarray(digits.test_labels) == 0)
     labels = np.concatenate([y for _, y in data.eval_batches(digits.test_images, digits.test_labels, 100)])
@@ -338,7 +338,7 @@ def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_a_task_runs_the_step_and_tells_the_reporter_that_it_is_given(backend, monkeypatch, digits):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    task = arrays.ImageArrays(Config(batch_size=700), models.Network((), (), lambda *_: None), digits, sharding.parse())
+    task = arrays.Task(Config(batch_size=700), models.Network((), (), lambda *_: None), digits, sharding.parse())
     seen = []
     for amount in (1, 10):
         reporter = SimpleNamespace(steps=lambda count, amount=amount: seen.append((amount, count)))

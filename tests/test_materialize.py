@@ -271,6 +271,19 @@ def test_a_run_shrinks(run_dir, capsys):
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, network.model_state)
 
 
+def test_a_run_with_validation_is_compared_on_what_it_was_evaluated_on(tmp_path, monkeypatch):
+    """On the last 37 training images; their labels are wrong, those of the test set right."""
+    whole = tasks.load(DIGITS)
+    wrong = whole._replace(train_labels=(whole.train_labels + 1) % 10)
+    monkeypatch.setattr(tasks, "load", lambda config: wrong)
+    config = dataclasses.replace(DIGITS, validation=37, compute="float32")
+    state = finish(tmp_path / "run", config, halves)
+    found, task = shrink.main([str(tmp_path / "run")]), tasks.make(config, wrong)
+    accuracy = task.evaluate(state.params, state.model_state)["test_accuracy"]
+    assert found.masked_accuracy == found.small_accuracy == pytest.approx(accuracy, rel=1e-6)
+    assert sum(int(counted.sum()) for _, _, counted in task.examples()) == 37
+
+
 def test_a_run_of_chex_shrinks(tmp_path):
     """Trained by the command line: half of the 4 + 8 + 16 hidden channels are left."""
     words = f"--method chex --sparsity 0.5 --subset 64 --epochs 2 --width 4 --out {tmp_path}"

@@ -84,7 +84,7 @@ def stop_in(monkeypatch, owner, name, calls, out, *options):
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_stopped_again_and_again_is_the_uninterrupted_one(case, toy, tmp_path, monkeypatch):
     """In an epoch, before a row, in a checkpoint, in the last evaluation, and before the folder gets its name."""
-    stops = [(arrays.ImageArrays, "order", 4), (runs, "append", 1)]
+    stops = [(arrays.Task, "order", 4), (runs, "append", 1)]
     if case == "rigl-s2sam":
         stops += [(Checkpoints, "save", 1), (record, "recalibrate_batch_stats", 1), (shutil, "copytree", 1)]
     for owner, name, calls in stops:
@@ -187,7 +187,7 @@ def test_the_state_is_copied_before_it_can_be_donated(tmp_path):
 @pytest.fixture
 def interrupted(toy, tmp_path, monkeypatch):
     """The folder of a run that was stopped in its third epoch."""
-    stop_in(monkeypatch, arrays.ImageArrays, "order", 3, tmp_path)
+    stop_in(monkeypatch, arrays.Task, "order", 3, tmp_path)
     (partial,) = tmp_path.iterdir()
     return partial
 

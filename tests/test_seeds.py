@@ -66,9 +66,9 @@ def test_seeds_go_on_together_from_an_epoch_that_all_have(toy, tmp_path, monkeyp
 
 
 def test_seeds_at_different_epochs_are_refused_and_go_on_alone(toy, tmp_path, monkeypatch):
-    real = arrays.ImageArrays.order
+    real = arrays.Task.order
     with monkeypatch.context() as patch:
-        patch.setattr(arrays.ImageArrays, "order", lambda self, number: None if number == 2 else real(self, number))
+        patch.setattr(arrays.Task, "order", lambda self, number: None if number == 2 else real(self, number))
         with pytest.raises(TypeError):
             start(tmp_path, "--seed", "1")
     with pytest.raises(

@@ -13,7 +13,7 @@ from shallow import shallow
 
 from experiments import data, evaluate, loop, optimizers, sharding, tasks, train
 from experiments.config import Config
-from experiments.tasks.arrays import ImageArrays
+from experiments.tasks import arrays
 from s2sam_jax import TrainState
 
 __all__ = ["shallow"]
@@ -90,7 +90,7 @@ def test_learning_rates():
 
 def test_label_noise_replaces_its_share_by_other_classes_and_leaves_the_evaluation_right():
     clean = data.load("digits")
-    task = ImageArrays(Config(validation=437, label_noise=0.4), tasks.build(Config()), clean, sharding.parse())
+    task = arrays.Task(Config(validation=437, label_noise=0.4), tasks.build(Config()), clean, sharding.parse())
     noisy, held = task._dataset, data.hold_out(clean, 437)
     wrong = np.flatnonzero(np.asarray(noisy.train_labels) != np.asarray(held.train_labels))
     assert len(wrong) == 400

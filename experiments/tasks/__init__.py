@@ -62,6 +62,10 @@ class Task(Protocol):
         """Figures of the test set, ``test_accuracy`` among them; the costly ones at the end only."""
         ...
 
+    def examples(self) -> Iterator[tuple[Any, jax.Array, jax.Array]]:
+        """Batches of what is evaluated on: inputs of the network, labels, and which labels count."""
+        ...
+
     def batches(self, number: int) -> Iterator[Any]:
         """Training batches of an epoch, raw."""
         ...
@@ -87,15 +91,22 @@ def build(config: Config, widths: Mapping[str, int] | None = None) -> Network:
     )
 
 
+def _module(config: Config):
+    """The one for the data of a config, with its ``load``, ``losses`` and ``Task``; they import this one."""
+    from experiments.tasks import arrays, streams, text
+
+    match config.dataset:
+        case "imagenet2012":
+            return streams
+        case "wmt14":
+            return text
+        case _:
+            return arrays
+
+
 def losses(config: Config, network: Network) -> Losses:
     """Of a network on the data of a config, which need not be there."""
-    if config.dataset == "wmt14":
-        from experiments.tasks import text
-
-        return text.losses(config, network)
-    from experiments.tasks import images
-
-    return images.losses(config, network)
+    return _module(config).losses(config, network)
 
 
 def load(config: Config) -> Any:
@@ -104,28 +115,14 @@ def load(config: Config) -> Any:
     Raises:
       FileNotFoundError: saying how to get them.
     """
-    if config.dataset == "wmt14":
-        from experiments.tasks import text
-
-        return text.load(config)
-    if config.dataset == "imagenet2012":
-        from experiments.tasks import streams
-
-        return streams.load(config)
-    return data.load(config.dataset, config.data, config.subset)
+    return _module(config).load(config)
 
 
 def make(config: Config, loaded: Any, mesh: Mesh | None = None) -> Task:
     """The task of a config on the data that :func:`load` gave; by default on one device."""
     mesh = mesh or sharding.parse()
     sharding.check_batch(mesh, config.batch_size)
-    if config.dataset == "wmt14":
-        from experiments.tasks.text import Translation as Kind
-    elif config.dataset == "imagenet2012":
-        from experiments.tasks.streams import ImageStream as Kind
-    else:
-        from experiments.tasks.arrays import ImageArrays as Kind
-    return Kind(config, build(config), loaded, mesh)
+    return _module(config).Task(config, build(config), loaded, mesh)
 
 
 def run_epoch(

@@ -11,7 +11,7 @@ from experiments import data, sharding
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.models import Network
-from experiments.tasks import Epoch, Reporter, Step, images, run_epoch
+from experiments.tasks import Epoch, Losses, Reporter, Step, images, run_epoch
 from s2sam_jax import TrainState
 
 EVAL_BATCH = 500
@@ -19,7 +19,15 @@ EVAL_BATCH = 500
 OrderedEpoch = Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, np.ndarray]]]
 
 
-class ImageArrays:
+def load(config: Config) -> Dataset:
+    return data.load(config.dataset, config.data, config.subset)
+
+
+def losses(config: Config, network: Network) -> Losses:
+    return images.losses(config, network, augment=True)
+
+
+class Task:
     """A :class:`~experiments.tasks.Task` of images on the device."""
 
     def __init__(self, config: Config, network: Network, dataset: Dataset, mesh: Mesh):
@@ -33,7 +41,7 @@ class ImageArrays:
         if examples < config.batch_size:
             raise ValueError(f"batch_size={config.batch_size} is more than the {examples} training rows.")
         self.steps_per_epoch = examples // config.batch_size
-        self.losses = images.losses(config, network)
+        self.losses = losses(config, network)
         self._predict = images.predictor(network, data.KINDS[config.dataset])
         batches = data.eval_batches(dataset.test_images, dataset.test_labels, sharding.fill(mesh, EVAL_BATCH))
         self._test = [sharding.put(batch, sharding.of_batch(mesh)) for batch in batches]
@@ -48,6 +56,9 @@ class ImageArrays:
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
         del final
         return {"test_accuracy": images.accuracy(lambda x: self._predict(params, model_state, x), self._test)}
+
+    def examples(self) -> Iterator[tuple[Any, jax.Array, jax.Array]]:
+        return images.examples(self._test, data.KINDS[self._config.dataset])
 
     def batches(self, number: int) -> Iterator[Any]:
         return batches_of(self._dataset, self.order(number), self.mesh)

@@ -1,6 +1,6 @@
 """Classification of images: the loss, and accuracy with every row counted once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -15,9 +15,7 @@ from experiments.models import Network
 from experiments.tasks import Losses
 
 
-def losses(config: Config, network: Network) -> Losses:
-    """Images that are streamed have been augmented on the host."""
-    augment = config.dataset != "imagenet2012"
+def losses(config: Config, network: Network, *, augment: bool) -> Losses:
     return Losses(
         loss_function(config, network, augment=augment),
         plain_loss_function(config, network),
@@ -95,6 +93,12 @@ def predictor(network: Network, kind: Kind) -> Callable[[Any, Any, Any], jax.Arr
         return jnp.argmax(logits, axis=-1)
 
     return predict
+
+
+def examples(batches: Iterable[Any], kind: Kind) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Raw batches as inputs of the network, labels, and which labels count: all but negative ones."""
+    for images, labels in batches:
+        yield data.normalise(jnp.asarray(images), kind), labels, labels >= 0
 
 
 def accuracy(predict: Callable[[Any], jax.Array], batches: Iterable[Any]) -> float:

@@ -1,5 +1,6 @@
 """Translation, WMT-14 English to German: next-token loss, and SacreBLEU at the end."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ def _pairs(folder: Path, split: str) -> wmt.TextPairs | wmt.TfdsPairs:
     return wmt.TfdsPairs(split, folder)
 
 
-class Translation(Streamed):
+class Task(Streamed):
     """A :class:`~experiments.tasks.Task` of sentence pairs."""
 
     def __init__(self, config: Config, network: Network, loaded: Loaded, mesh: Mesh):
@@ -63,11 +64,16 @@ class Translation(Streamed):
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
         """Accuracy of the next token, given the right ones before it; at the end SacreBLEU."""
         right = tokens = 0.0
-        for share in self._test:
-            accuracy, count = self._score(params, model_state, sharding.assemble(self.mesh, share))
+        for batch in self.tests():
+            accuracy, count = self._score(params, model_state, batch)
             right, tokens = right + float(count) * float(accuracy), tokens + float(count)
         figures = {"test_accuracy": right / tokens}
         return figures | {"bleu": self._bleu(params, model_state)} if final else figures
+
+    def examples(self) -> Iterator[tuple[Any, jax.Array, jax.Array]]:
+        for batch in self.tests():
+            targets = batch["targets"]
+            yield (batch["sources"], _before(targets)), targets, targets != wmt.PAD
 
     def _counts(self, params: Any, model_state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
         """The accuracy of a batch, and of how many tokens."""
@@ -99,6 +105,11 @@ class Translation(Streamed):
         return translation.beam_search(encode, decode, batch, max_length=self._config.max_length)
 
 
+def _before(targets: jax.Array) -> jax.Array:
+    """What is known when each token is predicted: the beginning, and the tokens before it."""
+    return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=wmt.BOS)
+
+
 def losses(config: Config, network: Network) -> Losses:
     """The loss is a mean over tokens, not over examples."""
     return Losses(loss_function(config, network, train=True), loss_function(config, network, train=False), None)
@@ -109,8 +120,7 @@ def loss_function(config: Config, network: Network, *, train: bool) -> Any:
 
     def loss_fn(params, model_state, batch, key):
         targets = batch["targets"]
-        before = jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=wmt.BOS)
-        logits, new_state = network.apply(params, model_state, (batch["sources"], before), train, key)
+        logits, new_state = network.apply(params, model_state, (batch["sources"], _before(targets)), train, key)
         labels = optax.smooth_labels(
             jax.nn.one_hot(targets, logits.shape[-1]), config.label_smoothing if train else 0.0
         )
