@@ -34,6 +34,7 @@ CONFIG, METRICS, ROBUSTNESS, CHECKPOINTS, CHECKPOINT, BEST, WEIGHTS, CURVES = (
     "weights.safetensors",
     "curves.png",
 )
+PARTIAL = ".partial"  # Ends the name of a folder until its run is finished.
 Which = Literal["last", "best"]
 
 
@@ -87,7 +88,7 @@ def begin(config: Config, overwrite: bool = False) -> Path:
 
 
 def _partial(config: Config) -> Path:
-    return config.run_dir.with_name(config.name + ".partial")
+    return config.run_dir.with_name(config.name + PARTIAL)
 
 
 def append(folder: Path, row: Row) -> None:
@@ -148,9 +149,11 @@ def read_config(folder: Path, data: Path | None = None) -> Config:
 
     Raises:
       FileNotFoundError: when the folder holds none.
-      ValueError: when it is not the config of a run.
+      ValueError: when it is not the config of a run, or the run is not finished.
     """
     file = folder / CONFIG
+    if folder.name.endswith(PARTIAL):
+        raise ValueError(f"{folder} is of a run that has not finished; the command that began it goes on from there.")
     if not file.is_file():
         raise FileNotFoundError(f"{folder} is not the folder of a finished run: it has no {CONFIG}.")
     try:

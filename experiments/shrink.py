@@ -51,10 +51,8 @@ class Comparison(NamedTuple):
     small_parameters: int
 
 
-@cli.one_line()
-def main(argv: list[str] | None = None) -> Comparison:
-    """The command line."""
-    arguments = tyro.cli(Arguments, args=argv)
+@cli.command
+def main(arguments: Arguments) -> Comparison:
     return shrink(arguments, Console())
 
 

@@ -410,6 +410,8 @@ def test_checkpoints_that_do_not_fit_name_the_field(run_dir, tmp_path):
         checkpoint.restore(tmp_path / "none", state)
     with pytest.raises(SystemExit, match="is not the folder of a finished run"):
         evaluate.main([str(tmp_path)])
+    with pytest.raises(SystemExit, match="is of a run that has not finished"):
+        evaluate.main([f"{run_dir}.partial"])
 
 
 def test_a_finished_run_is_shown_not_repeated(run_dir, out, capsys):

@@ -36,7 +36,9 @@ def how_to_prepare(name: str) -> str:
     return (
         "Prepare it once (this needs tensorflow installed, and for imagenet2012 also its archives in "
         "DIR/downloads/manual): python -c "
-        f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='DIR')\", then pass --data DIR."
+        f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='DIR')\", then pass --data DIR. "
+        "CIFAR is read from an .npz as well (--data FILE.npz), and digits need nothing: --dataset digits, or of table "
+        "--scale digits."
     )
 
 
