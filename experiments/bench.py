@@ -12,12 +12,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, data, jsonl, runs
+from experiments import cli, data
 from experiments.benchmarks import inference, masks, steps, whole_loop
 from experiments.benchmarks.peers import Official
 from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import Config
 from experiments.figures import selection
+from experiments.rows import jsonl
+from experiments.training import runs
 
 Section = Literal["step", "memory", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official", "growth"]
 

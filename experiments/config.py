@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 import jax
 
-from experiments import structures
+from experiments.training import structures
 from s2sam_jax import methods
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet2012", "wmt14"]

@@ -16,9 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from experiments import cli, files, jsonl, missing, nonconvex, pages, runs, stability
+from experiments import cli
 from experiments.figures.convergence import RISKS, draw_bounds, label
-from experiments.record import Row
+from experiments.rows import files, jsonl, missing, pages
+from experiments.theory import nonconvex, stability
+from experiments.training import runs
+from experiments.training.record import Row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,15 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-from experiments import cli, data, files, jsonl, pages, runs, spread, tasks
+from experiments import cli, data, tasks
 from experiments.config import Config, choices, differing
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
 from experiments.recipes.base import LABELS
-from experiments.record import Row
+from experiments.rows import files, jsonl, pages, spread
 from experiments.tasks import images
+from experiments.training import runs
+from experiments.training.record import Row
 from s2sam_jax import eval_params
 
 BATCH = 500

@@ -16,10 +16,12 @@ import tyro
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import cli, jsonl, ratio, runs, spectrum, surface
+from experiments import cli, ratio, spectrum, surface
 from experiments.figures import curves, landscapes, masks
 from experiments.flatness import FIGURES
-from experiments.record import Row
+from experiments.rows import jsonl
+from experiments.training import runs
+from experiments.training.record import Row
 
 ANALYSES = {"surfaces": surface.ANALYSIS, "spectra": spectrum.ANALYSIS, "ratios": ratio.ANALYSIS}
 SHOWN = {  # What a row must have, beside its config and seed.

@@ -6,7 +6,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from experiments import cli, record, runs, tasks
+from experiments import cli, tasks
+from experiments.training import record, runs
 from s2sam_jax import check_masks, eval_params
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 from rich.progress import track
 
-from experiments import cli, files, jsonl, loop, missing, pages, runs, solution, spectrum, spread, surface, sweep, tasks
+from experiments import cli, solution, spectrum, surface, sweep, tasks
 from experiments.config import Config, OptimizerName
 from experiments.figures import landscapes
-from experiments.record import Last, Row
+from experiments.rows import files, jsonl, missing, pages, spread
+from experiments.training import loop, runs
+from experiments.training.record import Last, Row
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
 FIGURES = (

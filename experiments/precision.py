@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import optax
 from rich.progress import track
 
-from experiments import cli, files, jsonl, loop, missing, pages, runs, solution, sweep, tasks
+from experiments import cli, solution, sweep, tasks
 from experiments.config import Config
-from experiments.record import Last, Row
+from experiments.rows import files, jsonl, missing, pages
 from experiments.solution import Solution
+from experiments.training import loop, runs
+from experiments.training.record import Last, Row
 from s2sam_jax import S2SAMState, perturb, sharpness_metrics, stochastic_round
 
 FORMATS, ROUNDINGS = {"tensorfloat32": 10, "bfloat16": 7}, ("nearest", "random")  # With their bits of mantissa.

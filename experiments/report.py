@@ -9,7 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from experiments import bench, cli, convergence, corrupted, flatness, jsonl, precision, sweep, table
+from experiments import bench, cli, convergence, corrupted, flatness, precision, sweep, table
+from experiments.rows import jsonl
 
 # What makes the pages of which rows; the first that fits.
 WRITERS: tuple[tuple[str, Callable[[Path], Any]], ...] = (

@@ -15,11 +15,13 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, data, jsonl, models, runs, tasks
+from experiments import cli, data, models, tasks
 from experiments.config import Config
 from experiments.datasets import corruptions
 from experiments.datasets.corruptions import Cell
+from experiments.rows import jsonl
 from experiments.tasks import images
+from experiments.training import runs
 from s2sam_jax import eval_params
 
 BATCH = 500

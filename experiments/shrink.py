@@ -14,9 +14,10 @@ import tyro
 from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
-from experiments import cli, runs, tasks
+from experiments import cli, tasks
 from experiments.config import Config
 from experiments.models import Network
+from experiments.training import runs
 from s2sam_jax import eval_params, get_masks, materialize
 
 SMALL, CHECKPOINT, WIDTHS = "small", "checkpoint", "widths.json"

@@ -11,10 +11,12 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import jsonl, runs, tasks
+from experiments import tasks
 from experiments.config import Config
-from experiments.record import Row
+from experiments.rows import jsonl
 from experiments.tasks import Task
+from experiments.training import runs
+from experiments.training.record import Row
 from s2sam_jax import TrainState, eval_params, get_masks
 
 

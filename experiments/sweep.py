@@ -13,9 +13,11 @@ from typing import Any, Literal
 
 from rich.progress import track
 
-from experiments import cli, files, jsonl, loop, missing, pages, runs, sparse_methods, spread, tasks
+from experiments import cli, tasks
 from experiments.config import Config, OptimizerName
-from experiments.record import Last
+from experiments.rows import files, jsonl, missing, pages, spread
+from experiments.training import loop, runs, sparse_methods
+from experiments.training.record import Last
 
 Cell = tuple[str, OptimizerName, float, int]
 CELL = ("method", "optimizer", "sparsity_asked", "seed")

@@ -15,13 +15,15 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, comparison, files, jsonl, missing, pages, recipes, runs, train, tune
+from experiments import cli, recipes, train, tune
 from experiments.config import Config, OptimizerName
 from experiments.figures import tables
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
-from experiments.record import Row
-from experiments.scales import Scale, scaled
+from experiments.recipes.scales import Scale, scaled
+from experiments.rows import comparison, files, jsonl, missing, pages
+from experiments.training import runs
+from experiments.training.record import Row
 
 OTHERWISE = "Pass --tuned if it was made so, give another folder as --results, or take the row out of the file."
 
@@ -35,7 +37,7 @@ class Arguments:
     sparsities: tuple[float, ...] = ()  # Default: all; rows that have none always stay.
     optimizers: tuple[OptimizerName, ...] = ()  # Default: all.
     seeds: tuple[int, ...] = (0, 1, 2)
-    scale: Scale = "full"  # See experiments.scales.
+    scale: Scale = "full"  # See experiments.recipes.scales.
     tuned: Path | None = None  # Rows of experiments.tune: each recipe with the rho that was best there.
     data: Path | None = None  # As in experiments.train.
     out: Path = Path("runs")  # The folder that run folders are made in.

@@ -14,23 +14,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import (
-    cli,
-    display,
-    flops,
-    loop,
-    optimizers,
-    recipes,
-    runs,
-    seeds,
-    sharding,
-    tasks,
-)
-from experiments.checkpoint import Checkpoints
+from experiments import cli, recipes, tasks
 from experiments.config import Config, OptimizerName, check_read
 from experiments.figures import training
-from experiments.record import Row
 from experiments.tasks import Task
+from experiments.training import display, flops, loop, optimizers, runs, seeds, sharding
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.record import Row
 from s2sam_jax import TrainState, get_masks
 
 

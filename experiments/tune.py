@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cli, data, jsonl, loop, missing, recipes, runs, tasks
+from experiments import cli, data, recipes, tasks
 from experiments.config import Config
 from experiments.recipes import Recipe
-from experiments.record import Last
-from experiments.scales import Scale, scaled
+from experiments.recipes.scales import Scale, scaled
+from experiments.rows import jsonl, missing
+from experiments.training import loop, runs
+from experiments.training.record import Last
 
 FIELDS = ("setting", "accuracy", "config")  # What a row must have.
 

@@ -21,7 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
 
-from experiments import comparison, flatness, jsonl
+from experiments import flatness
+from experiments.rows import comparison, jsonl
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 

@@ -12,8 +12,9 @@ import optax
 import pytest
 from jax.experimental import checkify
 
-from experiments import loop, train
-from experiments.checkpoint import Checkpoints
+from experiments import train
+from experiments.training import loop
+from experiments.training.checkpoint import Checkpoints
 from s2sam_jax import (
     Every,
     TrainState,

@@ -16,18 +16,18 @@ from experiments import (
     draw,
     evaluate,
     flatness,
-    jsonl,
     precision,
     recipes,
     report,
-    runs,
     sweep,
     table,
     train,
     tune,
 )
 from experiments.config import Config
-from experiments.scales import scaled
+from experiments.recipes.scales import scaled
+from experiments.rows import jsonl
+from experiments.training import runs
 from s2sam_jax import sam
 
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import jsonl, loop, optimizers, recipes, sparse_methods, tasks, train
+from experiments import recipes, tasks, train
 from experiments.config import VARIANTS, Config, OptimizerName, check_read, check_same, choices, differing, method_names
-from experiments.scales import scaled
+from experiments.recipes.scales import scaled
+from experiments.rows import jsonl
+from experiments.training import loop, optimizers, sparse_methods
 from s2sam_jax import methods
 
 SHARPNESS = {

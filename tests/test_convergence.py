@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import convergence, nonconvex, precision, stability
+from experiments import convergence, precision
+from experiments.theory import nonconvex, stability
 
 RNG = np.random.default_rng(0)
 

@@ -8,9 +8,11 @@ import pytest
 from scipy import stats
 from test_robustness import NAMES, ROWS, cifar_run, pictures
 
-from experiments import corrupted, jsonl, robustness, runs
+from experiments import corrupted, robustness
 from experiments.config import Config
 from experiments.datasets.corruptions import CORRUPTIONS
+from experiments.rows import jsonl
+from experiments.training import runs
 
 __all__ = ["cifar_run", "pictures"]
 

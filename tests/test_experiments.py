@@ -15,23 +15,10 @@ import toy
 from prepared import encoded, image_features, write_tfds
 from safetensors.numpy import load_file
 
-from experiments import (
-    checkpoint,
-    data,
-    evaluate,
-    loop,
-    models,
-    optimizers,
-    record,
-    runs,
-    sharding,
-    sieving,
-    sparse_methods,
-    tasks,
-    train,
-)
+from experiments import data, evaluate, models, tasks, train
 from experiments.config import Config, OptimizerName
 from experiments.tasks import arrays, images
+from experiments.training import checkpoint, loop, optimizers, record, runs, sharding, sieving, sparse_methods
 from s2sam_jax import (
     ChannelGroup,
     Every,

@@ -33,11 +33,12 @@ from flax import nnx
 from flax.training import train_state
 from toy import build
 
-from experiments import loop, optimizers, tasks
+from experiments import tasks
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.models import Network
 from experiments.tasks import images
+from experiments.training import loop, optimizers
 from s2sam_jax import (
     ESAMState,
     Every,

@@ -13,8 +13,9 @@ from flax import linen, nnx
 from jax.sharding import AxisType, PartitionSpec
 from rich.console import Console
 
-from experiments import flops, sparse_methods, tasks
+from experiments import tasks
 from experiments.config import Config
+from experiments.training import flops, sparse_methods
 from s2sam_jax import ChannelGroup, Slice, apply_masks, sparsify
 from s2sam_jax.analysis import layer_flops, masked_flops, training_flops
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import flatness, runs, solution, spectrum, surface, train
+from experiments import flatness, solution, spectrum, surface, train
 from experiments.figures import landscapes
+from experiments.training import runs
 
 RNG = np.random.default_rng(0)
 

@@ -12,10 +12,11 @@ import pytest
 from flax import nnx
 from prepared import encoded, image_features, write_tfds
 
-from experiments import checkpoint, models, optimizers, shrink, tasks, train
+from experiments import models, shrink, tasks, train
 from experiments.benchmarks import inference
 from experiments.config import Config
 from experiments.models import resnet, resnet_imagenet, transformer
+from experiments.training import checkpoint, optimizers
 from s2sam_jax import ChannelGroup, Slice, TrainState, channel_masks, materialize
 from s2sam_jax._sparsity.channels import group_sizes
 

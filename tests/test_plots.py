@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import churn, draw, loop, ratio, spectrum, surface, tasks, train
+from experiments import draw, ratio, spectrum, surface, tasks, train
 from experiments.config import Config
 from experiments.figures import curves, landscapes, masks
 from experiments.solution import Solution
+from experiments.training import churn, loop
 
 RNG = np.random.default_rng(0)
 

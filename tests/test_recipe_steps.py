@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, jsonl, models, recipes, tasks
+from experiments import data, models, recipes, tasks
 from experiments.config import Config
 from experiments.reliability import narrow_steps, one_step
+from experiments.rows import jsonl
 from s2sam_jax import SparseState
 from s2sam_jax._base.tree import find_states
 

@@ -11,10 +11,12 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from experiments import comparison, recipes, runs, sparse_methods, table
+from experiments import recipes, table
 from experiments.figures import tables
 from experiments.recipes import base
 from experiments.recipes.ssam import DOUBTFUL
+from experiments.rows import comparison
+from experiments.training import runs, sparse_methods
 from s2sam_jax import ChannelGroup, Every, Slice
 
 ALL = list(recipes.RECIPES.values())

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import jsonl, pages, report
+from experiments import report
+from experiments.rows import jsonl, pages
 
 ROWS = sorted(jsonl.RESULTS.glob("*.jsonl"))
 BY_HAND = {

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evaluate, record, runs, train
-from experiments.checkpoint import Checkpoints
+from experiments import evaluate, train
 from experiments.config import Config
 from experiments.tasks import arrays
+from experiments.training import record, runs
+from experiments.training.checkpoint import Checkpoints
 from s2sam_jax import TrainState
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +101,7 @@ sys.path.insert(0, "tests")
 import toy
 from experiments import tasks, train
 from experiments.figures import training
-from experiments.checkpoint import Checkpoints
+from experiments.training.checkpoint import Checkpoints
 tasks.build, training.draw = toy.build, lambda runs, title, file: file.touch()
 save = Checkpoints.save
 def saving(self, epoch, *rest):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from prepared import encoded, image_features, write_tfds
 
-from experiments import recipes, robustness, runs, table, tasks, train
+from experiments import recipes, robustness, table, tasks, train
 from experiments.config import Config
 from experiments.datasets import cifar_c, corruptions
+from experiments.training import runs
 
 SMALL = ["--model", "resnet8", "--width", "4", "--batch-size", "16", "--optimizer", "sgd", "--method", "dense"]
 NAMES = ["gaussian_noise", "contrast", "brightness"]

@@ -9,8 +9,9 @@ import optax
 import pytest
 from test_resume import CASES, StoppedError, rows
 
-from experiments import runs, train
+from experiments import train
 from experiments.tasks import arrays
+from experiments.training import runs
 from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods, s2sam, sparsify, ssam
 
 SHORT = ["--subset", "256", "--epochs", "3"]

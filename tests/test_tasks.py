@@ -11,9 +11,10 @@ import pytest
 from prepared import encoded, image_features, write_tfds
 from shallow import shallow
 
-from experiments import data, evaluate, loop, optimizers, sharding, tasks, train
+from experiments import data, evaluate, tasks, train
 from experiments.config import Config
 from experiments.tasks import arrays
+from experiments.training import loop, optimizers, sharding
 from s2sam_jax import TrainState
 
 __all__ = ["shallow"]

@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import runs, train
+from experiments import train
+from experiments.training import runs
 
 TINY = ["--width", "2", "--subset", "128", "--epochs", "2", "--method", "dense", "--optimizer", "sgd"]
 

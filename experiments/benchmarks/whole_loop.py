@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, loop, optimizers, tasks
+from experiments import data, tasks
 from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import Config
-from experiments.record import Last
 from experiments.tasks import arrays, images
+from experiments.training import loop, optimizers
+from experiments.training.record import Last
 from s2sam_jax import make_train_step
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments import files
 from experiments.datasets import sources
 from experiments.datasets.stream import Evaluation, Stream
+from experiments.rows import files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from experiments import flops
 from experiments.config import Config, OptimizerName
+from experiments.training import flops
 
 S2SAM = "S2-SAM (Ji et al., NeurIPS 2024)"
 REBUTTAL = "S2-SAM (Ji et al., NeurIPS 2024), authors' rebuttal"

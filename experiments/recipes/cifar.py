@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
-from experiments import sparse_methods
 from experiments.config import Config, DatasetName, OptimizerName
 from experiments.recipes.base import S2SAM, Printed, Recipe, cell, lines, recipe
+from experiments.training import sparse_methods
 
 EPOCHS = 160
 SPARSITIES = (0.9, 0.95, 0.98)

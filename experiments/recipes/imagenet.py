@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
-from experiments import sparse_methods
 from experiments.config import Config, OptimizerName
 from experiments.recipes.base import (
     ACCURACY,
@@ -20,6 +19,7 @@ from experiments.recipes.base import (
     recipe,
 )
 from experiments.recipes.cifar import OPTIMIZERS
+from experiments.training import sparse_methods
 
 EPOCHS = 100
 

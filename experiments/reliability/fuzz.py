@@ -24,9 +24,11 @@ import optax
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, jsonl, runs
+from experiments import cli
 from experiments.reliability import fuzz_cases
 from experiments.reliability.fuzz_cases import Case
+from experiments.rows import jsonl
+from experiments.training import runs
 from s2sam_jax import SparseState, apply_masks, get_masks, perturb
 from s2sam_jax._base import select
 

@@ -12,9 +12,11 @@ from pathlib import Path
 import jax
 from rich.progress import track
 
-from experiments import cli, jsonl, models, recipes, runs
+from experiments import cli, models, recipes
 from experiments.config import Config
 from experiments.reliability import one_step
+from experiments.rows import jsonl
+from experiments.training import runs
 
 Key = tuple[str, str, str]  # model, method, optimizer
 

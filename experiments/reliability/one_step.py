@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import cli, data, jsonl, loop, models, optimizers, runs, tasks
+from experiments import cli, data, models, tasks
 from experiments.config import Config
+from experiments.rows import jsonl
+from experiments.training import loop, optimizers, runs
 from s2sam_jax import TrainState, check_masks, get_masks
 
 

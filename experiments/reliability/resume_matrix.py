@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import cli, jsonl, runs
+from experiments import cli
 from experiments.config import Config, OptimizerName
+from experiments.rows import jsonl
+from experiments.training import runs
 
 TIMES = ("seconds", "images_per_second", "config")
 

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import data, models, sharding
+from experiments import data, models
 from experiments.config import Config
 from experiments.models import Network
+from experiments.training import sharding
 from s2sam_jax import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]

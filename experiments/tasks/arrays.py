@@ -7,11 +7,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import data, sharding
+from experiments import data
 from experiments.config import Config
 from experiments.data import Dataset
 from experiments.models import Network
 from experiments.tasks import Epoch, Losses, Reporter, Step, images, run_epoch
+from experiments.training import sharding
 from s2sam_jax import TrainState
 
 EVAL_BATCH = 500

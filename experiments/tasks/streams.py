@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from experiments import data, models, sharding
+from experiments import data, models
 from experiments.config import Config
 from experiments.datasets import imagenet
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
 from experiments.tasks import Epoch, Losses, Reporter, Step, images, run_epoch
+from experiments.training import sharding
 
 EVAL_BATCH = 256
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from experiments import sharding
 from experiments.config import Config
 from experiments.datasets import sources, translation, wmt
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
 from experiments.tasks import Losses
 from experiments.tasks.streams import Streamed
+from experiments.training import sharding
 
 EVAL_BATCH = 64
 

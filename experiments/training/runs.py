@@ -18,10 +18,12 @@ from typing import Any, Literal
 import jax
 
 import s2sam_jax
-from experiments import checkpoint, files, jsonl, loop, optimizers, sharding, tasks
+from experiments import tasks
 from experiments.config import Config, check_same, choices
 from experiments.figures import training
-from experiments.record import Row
+from experiments.rows import files, jsonl
+from experiments.training import checkpoint, loop, optimizers, sharding
+from experiments.training.record import Row
 from s2sam_jax import TrainState, eval_params, get_masks
 
 CONFIG, METRICS, ROBUSTNESS, CHECKPOINTS, CHECKPOINT, BEST, WEIGHTS, CURVES = (

@@ -13,7 +13,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
-from experiments import files, sharding
+from experiments.rows import files
+from experiments.training import sharding
 from s2sam_jax import TrainState
 
 _POLICIES = ocp.training.preservation_policies

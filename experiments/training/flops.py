@@ -12,9 +12,10 @@ from matplotlib.ticker import EngFormatter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments import data, models, optimizers, sparse_methods
+from experiments import data, models
 from experiments.config import VARIANTS, Config
 from experiments.models import Network
+from experiments.training import optimizers, sparse_methods
 from s2sam_jax import ChannelGroup, erdos_renyi, erdos_renyi_kernel, uniform
 from s2sam_jax.analysis import layer_flops, masked_flops, training_flops
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments import pages
-from experiments.record import Row
-from experiments.spread import MISSING, figure, gains, interval, mean
+from experiments.rows import pages
+from experiments.rows.spread import MISSING, figure, gains, interval, mean
+from experiments.training.record import Row
 
 
 class Line(NamedTuple):

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments import loop, optimizers
-from experiments.checkpoint import Checkpoints
 from experiments.config import Config
-from experiments.record import Record
 from experiments.tasks import Reporter, Task, run_epoch
+from experiments.training import loop, optimizers
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.record import Record
 from s2sam_jax import TrainState
 
 
@@ -24,7 +24,7 @@ def train(
     start: TrainState | None = None,
     checkpoints: Sequence[Checkpoints] | None = None,
 ) -> list[TrainState]:
-    """As :func:`experiments.loop.train`, for each config; their seconds are those of all together.
+    """As :func:`experiments.training.loop.train`, for each config; their seconds are those of all together.
 
     States and batches are stacked along a new first axis.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from experiments.record import Row
+from experiments.training.record import Row
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---") -> str:

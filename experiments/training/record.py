@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import churn, sharding
-from experiments.checkpoint import Checkpoints
 from experiments.config import Config
 from experiments.tasks import Reporter, Task
+from experiments.training import churn, sharding
+from experiments.training.checkpoint import Checkpoints
 from s2sam_jax import TrainState, eval_params, recalibrate_batch_stats
 
 RECALIBRATION_BATCHES = 20

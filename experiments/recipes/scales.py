@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Literal
 
-from experiments import models, sparse_methods
+from experiments import models
 from experiments.config import Config
 from experiments.recipes import Recipe
+from experiments.training import sparse_methods
 
 # full: the recipe. cpu: a quarter of the width, 10 000 images, 9 epochs. digits: a ResNet-8 of width 8 on these small
 # images, 20 epochs. smoke: it runs.

@@ -8,12 +8,12 @@ import optax
 from jax.experimental import checkify
 from jax.sharding import Mesh
 
-from experiments import optimizers, sharding
-from experiments.checkpoint import Checkpoints
 from experiments.config import Config, choices
 from experiments.models import Network
-from experiments.record import Record
 from experiments.tasks import Epoch, Losses, Reporter, Step, Task, images, run_epoch
+from experiments.training import optimizers, sharding
+from experiments.training.checkpoint import Checkpoints
+from experiments.training.record import Record
 from s2sam_jax import TrainState, checked, eval_params, make_train_step
 
 

@@ -1,0 +1,1 @@
+"""Rows of results, and the pages that are made of them."""
