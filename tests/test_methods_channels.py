@@ -451,7 +451,7 @@ BARE = ChannelGroup("bare", filters=(Slice("conv1", -1),))
     [
         (lambda: methods.chex([]), r"chex needs a sequence of ChannelGroups, at least one; got \[\]"),
         (lambda: methods.chase(["conv1"]), "chase needs a sequence of ChannelGroups"),
-        (lambda: methods.chex(GROUPS, compat="code"), "chex needs compat 'paper' or 'authors'; got 'code'"),
+        (lambda: methods.chex(GROUPS, compat="code"), "compat must be 'paper' or 'authors'; got 'code'"),
         (lambda: methods.chex([*GROUPS, BARE]), r"by the scales of the norms, .* have none: \['bare'\]"),
         (
             started(lambda: methods.chex(GROUPS, explore=0.6)),
