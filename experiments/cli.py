@@ -46,7 +46,9 @@ def one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    except (OSError, checkify.JaxRuntimeError) as error:
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except checkify.JaxRuntimeError as error:
         sys.exit(f"error: {textwrap.shorten(str(error), 1000)}")
     except (ValueError, TypeError, FloatingPointError) as error:
         if not _raised_by_us(error):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import checkify
+from rows import METHODS
 
 from s2sam_jax import Every, MaskUpdate, SparseMethod, apply_masks, methods, sparsify
 
@@ -48,9 +49,28 @@ def test_what_is_not_promised_is_not_asked_for():
 
 
 def test_dense_leaves_must_stay_dense():
-    said, ones = fault(lambda x, state: MaskUpdate(jax.tree.map(jnp.logical_not, x.masks), state), "bounded")
+    said, ones = fault(lambda x, state: MaskUpdate(jax.tree.map(jnp.logical_not, x.masks), state), "total")
     assert "must leave the masks of dense leaves all true; ones of each leaf: [ 0 12], before: [4 4]" in said
     assert ones == [0, 12]
+
+
+@pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
+def test_no_method_of_the_library_breaks_its_promise(row):
+    """On the network of the hand-worked masks, whose scales the channel methods prune too."""
+    shapes = {"conv": {"kernel": (3, 3, 2, 8)}, "head": {"kernel": (8, 6)}, "norm": {"conv": (8,), "head": (6,)}}
+
+    def tree(seed):
+        draw = np.random.default_rng(seed)
+        leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda node: isinstance(node, tuple))
+        return treedef.unflatten([jnp.asarray(draw.normal(size=shape)) for shape in leaves])
+
+    tx = sparsify(optax.sgd(0.1), row.make(), sparsity=0.5, distribution="uniform", when=Every(0, 2, 9))
+    params, state = tree(0), tx.init(tree(0))
+    step = jax.jit(checkify.checkify(lambda g, s, p: tx.update(g, s, p, grad_fn=lambda w: w)))
+    for seed in range(1, 7):
+        error, (updates, state) = step(tree(seed), state, params)
+        assert error.get() is None
+        params = optax.apply_updates(params, updates)
 
 
 def test_without_checkify_nothing_is_looked_at():
@@ -60,23 +80,21 @@ def test_without_checkify_nothing_is_looked_at():
     np.testing.assert_array_equal(state.nnz, [4, 12])
 
 
-@pytest.mark.parametrize(
-    ("update", "error", "text"),
-    [
-        (lambda x, s: (x.masks, s), TypeError, r"update must return MaskUpdate\(masks, state, ...\); got a tuple"),
-        (
-            lambda x, s: MaskUpdate(jax.tree.map(jnp.float32, x.masks), s),
-            TypeError,
-            "must be bool; .*'bias': 'float32'",
-        ),
-        (lambda x, s: MaskUpdate(x.masks, (1,)), ValueError, r"a state like the one it is given, PyTreeDef\(\(\)\)"),
-        (
-            lambda x, s: MaskUpdate({"kernel": x.masks["kernel"]}, s),
-            ValueError,
-            "bias: missing in the masks of the met",
-        ),
-    ],
-)
+def floats(tree):
+    return jax.tree.map(jnp.float32, tree)
+
+
+UNFIT = {
+    "a tuple": (lambda x, s: (x.masks, s), TypeError, r"must return MaskUpdate\(masks, state, ...\); got a tuple"),
+    "masks": (lambda x, s: MaskUpdate(floats(x.masks), s), TypeError, "masks of .* must be bool; .*'bias': 'float32'"),
+    "restart": (lambda x, s: MaskUpdate(x.masks, s, restart=floats(x.masks)), TypeError, "The restart of .* be bool"),
+    "values": (lambda x, s: MaskUpdate(x.masks, s, values=PARAMS | {"bias": 0.0}), ValueError, r"bias: shape \(\) in"),
+    "state": (lambda x, s: MaskUpdate(x.masks, (1,)), ValueError, r"one it is given, .* shapes \(\); got \(\(\),\)"),
+    "leaves": (lambda x, s: MaskUpdate({"kernel": x.masks["kernel"]}, s), ValueError, "bias: missing in the masks of"),
+}
+
+
+@pytest.mark.parametrize(("update", "error", "text"), UNFIT.values(), ids=UNFIT)
 @pytest.mark.parametrize("refresh", [None, True])
 def test_what_does_not_fit_is_named(update, error, text, refresh):
     tx = sparse(update)

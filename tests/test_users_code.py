@@ -239,8 +239,7 @@ def test_a_model_state_that_was_forgotten_is_asked_for(options):
         ),
         (lambda loss: (loss, {}), TypeError, r"arrays, \(\(\), \{\}\)\."),
         (lambda loss: (loss, {"a": loss}), TypeError, r"arrays, \(\(\), \{'a': \(\)\}\)\."),
-        (lambda loss: (loss, ({"a": loss}, ())), TypeError, "metrics a dict of scalars"),
-        (lambda loss: (loss, ((), {"a": jnp.ones(3)})), ValueError, r"must be scalars; .* \{'a': \(3,\)\}"),
+        (lambda loss: (loss, ({"a": loss}, ())), TypeError, "metrics a dict, and"),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"accumulate": 2}])

@@ -33,12 +33,15 @@ def versions(name: str, folder: Path) -> list[Path]:
 
 
 def how_to_prepare(name: str) -> str:
-    return (
+    how = (
         "Prepare it once (this needs tensorflow installed, and for imagenet2012 also its archives in "
         "DIR/downloads/manual): python -c "
-        f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='DIR')\", then pass --data DIR. "
-        "CIFAR is read from an .npz as well (--data FILE.npz), and digits need nothing: --dataset digits, or of table "
-        "--scale digits."
+        f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='DIR')\", then pass --data DIR."
+    )
+    if name not in ("cifar10", "cifar100"):
+        return how
+    return (
+        f"{how} An .npz does as well (--data FILE.npz); digits need nothing (--dataset digits, table --scale digits)."
     )
 
 

@@ -75,7 +75,7 @@ def one(config: Config, kills: int, moments: random.Random, scratch: Path) -> di
 
 def _kill(config: Config, moments: random.Random, scratch: Path) -> dict[str, Any]:
     """Kills a process some time after it has begun to write a checkpoint that was not there yet."""
-    folder = config.run_dir.with_name(config.name + ".partial") / runs.CHECKPOINTS
+    folder = config.run_dir.with_name(config.name + runs.PARTIAL) / runs.CHECKPOINTS
     epoch = min(_newest(folder) + moments.randint(1, 2), config.epochs)
     process = _start(config, scratch)
     while process.poll() is None and not any(folder.glob(f"{epoch}*")):

@@ -94,15 +94,17 @@ def build(config: Config, widths: Mapping[str, int] | None = None) -> Network:
 
 def _module(config: Config):
     """The one for the data of a config, with its ``load``, ``losses`` and ``Task``; they import this one."""
-    from experiments.tasks import arrays, streams, text
+    if config.dataset == "imagenet2012":
+        from experiments.tasks import streams
 
-    match config.dataset:
-        case "imagenet2012":
-            return streams
-        case "wmt14":
-            return text
-        case _:
-            return arrays
+        return streams
+    if config.dataset == "wmt14":
+        from experiments.tasks import text
+
+        return text
+    from experiments.tasks import arrays
+
+    return arrays
 
 
 def losses(config: Config, network: Network) -> Losses:

@@ -1,4 +1,4 @@
-"""Checks of the numbers that users give. An array, as of ``inject_hyperparams``, or a schedule is let through."""
+"""Checks of the numbers that users give; schedules, and arrays as of ``inject_hyperparams``, pass where they may."""
 
 from typing import Any
 

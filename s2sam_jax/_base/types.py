@@ -135,7 +135,7 @@ class SparseMethod(NamedTuple):
         never change.
       invariant: what every mask update preserves: ``"per_layer"`` (each leaf keeps its count), ``"total"`` (the sum
         of counts is kept), ``"monotone"`` (masks only shrink, which ``sparsify`` relies on) or ``"bounded"``. Under
-        ``jax.experimental.checkify`` an update that breaks it is an error.
+        ``jax.experimental.checkify`` an update that breaks it is an error (counts not where a structure pads).
       ranks: whether it spends the sparsity ``"leaf"`` by leaf, or over all leaves together (``"global"``).
       when: the clock, if the method brings its own; ``sparsify(when=...)`` takes precedence.
       structured: whether it works under ``sparsify(structure=...)``: it ranks within leaves, by magnitudes, and

@@ -26,7 +26,7 @@ from s2sam_jax._base.types import NEVER, Every, GradFn, MaskInputs, Masks, MaskU
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, Prunable, kernels
-from s2sam_jax._sparsity.promises import check_kept, check_method, check_returned
+from s2sam_jax._sparsity.promises import check_kept, check_method, check_returned, check_state
 from s2sam_jax._sparsity.units import fit_plan, structured
 
 
@@ -141,7 +141,7 @@ def _init(setup: _Setup, params: Params) -> SparseState:
         inner_state=inner_state,
         structure=setup.structure,
     )
-    new = check_returned(setup.method.init(inputs), inputs)
+    new = check_returned(setup.method.init(inputs), inputs, "init")
     # Masked before the first update only, as set_masks may bring other weights to life until then; by masks that
     # are all true it gets the types that it will have.
     inner_state = mask_mirrored(dense, inner_state)
@@ -207,7 +207,8 @@ def _new_masks(
             inner_state=state.inner_state,
             structure=setup.structure,
         )
-        new = check_returned(update(inputs, state.method_state), inputs, state.method_state)
+        new = check_returned(update(inputs, state.method_state), inputs, "update")
+        check_state(new.state, state.method_state)
         nnz = count_masks(new.masks, state)
         check_kept(setup.method, inputs, new, state.nnz, nnz)
         return new, nnz

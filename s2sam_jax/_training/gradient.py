@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.batches import Batch, beside, cut, rows_of, whole
-from s2sam_jax._base.tree import by_name, find_states
+from s2sam_jax._base.tree import find_states
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.esam import sharpest
 from s2sam_jax._sharpness.trajectory import TrajectoryBuffer
@@ -139,16 +139,14 @@ def _gradient_of(loss_fn: LossFn) -> Callable[..., Any]:
 
 def _check_returned(out: Any, before: ModelState) -> None:
     match out:
-        case (_, (new, dict() as metrics)):
+        case (_, (new, dict())):
             pass
         case _:
             got = jax.tree.map(jnp.shape, out)
             raise TypeError(
-                "loss_fn must return (loss, (model_state, metrics)), metrics a dict of scalars, and () for a model "
-                f"without state; got, with shapes in place of arrays, {got}."
+                "loss_fn must return (loss, (model_state, metrics)), metrics a dict, and () for a model without state; "
+                f"got, with shapes in place of arrays, {got}."
             )
-    if shaped := {name: jnp.shape(metric) for name, metric in by_name(metrics).items() if jnp.shape(metric)}:
-        raise ValueError(f"The metrics of loss_fn must be scalars; these have a shape: {shaped}.")
     if jax.tree.structure(new) != jax.tree.structure(before):
         raise ValueError(
             f"loss_fn returns a model state {jax.tree.structure(new)}, but the train state holds "

@@ -10,7 +10,7 @@ import optax
 from s2sam_jax._base.tree import check_nothing_hidden
 from s2sam_jax._base.types import Every, GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.growth import global_count
-from s2sam_jax._sparsity.pruning import dense_init, keep_largest, prunes, warn_if_collapsed
+from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip, warn_if_collapsed
 
 
 def grasp(*, keep_at_least: int = 0) -> SparseMethod:
@@ -65,7 +65,7 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
         if not keep_at_least:
             warn_if_collapsed(masks, "grasp")
-        return MaskUpdate(masks, state, skip=prunes(x, masks))
+        return MaskUpdate(masks, state, skip=one_shot_skip(x, masks))
 
     return SparseMethod(dense_init, update, "monotone", ranks="global", when=Every(0, 1, 0))
 

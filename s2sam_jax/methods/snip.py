@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._base.types import Every, MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.growth import global_count
-from s2sam_jax._sparsity.pruning import dense_init, keep_largest, prunes, warn_if_collapsed
+from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip, warn_if_collapsed
 
 
 def snip(*, keep_at_least: int = 0) -> SparseMethod:
@@ -51,7 +51,7 @@ def snip(*, keep_at_least: int = 0) -> SparseMethod:
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
         if not keep_at_least:
             warn_if_collapsed(masks, "snip")
-        return MaskUpdate(masks, state, skip=prunes(x, masks))
+        return MaskUpdate(masks, state, skip=one_shot_skip(x, masks))
 
     return SparseMethod(dense_init, update, "monotone", ranks="global", when=Every(0, 1, 0))
 
