@@ -255,7 +255,7 @@ def test_a_command_reads_its_words_and_returns_what_its_function_does(capsys):
         return 2 * arguments.number
 
     assert (main([]), main(["--number", "5"])) == (4, 10)
-    with pytest.raises(SystemExit, match=r"^error: no such file$"):
+    with pytest.raises(SystemExit, match=r"^error: no  such\nfile$"):
         main(["--number", "-1"])
     with pytest.raises(SystemExit) as stop:
         main(["--numbr", "5"])

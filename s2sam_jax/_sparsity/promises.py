@@ -22,12 +22,11 @@ def check_returned(new: Any, x: MaskInputs, caller: str) -> MaskUpdate:
     """What can be seen while it is traced: types, leaves and shapes."""
     if not isinstance(new, MaskUpdate):
         raise TypeError(f"A method's {caller} must return MaskUpdate(masks, state, ...); got a {type(new).__name__}.")
-    for name, tree in (("masks", new.masks), ("values", new.values), ("restart", new.restart)):
-        if tree is None:
-            continue
-        check_same_leaves(tree, x.masks, f"the {name} of the method's {caller}", "params")
-        wrong = {path: str(leaf.dtype) for path, leaf in by_name(tree).items() if leaf.dtype != jnp.bool_}
-        if wrong and name != "values":
+    for name, tree in (("masks", new.masks), ("restart", new.restart), ("values", new.values)):
+        if tree is not None:
+            check_same_leaves(tree, x.masks, f"the {name} of the method's {caller}", "params")
+    for name, tree in (("masks", new.masks), ("restart", new.restart)):
+        if wrong := {path: str(leaf.dtype) for path, leaf in by_name(tree).items() if leaf.dtype != jnp.bool_}:
             raise TypeError(f"The {name} of a method's {caller} must be bool; got {wrong}.")
     return new
 
