@@ -331,6 +331,12 @@ LOOKS = {
 }
 
 
+@pytest.mark.parametrize("look", ["spectrum", "eigenvalues", "trace"])
+def test_a_hessian_that_is_not_finite_is_an_error(look):
+    with pytest.raises(FloatingPointError, match="product with the Hessian is not finite"):
+        LOOKS[look](lambda w, batch: jnp.sum(jnp.abs(w) ** 1.5), jnp.zeros(2), [None])
+
+
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS.keys())
 def test_batches_may_be_a_stacked_array_or_a_generator(look):
     data, weights = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([1.0, -2.0])

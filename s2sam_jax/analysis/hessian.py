@@ -214,6 +214,7 @@ def hessian_trace(
 
     Raises:
       ValueError: for masks that do not fit, no batches, or fewer than two samples.
+      FloatingPointError: where a product with the Hessian is not finite.
 
     Reference:
       Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990.
@@ -256,6 +257,8 @@ def _product(
 
     def product(vector):
         total = functools.reduce(jnp.add, (flat_hvp(params, live, vector, batch) for batch in batches))
+        if not jnp.isfinite(total).all():
+            raise FloatingPointError("A product with the Hessian is not finite: the loss, or one of its derivatives.")
         if progress is not None:
             progress(1)
         return total / len(batches)
