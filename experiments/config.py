@@ -8,12 +8,13 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 
 from experiments.training import structures
-from s2sam_jax import methods
+from experiments.training.readers import READ_BY
+from experiments.training.variants import ROUNDS, method_names
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet2012", "wmt14"]
 ModelName = Literal[
@@ -49,71 +50,6 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("in (0, 1]", lambda x: 0 < x <= 1, ("esam_beta", "sharpest_fraction")),
     ("in [0, 2**31)", lambda x: 0 <= x < 2**31, ("seed",)),
 )  # fmt: skip
-
-ROUNDS = ("lottery", "lrr")  # Methods that train several times in one run.
-ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # No clock, or one of their own.
-
-# Names of their own for the forms that papers report.
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "magnitude-global": ("magnitude", {"scope": "global"}),
-    "gmp-global": ("gmp", {"scope": "global"}),
-    "set-itop": ("itop", {"growth": "random"}),
-    "rigl-itop": ("itop", {"growth": "gradient"}),
-    "mest-em": ("mest", {}),
-    # The released profiles for 98 %, where 2 % more would be all.
-    "mest-em-98": ("mest", {"extra": ((0.0, 0.002), (100 / 160, 0.001), (130 / 160, 0.0))}),
-    "mest-ems-98": ("mest", {"soft_bound": True, "extra": ((0.0, 0.05), (100 / 160, 0.02), (130 / 160, 0.0))}),
-    "mest-ems": ("mest", {"soft_bound": True, "extra": ((0.0, 0.05), (90 / 160, 0.025), (120 / 160, 0.0))}),
-    # Channels every 2 epochs, weights every 0.4, both up to epoch 80 of 100.
-    "chase-imagenet": ("chase", {"channel_every": 5, "removal_end": 0.8, "exploration_end": 0.8}),
-}
-
-
-class _Readers(NamedTuple):
-    """Runs whose field has one of these names, or with ``others`` none of them; a method stands for its variants."""
-
-    field: str
-    names: tuple[str, ...]
-    others: bool = False
-
-    def include(self, values: dict[str, Any]) -> bool:
-        name = values[self.field]
-        family = VARIANTS.get(name, (name,))[0] if self.field == "method" else name
-        return (family in self.names) != self.others
-
-    def __str__(self) -> str:
-        *most, last = self.names
-        names = f"{', '.join(most)} or {last}" if most else last
-        return f"any {self.field} but {names}" if self.others else f"{self.field} {names}"
-
-
-# Who reads the options that not all runs read. What a run does not read does not tell it from another one.
-_READ_BY: tuple[tuple[_Readers, tuple[str, ...]], ...] = (
-    (_Readers("dataset", ("digits",), others=True), ("data",)),
-    (_Readers("dataset", ("digits", "cifar10", "cifar100")), ("subset",)),
-    (_Readers("dataset", ("wmt14",)), ("vocabulary", "max_length")),
-    (_Readers("dataset", ("wmt14",), others=True), ("cutout",)),
-    (_Readers("dataset", ("imagenet2012",)), ("image_size",)),
-    (_Readers("optimizer", ("sgd",), others=True), ("rho", "rho_schedule")),
-    (_Readers("optimizer", ("sam", "asam", "ssam-f", "ssam-d", "looksam", "gsam", "esam")), ("sharpness_parts",)),
-    (_Readers("optimizer", ("asam",)), ("eta",)),
-    (_Readers("optimizer", ("ssam-f", "ssam-d")), ("ssam_sparsity", "ssam_update_every")),
-    (_Readers("optimizer", ("looksam",)), ("looksam_every",)),
-    (_Readers("optimizer", ("looksam", "gsam")), ("alpha",)),
-    (_Readers("optimizer", ("esam",)), ("esam_beta", "sharpest_fraction")),
-    (_Readers("method", ("dense",), others=True), ("sparsity", "distribution", "structure")),
-    (_Readers("method", ("dense", *ONE_SHOT, *ROUNDS), others=True), ("update_every", "update_end")),
-    (_Readers("method", ("set", "rigl", "itop", "chase")), ("drop_fraction",)),
-    (_Readers("method", ROUNDS), ("prune_fraction", "rounds", "rewind_epochs")),
-    (_Readers("method", ("chase",)), ("channel_sparsity",)),
-    (_Readers("method", ("chex",)), ("explore",)),
-    (_Readers("schedule", ("cosine",)), ("final_learning_rate",)),
-    (_Readers("base", ("sgd",)), ("nesterov",)),
-)
-
-
-def method_names() -> list[str]:
-    return ["dense", *methods.available(), *VARIANTS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +177,7 @@ class Config:
 def choices(stored: dict[str, Any]) -> dict[str, Any]:
     """What a result depends on besides the seed, of a config as JSON; fields that it lacks have their defaults."""
     values = _DEFAULTS | stored
-    unread = {option for readers, options in _READ_BY if not readers.include(values) for option in options}
+    unread = {option for readers, options in READ_BY if not readers.include(values) for option in options}
     chosen = {k: v for k, v in values.items() if k not in unread and k not in _NOT_HASHED}
     if chosen["init_from"] is not None:
         chosen["init_from"] = Path(chosen["init_from"]).resolve().name
@@ -270,7 +206,7 @@ def check_same(stored: dict[str, Any], wanted: Config, what: str, advice: str) -
 def check_read(configs: Iterable[Config], default: Config) -> None:
     """Raises a ValueError for an option that has another value than by default, and that none of the runs reads."""
     runs, plain = [config.to_json() for config in configs], default.to_json()
-    ignored = [(readers, options) for readers, options in _READ_BY if not any(map(readers.include, runs))]
+    ignored = [(readers, options) for readers, options in READ_BY if not any(map(readers.include, runs))]
     for readers, options in ignored:
         for option in options:
             if (value := runs[0][option]) != plain[option]:

@@ -18,6 +18,7 @@ from experiments.config import Config, OptimizerName
 from experiments.rows import files, jsonl, missing, pages, spread
 from experiments.training import loop, runs, sparse_methods
 from experiments.training.record import Last
+from experiments.training.variants import ROUNDS
 
 Cell = tuple[str, OptimizerName, float, int]
 CELL = ("method", "optimizer", "sparsity_asked", "seed")
@@ -45,7 +46,7 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int)
     """The fixed small scale: a ResNet-8 of width 8, 20 epochs; for rounds of pruning, 10 epochs each."""
     small = Config(width=8, epochs=20, eval_every=10_000)
     small = dataclasses.replace(small, method=method, optimizer=optimizer, sparsity=sparsity, seed=seed)
-    if method not in sparse_methods.ROUNDS:
+    if method not in ROUNDS:
         return small
     epochs = ROUND_EPOCHS * (sparse_methods.rounds(sparsity, PRUNE_FRACTION) + 1)
     return dataclasses.replace(small, epochs=epochs, prune_fraction=PRUNE_FRACTION)

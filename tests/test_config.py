@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import recipes, tasks, train
-from experiments.config import VARIANTS, Config, OptimizerName, check_read, check_same, choices, differing, method_names
+from experiments.config import Config, OptimizerName, check_read, check_same, choices, differing
 from experiments.recipes.scales import scaled
 from experiments.rows import jsonl
 from experiments.training import loop, optimizers, sparse_methods
+from experiments.training.variants import in_library, method_names
 from s2sam_jax import methods
 
 SHARPNESS = {
@@ -57,8 +58,7 @@ def test_an_optimizer_reads_what_changes_its_step(optimizer, monkeypatch):
 
 @pytest.mark.parametrize("method", method_names())
 def test_a_method_reads_its_arguments_and_what_changes_its_clock(method):
-    family = VARIANTS.get(method, (method,))[0]
-    arguments = {} if method == "dense" else inspect.signature(getattr(methods, family)).parameters
+    arguments = {} if method == "dense" else inspect.signature(getattr(methods, in_library(method)[0])).parameters
     assert read(FACTORY, method=method) == FACTORY.keys() & arguments.keys()
     assert read(MASKED, method=method) == (set() if method == "dense" else MASKED.keys())
     run = {"method": method, "sparsity": 0.5} if method != "dense" else {"method": method}

@@ -518,6 +518,11 @@ def test_recipes_apply_on_cifar_and_can_be_overridden():
     assert sparse_methods.clock(Config(method="mest-em", epochs=160), 100) == Every(0, 100, 12_000)
     changed = Config(method="mest-em", dataset="cifar10", epochs=160, update_every=10, update_end=1.0)
     assert sparse_methods.clock(changed, 100) == Every(0, 1000, 15_000)
+    # As often as published: ITOP on CIFAR-100, GMP in RigL's comparison, SET after each epoch but the last.
+    for method, epochs, count in (("set-itop", 250, 65), ("rigl-itop", 250, 24), ("gmp", 250, 56), ("set", 160, 159)):
+        clock = sparse_methods.clock(Config(method=method, dataset="cifar10", epochs=epochs), 391)
+        assert len(range(clock.start, clock.end + 1, clock.every)) == count
+        assert clock.start > 0
     five = (
         sparse_methods.clock(Config(dataset="cifar10", epochs=800), 391),
         sparse_methods.clock(Config(dataset="cifar10", epochs=160), 391),

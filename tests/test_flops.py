@@ -418,6 +418,7 @@ def test_optimizer_and_method_multiply():
     assert cost(method="mest-em") == cost(method="set") == cost(method="static")
     assert cost(method="rigl", optimizer="sam") == 2 * cost(method="rigl", optimizer="s2sam")
     assert cost(method="dense", optimizer="sam") == 2 * dense
+    assert cost(method="static", optimizer="s2sam-released") == dense  # it perturbs pruned weights
 
 
 @pytest.mark.parametrize("method", ["gmp", "mest-ems", "lottery"])

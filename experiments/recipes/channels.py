@@ -39,9 +39,9 @@ UNKNOWN = {
     ),
     "chase": (
         "The numbers, which rows there are, and all of the training: here Chase's own, with its 30 and 40 % of "
-        "channels gone, paired with 80 and 90 % of zeros by choice. Its ImageNet script moves weights within layers, "
-        "here they move over all; channels go together with a mask update, not half an interval later; norms decay "
-        "like all else; rho 0.05."
+        "channels gone, paired with 80 and 90 % of zeros by choice. Its ImageNet script moves weights within layers "
+        "and keeps 0.5 % more of them; here they move over all, down to the planned number. Channels go together "
+        "with a mask update, not half an interval later; norms decay like all else; rho 0.05."
     ),
 }
 

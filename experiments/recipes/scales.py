@@ -7,6 +7,7 @@ from experiments import models
 from experiments.config import Config
 from experiments.recipes import Recipe
 from experiments.training import sparse_methods
+from experiments.training.variants import ONE_SHOT, ROUNDS
 
 # full: the recipe. cpu: a quarter of the width, 10 000 images, 9 epochs. digits: a ResNet-8 of width 8 on these small
 # images, 20 epochs. smoke: it runs.
@@ -43,7 +44,7 @@ def scaled(recipe: Recipe, scale: Scale) -> Config:
 
 def _clocks(config: Config) -> dict[str, float]:
     fast: dict[str, float] = {"ssam_update_every": min(config.ssam_update_every, 1.0)}
-    if config.method not in ("dense", *sparse_methods.ONE_SHOT, *sparse_methods.ROUNDS):
+    if config.method not in ("dense", *ONE_SHOT, *ROUNDS):
         interval, _ = sparse_methods.CIFAR_RECIPES.get(config.method, sparse_methods.ELSEWHERE)
         fast["update_every"] = min(config.update_every or interval, 1.0)
     return fast

@@ -59,7 +59,8 @@ KNOWN_CIFAR = (
 )
 KNOWN_IMAGENET = (
     "Batch 256, SGD with momentum 0.9, 0.1 along a cosine, weight decay 1e-4 for all, rho 0.07, random crops of 224 "
-    "and flips (paper); 90 epochs, Fisher mask every epoch from 128 images (released code, which has rho 0.7)."
+    "and flips (paper); 90 epochs, Fisher mask every epoch from 128 images, dynamic mask every 5 epochs (released "
+    "code, which has rho 0.7 and, in its README, a rate of 0.05)."
 )
 UNKNOWN = (
     "How many seeds; best or last epoch (the released code logs the best, here the last, BatchNorm recalibrated). The "

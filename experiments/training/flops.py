@@ -13,9 +13,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from experiments import data, models
-from experiments.config import VARIANTS, Config
+from experiments.config import Config
 from experiments.models import Network
 from experiments.training import optimizers, sparse_methods
+from experiments.training.variants import ROUNDS, in_library
 from s2sam_jax import ChannelGroup, erdos_renyi, erdos_renyi_kernel, uniform
 from s2sam_jax.analysis import layer_flops, masked_flops, training_flops
 
@@ -71,6 +72,8 @@ def ledger(
     share = pruned_share(config, steps_per_epoch, network.groups, sparsities)
     training = math.nan
     if share is not None:
+        if config.optimizer == "s2sam-released":  # pruned weights are perturbed too, so that no pass is sparse
+            share = np.zeros_like(share)
         training = training_flops(
             f_dense,
             f_dense - share * (f_dense - f_sparse),
@@ -131,15 +134,16 @@ def pruned_share(
       ValueError: for recorded sparsities of other than all epochs.
     """
     steps = np.arange(config.epochs * steps_per_epoch)
-    family, options = VARIANTS.get(config.method, (config.method, {}))
+    family, options = in_library(config.method)
     clock = None if family == "dense" else sparse_methods.clock(config, steps_per_epoch)
     if clock is None or not config.sparsity:
         return np.ones(len(steps))
     updates = np.maximum(steps - clock.start, 0) // clock.every
-    if family in sparse_methods.ROUNDS:
+    if family in ROUNDS:
         left = (1 - (config.prune_fraction or sparse_methods.PRUNE_FRACTION)) ** updates
         return np.minimum((1 - left) / config.sparsity, 1)
-    progress = np.minimum(updates * clock.every / max(clock.end or 0, 1), 1)  # of the clock, at the last update
+    length = max((clock.end or 0) - clock.start, 1)
+    progress = np.minimum(updates * clock.every / length, 1)  # of the clock, at the last update
     if family == "gmp":
         return 1 - (1 - progress) ** 3
     if options.get("soft_bound"):

@@ -45,8 +45,8 @@ def looksam(
     Args:
       rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
       every: the k of the paper, 5 or 10 there; 1 is SAM.
-      alpha: weight of the direction kept, or a schedule of the step. 0.7 in the paper, 0.2 by default in the released
-        code.
+      alpha: weight of the direction kept, or a schedule of the step. 0.7 in the paper, 0.2 in the code released with
+        Momentum-SAM.
       eps: added to the norms of ``g`` and ``g_v`` that are divided by; a zero gradient gives a zero perturbation.
 
     Returns:

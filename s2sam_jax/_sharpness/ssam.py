@@ -76,6 +76,8 @@ def ssam(
       compat: ``"authors"`` follows the released code where it leaves the paper. Fisher: the first step has an empty
         mask, and refreshes come one step later, at the updated weights. Dynamic: a new mask acts from the next step
         on, grows only where the old mask was off, and truncates the two counts separately, so that it can lose one.
+        What that code does by accident (a gradient left over in the first Fisher sample, BatchNorm statistics of
+        those passes) is left out.
 
     Returns:
       A transformation whose ``update`` needs ``params``, ``grad_fn`` and, for ``"fisher"``, ``fisher_fn``: a function

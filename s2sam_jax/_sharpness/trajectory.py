@@ -19,8 +19,8 @@ def trajectory_loss(
 
     For **SAF** the past outputs are those of the same example some epochs ago (:class:`TrajectoryBuffer`). For **MESA**
     they come from a moving average of the weights, and nothing else is needed: let ``optax.incremental_update(params,
-    average, 0.005)`` move the average after each step, and give the loss its outputs on the same batch (with
-    ``weight=0.8`` in its authors' code).
+    average, 0.0002)`` move the average after each step, and give the loss its outputs on the same batch (with
+    ``weight=0.8`` in its authors' code, from the sixth epoch on).
 
     Args:
       logits: ``[batch, classes]``.
@@ -51,7 +51,7 @@ def trajectory_loss(
       >>> params, x, y = jnp.eye(2), jnp.ones((4, 2)), jnp.zeros(4, int)
       >>> average = jnp.copy(params)
       >>> params -= 0.1 * jax.grad(loss_fn)(params, average, x, y)
-      >>> average = optax.incremental_update(params, average, 0.005)
+      >>> average = optax.incremental_update(params, average, 0.0002)
     """
     if logits.shape != past_logits.shape:
         raise ValueError(f"trajectory_loss needs logits of one shape; got {logits.shape} and {past_logits.shape}.")

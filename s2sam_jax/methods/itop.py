@@ -59,7 +59,7 @@ def itop(
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from s2sam_jax import Every, methods, sparsify
-      >>> tx = sparsify(optax.sgd(0.1), methods.itop("gradient"), sparsity=0.9, when=Every(0, 4000, 88_000))
+      >>> tx = sparsify(optax.sgd(0.1), methods.itop("gradient"), sparsity=0.9, when=Every(4000, 4000, 88_000))
       >>> print(tx.init({"kernel": jnp.ones((10, 10))}).nnz)
       [10]
     """

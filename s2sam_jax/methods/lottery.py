@@ -24,7 +24,8 @@ def lottery(prune_fraction: float = 0.2, *, rounds: int | None = None) -> Sparse
     state; every later one ends a round: it prunes and restores both. None of them takes a gradient step, so with rounds
     of L steps ``when = Every(start=k, every=L - k + 1)``. The learning rate schedule is in the optimizer state, so it
     rewinds too. Pruned weights are zero for good; survivors get value and moments of step k (the value
-    to rounding: an optax update is a difference).
+    to rounding: an optax update is a difference). What lies outside of parameters and optimizer, as BatchNorm's
+    statistics and the order of the data, does not rewind: :func:`recalibrate_batch_stats` mends the statistics.
 
     Args:
       prune_fraction: p in ``(0, 1)``, of the weights that remain.

@@ -27,7 +27,8 @@ def lrr(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMeth
       ValueError: for a fraction out of range, or rounds that disagree with the sparsity.
 
     Reference:
-      Renda et al., "Comparing Rewinding and Fine-tuning in Neural Network Pruning", ICLR 2020.
+      Renda et al., "Comparing Rewinding and Fine-tuning in Neural Network Pruning", ICLR 2020. Its code prunes
+      convolutions only, below a percentile.
 
     Example:
       >>> import jax.numpy as jnp, optax

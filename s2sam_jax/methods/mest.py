@@ -40,9 +40,10 @@ def mest(
     state, while a truly new one has none. A pruned weight becomes zero and loses its state. No step is skipped.
 
     Args:
-      extra: :math:`p_t` by phases ``(from, p)``: from that fraction of the clock's last call on, ``p`` more zeros (EM)
-        or fewer (EM&S). The default is released for EM at 90 and 95 %; with the clock over 160 epochs it changes at
-        epochs 100 and 130. For EM&S at both: ``((0.0, 0.05), (90 / 160, 0.025), (120 / 160, 0.0))``.
+      extra: :math:`p_t` by phases ``(from, p)``: from that fraction of the clock's last call on, ``p`` more zeros
+        (EM) or fewer (EM&S). The default, with the clock over 160 epochs, is that of S2-SAM's code for EM at 95 %,
+        changing at epochs 100 and 130; MEST's own has the same amounts for 90 %, changing at 90 and 120. For EM&S at
+        90 and 95 %: ``((0.0, 0.05), (90 / 160, 0.025), (120 / 160, 0.0))``.
       soft_bound: EM&S instead of EM.
       lam: :math:`\lambda`, the weight of the dense gradient in the score; 0, as in the released code, is magnitude.
 
