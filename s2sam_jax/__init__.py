@@ -2,6 +2,7 @@
 
 from s2sam_jax import analysis as analysis
 from s2sam_jax import methods as methods
+from s2sam_jax._base.clock import Every as Every
 from s2sam_jax._base.masks import SparseState as SparseState
 from s2sam_jax._base.masks import apply_masks as apply_masks
 from s2sam_jax._base.masks import get_masks as get_masks
@@ -12,7 +13,6 @@ from s2sam_jax._base.structure import NM as NM
 from s2sam_jax._base.structure import Block as Block
 from s2sam_jax._base.structure import Channel as Channel
 from s2sam_jax._base.structure import Unstructured as Unstructured
-from s2sam_jax._base.types import Every as Every
 from s2sam_jax._base.types import MaskInputs as MaskInputs
 from s2sam_jax._base.types import MaskUpdate as MaskUpdate
 from s2sam_jax._base.types import SparseMethod as SparseMethod
@@ -47,7 +47,7 @@ from s2sam_jax._sparsity.channels import channel_masks as channel_masks
 from s2sam_jax._sparsity.distributions import erdos_renyi as erdos_renyi
 from s2sam_jax._sparsity.distributions import erdos_renyi_kernel as erdos_renyi_kernel
 from s2sam_jax._sparsity.distributions import uniform as uniform
-from s2sam_jax._sparsity.faults import check_masks as check_masks
+from s2sam_jax._sparsity.mask_checks import check_masks as check_masks
 from s2sam_jax._sparsity.materialize import Materialized as Materialized
 from s2sam_jax._sparsity.materialize import materialize as materialize
 from s2sam_jax._sparsity.nm_pack import NMPacked as NMPacked

@@ -6,18 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from s2sam_jax._base.optax_wrappers import with_extra_args
 from s2sam_jax._base.select import ones
-from s2sam_jax._base.tree import (
-    align,
-    by_name,
-    check_same_named,
-    find_states,
-    map_paths,
-    map_states,
-    mask_mirrored,
-    named_leaves,
-    with_extra_args,
-)
+from s2sam_jax._base.state_rule import mask_mirrored
+from s2sam_jax._base.tree import align, by_name, check_same_named, find_states, map_named, map_states
 from s2sam_jax._base.types import Masks, Params
 
 
@@ -45,13 +37,10 @@ class SparseState(NamedTuple):
     inner_state: Any
 
 
-def count_masks(masks: Masks, before: SparseState | None = None) -> jax.Array:
-    """Ones per leaf, int32[leaves]; not counted again where a mask is the very one of the state before."""
+def count_masks(masks: Masks) -> jax.Array:
+    """Ones per leaf, int32[leaves]."""
     leaves = jax.tree.leaves(masks)
-    known = {} if before is None else dict(zip(map(id, jax.tree.leaves(before.masks)), before.nnz, strict=True))
-    new = [mask for mask in leaves if id(mask) not in known]
-    known |= zip(map(id, new), ones(new), strict=True)
-    return jnp.stack([known[id(mask)] for mask in leaves]) if leaves else jnp.zeros(0, jnp.int32)
+    return jnp.stack(ones(leaves)) if leaves else jnp.zeros(0, jnp.int32)
 
 
 def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
@@ -81,8 +70,8 @@ def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
         if len(states) > 1:
             raise ValueError("get_masks: opt_state holds several SparseStates; pass params to get one tree.")
         return states[0].masks
-    found = {path: mask for state in states for path, mask in named_leaves(state.masks).items()}
-    return map_paths(lambda path, p: found[path] if path in found else jnp.ones_like(p, dtype=bool), params)
+    found = {path: mask for state in states for path, mask in by_name(state.masks).items()}
+    return map_named(lambda path, p: found[path] if path in found else jnp.ones_like(p, dtype=bool), params)
 
 
 def set_masks(opt_state: Any, masks: Masks) -> Any:
@@ -119,11 +108,9 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     if wrong:
         raise TypeError(f"set_masks needs bool masks; these are not: {wrong}.")
     covered = {
-        path: mask
-        for state in sparse_states(opt_state, "set_masks")
-        for path, mask in named_leaves(state.masks).items()
+        path: mask for state in sparse_states(opt_state, "set_masks") for path, mask in by_name(state.masks).items()
     }
-    given = named_leaves(masks)
+    given = by_name(masks)
     if len(find_states(opt_state, SparseState)) > 1:  # each covers a part of the parameters
         given = {path: mask for path, mask in given.items() if path in covered}
     check_same_named(given, covered, "masks", "the masks in opt_state")
@@ -160,14 +147,14 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
     """
     leaves = {}
     for state in sparse_states(opt_state, "apply_masks"):
-        leaves |= named_leaves(state.masks)
-    covered = {path: p for path, p in named_leaves(params).items() if path in leaves}
+        leaves |= by_name(state.masks)
+    covered = {path: p for path, p in by_name(params).items() if path in leaves}
     check_same_named(covered, leaves, "params", "the masks in opt_state")
 
     def zero(path, param):
         return jnp.where(leaves[path], param, jnp.zeros((), param.dtype)) if path in leaves else param
 
-    return map_paths(zero, params)
+    return map_named(zero, params)
 
 
 def update_masks(

@@ -7,75 +7,60 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from s2sam_jax._base.types import NEVER, Masks, Unmasked
+from s2sam_jax._base.types import Masks
 
-Path = tuple[str, ...]
 T = TypeVar("T")
 
-# Wrappers that hold gradients back, which s2sam must not remember.
-HOLDING_BACK = ((optax.MultiStepsState, "MultiSteps"), (optax.ApplyIfFiniteState, "apply_if_finite"))
 NNX_VALUE = jax.tree_util.GetAttrKey("value")
 
 
-def path_names(key_path: Any) -> Path:
-    """Key path as strings, without the trailing ``.value`` that Flax NNX variables add."""
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in _keys(key_path))
-
-
-def named_leaves(tree: Any) -> dict[Path, Any]:
-    """The leaves of a tree by their path, in order."""
-    return {path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def leaf_name(key_path: Any) -> str:
+    """``"a/b/kernel"``, without the trailing ``.value`` that Flax NNX variables add."""
+    return jax.tree_util.keystr(path_keys(key_path), simple=True, separator="/")
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by ``"a/b/kernel"``, the name that users and messages give them, in order."""
-    return {"/".join(path): leaf for path, leaf in named_leaves(tree).items()}
+    """The leaves of a tree by name, in order.
 
-
-def map_paths(fn: Callable[[Path, Any], Any], tree: Any) -> Any:
-    """``jax.tree.map`` whose function gets the leaf's path as its first argument."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_names(path), leaf), tree)
+    Raises:
+      ValueError: where two leaves have one name, as those of ``{"a/b": x, "a": {"b": y}}``.
+    """
+    leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    found = dict(leaves)
+    if len(found) < len(leaves):
+        twice = sorted({name for name, _ in leaves if sum(other == name for other, _ in leaves) > 1})
+        raise ValueError(f"Leaves are told apart by their names, and several are called {twice}; rename them.")
+    return found
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """``jax.tree.map`` whose function gets ``"a/b/kernel"`` as its first argument."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn("/".join(path_names(path)), *leaves), tree, *rest)
+    """``jax.tree.map`` whose function gets the leaf's name as its first argument."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(leaf_name(path), *leaves), tree, *rest)
 
 
 def align(tree: Any, like: Any) -> Any:
     """``tree`` cut down to the leaves of ``like`` (which may lack some, as inside ``optax.masked``)."""
-    leaves = named_leaves(tree)
-    return map_paths(lambda path, _: leaves[path], like)
+    leaves = by_name(tree)
+    return map_named(lambda path, _: leaves[path], like)
 
 
 def check_same_leaves(tree: Any, like: Any, name: str, like_name: str) -> None:
     """Raises a ``ValueError`` that lists every leaf in which two trees differ by path or shape."""
-    check_same_named(named_leaves(tree), named_leaves(like), name, like_name)
+    check_same_named(by_name(tree), by_name(like), name, like_name)
 
 
-def check_same_named(have: dict[Path, Any], want: dict[Path, Any], name: str, like_name: str) -> None:
+def check_same_named(have: dict[str, Any], want: dict[str, Any], name: str, like_name: str) -> None:
     """As :func:`check_same_leaves`, for leaves by path."""
-    problems = [f"{'/'.join(path)}: missing in {name}" for path in want.keys() - have.keys()]
-    problems += [f"{'/'.join(path)}: not in {like_name}" for path in have.keys() - want.keys()]
+    problems = [f"{path}: missing in {name}" for path in want.keys() - have.keys()]
+    problems += [f"{path}: not in {like_name}" for path in have.keys() - want.keys()]
     problems += [
-        f"{'/'.join(path)}: shape {jnp.shape(have[path])} in {name}, {jnp.shape(want[path])} in {like_name}"
+        f"{path}: shape {jnp.shape(have[path])} in {name}, {jnp.shape(want[path])} in {like_name}"
         for path in want.keys() & have.keys()
         if jnp.shape(have[path]) != jnp.shape(want[path])
     ]
     if problems:
         raise ValueError(f"{name} must have the leaves of {like_name}, but:\n  " + "\n  ".join(sorted(problems)))
-
-
-def check_state_of_tx(state: Any, expected: Any, like: str) -> None:
-    """Raises a ``ValueError`` where an optimizer state has another structure than a fresh one; ``like`` names that."""
-    want, have = jax.tree.structure(expected), jax.tree.structure(state)
-    if want != have:
-        raise ValueError(
-            f"opt_state is not a state of this tx; restore checkpoints into the structure of {like}:\n"
-            f"  expected {want}\n  got      {have}"
-        )
 
 
 def find_states(tree: Any, kind: type[T] | tuple[type[T], ...]) -> list[T]:
@@ -89,23 +74,6 @@ def map_states(fn: Callable[[T], Any], tree: Any, kind: type[T]) -> Any:
     return jax.tree.map(lambda x: fn(x) if isinstance(x, kind) else x, tree, is_leaf=lambda x: isinstance(x, kind))
 
 
-def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """As optax's own, which would keep them from an ``optax.MultiSteps`` that is passed as the object it is."""
-    if isinstance(tx, optax.MultiSteps):
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
-    return optax.with_extra_args_support(tx)
-
-
-def check_nothing_hidden(params: Any, caller: str, advice: str) -> None:
-    """Raises a ``TypeError`` where ``optax.masked`` and the like hide leaves from one who takes a gradient at all."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
-        raise TypeError(
-            f"{caller} takes a gradient at all parameters, and optax.masked or multi_transform hides some from it; "
-            f"take it out. {advice}"
-        )
-
-
 def explicit_sharding(leaf: jax.Array) -> Any:
     """The sharding of an array, where it is part of its type; else ``None``."""
     sharding = jax.typeof(leaf).sharding
@@ -115,11 +83,6 @@ def explicit_sharding(leaf: jax.Array) -> Any:
 def scalar(x: Any) -> jax.Array:
     """The one array inside ``x``: a bare one, or one that Flax NNX has wrapped in a variable."""
     return jax.tree.leaves(x)[0]
-
-
-def increment(step: jax.Array) -> jax.Array:
-    """The next step; saturates, as a counter that wraps would fire its clocks again."""
-    return jnp.minimum(step, NEVER - 1) + 1
 
 
 def copy_key(seed: int | jax.Array, purpose: str) -> jax.Array:
@@ -160,46 +123,6 @@ def masked(masks: Masks, tree: Any) -> Any:
     return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), masks, tree)
 
 
-def mask_mirrored(masks: Masks, state: Any) -> Any:
-    """The state rule: zero, off the mask, every floating state leaf that mirrors a parameter."""
-    return map_mirrored(lambda mask, leaf: jnp.where(mask, leaf, jnp.zeros((), leaf.dtype)), masks, state)
-
-
-def start_mirrored(grown: Masks, state: Any, fresh: Any) -> Any:
-    """What has just grown starts as the optimizer does: from zero, or for some, as the step sizes of Rprop, not."""
-    return map_mirrored(lambda mask, leaf, start: jnp.where(mask, start.astype(leaf.dtype), leaf), grown, state, fresh)
-
-
-def map_mirrored(fn: Callable[..., jax.Array], masks: Masks, state: Any, *rest: Any) -> Any:
-    """``fn(mask, leaf, ...)`` on every floating state leaf that mirrors a parameter; the others stay.
-
-    A subtree of the parameters' structure mirrors them leaf by leaf. Elsewhere, as in the cut trees of
-    ``optax.masked``, a leaf mirrors the parameter whose key path is the longest suffix of its own. Shapes must agree.
-    This holds for any optimizer, with no list of known states; ``Unmasked`` trees are left alone.
-    """
-    structure = jax.tree.structure(masks)
-    by_keys = {_keys(path): mask for path, mask in jax.tree_util.tree_leaves_with_path(masks)}
-
-    def is_whole(node):
-        return isinstance(node, Unmasked) or jax.tree.structure(node) == structure
-
-    def one(mask, leaf, *others):
-        if mask is None or mask.shape != jnp.shape(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            return leaf
-        return fn(mask, leaf, *others)
-
-    def rule(path, node, *others):
-        if isinstance(node, Unmasked):
-            return node
-        if jax.tree.structure(node) == structure:
-            return jax.tree.map(one, masks, node, *others)
-        keys = _keys(path)
-        suffixes = (keys[start:] for start in range(len(keys) + 1))
-        return one(next((by_keys[suffix] for suffix in suffixes if suffix in by_keys), None), node, *others)
-
-    return jax.tree_util.tree_map_with_path(rule, state, *rest, is_leaf=is_whole)
-
-
-def _keys(path: Any) -> tuple[Any, ...]:
+def path_keys(path: Any) -> tuple[Any, ...]:
     """Key entries, which tell a module named ``mu`` from Adam's field ``mu``."""
     return tuple(path[:-1] if path and path[-1] == NNX_VALUE else path)

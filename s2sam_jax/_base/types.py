@@ -1,13 +1,11 @@
-"""The vocabulary every other file shares: trees, the update clock, and what a sparse method is."""
+"""The vocabulary every other file shares: trees, and what a sparse method is."""
 
-import dataclasses
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from s2sam_jax._base.clock import Every
 from s2sam_jax._base.structure import UNSTRUCTURED, Structure
 
 Params = Any  # a pytree of floating arrays
@@ -16,62 +14,6 @@ GradFn = Callable[[Params], Params]
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 Compat = Literal["paper", "authors"]
 Invariant = Literal["per_layer", "total", "monotone", "bounded"]
-
-NEVER = int(jnp.iinfo(jnp.int32).max)
-
-
-@dataclasses.dataclass(frozen=True)
-class Every:
-    """A clock that fires at ``start, start + every, ...``, up to and including ``end``.
-
-    Args:
-      start: first call that fires, counted from 0.
-      every: calls between two firings, at least 1.
-      end: last call that may fire; ``None`` means no end. Methods that anneal over training (RigL) use it
-        as their horizon and ask for it.
-
-    Raises:
-      ValueError: when a bound is negative or out of order.
-
-    Example:
-      >>> clock = Every(start=0, every=100, end=250)
-      >>> [step for step in range(400) if clock.at_or_after(step) == step]
-      [0, 100, 200]
-    """
-
-    start: int = 0
-    every: int = 100
-    end: int | None = None
-
-    def __post_init__(self):
-        try:
-            object.__setattr__(self, "start", operator.index(self.start))  # NumPy's integers too
-            object.__setattr__(self, "every", operator.index(self.every))
-            object.__setattr__(self, "end", None if self.end is None else operator.index(self.end))
-        except TypeError as error:
-            raise TypeError(
-                f"Every counts calls in integers; got {self.start!r}, {self.every!r}, {self.end!r}."
-            ) from error
-        if self.start < 0 or self.every < 1:
-            raise ValueError(f"Every needs start >= 0 and every >= 1; got start={self.start}, every={self.every}.")
-        if self.start >= NEVER or self.every >= NEVER:
-            raise ValueError(f"Every counts in int32: start and every must be below 2**31 - 1; got {self}.")
-        if self.end is not None and self.end < self.start:
-            raise ValueError(f"Every needs end >= start; got start={self.start}, end={self.end}.")
-        if self.end is not None:
-            object.__setattr__(self, "end", min(self.end, NEVER - 1))
-
-    def at_or_after(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """The first firing at or after ``step`` as int32[]; ``NEVER`` when there is none."""
-        step = jnp.maximum(jnp.asarray(step, jnp.int32), self.start)
-        due = step + (self.start - step) % self.every
-        return due if self.end is None else jnp.where(due <= self.end, due, NEVER)
-
-    def planned(self, before: jax.Array, due: bool | jax.Array, step: jax.Array) -> jax.Array:
-        """The next firing after a call: the one planned before, or where that is done the first from ``step`` on."""
-        if isinstance(due, bool):
-            return self.at_or_after(step) if due else before
-        return jnp.where(due, self.at_or_after(step), before)
 
 
 class MaskInputs(NamedTuple):
@@ -148,9 +90,3 @@ class SparseMethod(NamedTuple):
     ranks: Literal["leaf", "global"] = "leaf"
     when: Every | None = None
     structured: bool = False
-
-
-class Unmasked(NamedTuple):
-    """Marks a tree in an optimizer state that is meant to be non-zero on pruned weights."""
-
-    tree: Any

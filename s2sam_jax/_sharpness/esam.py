@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.clock import increment
 from s2sam_jax._base.counts import rounded_down
 from s2sam_jax._base.schedules import schedule
-from s2sam_jax._base.tree import copy_key, increment
+from s2sam_jax._base.tree import copy_key
 from s2sam_jax._base.types import Params, ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent_point
 from s2sam_jax._sharpness.sam import second_gradient
@@ -49,7 +50,7 @@ def esam(
       eps: added to the norm; where no leaf is drawn, none is perturbed.
 
     Returns:
-      A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``grad_fn_by_part``, as in :func:`sam`;
+      A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``second_grad_fn``, as in :func:`sam`;
       the parts share what is drawn).
 
     Raises:
@@ -79,9 +80,9 @@ def esam(
         zero = jnp.zeros((), jnp.int32)
         return ESAMState(zero, rho_at(zero), copy_key(seed, "esam"))
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
+    def update_fn(updates, state, params=None, *, grad_fn=None, second_grad_fn=None, **extra_args):
         del extra_args
-        params, gradient_at = second_gradient("esam", params, updates, grad_fn, grad_fn_by_part)
+        gradient_at = second_gradient("esam", params, updates, grad_fn, second_grad_fn)
         radius = rho_at(state.step)
         key = jax.random.fold_in(state.key, state.step)
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.clock import increment
 from s2sam_jax._base.schedules import schedule
-from s2sam_jax._base.tree import at_least_f32, increment
+from s2sam_jax._base.tree import at_least_f32
 from s2sam_jax._base.types import ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent_point, perpendicular
 from s2sam_jax._sharpness.sam import SAMState, second_gradient
@@ -20,7 +21,7 @@ def gsam(
     .. math:: g_p = \nabla L(w + \rho\, g / (\|g\|_2 + \mathrm{eps})), \qquad
               g_\perp = g - \frac{g \cdot g_p}{\|g_p\|^2}\, g_p, \qquad \text{update} = g_p - \alpha\, g_\perp
 
-    Two gradients a step, as with :func:`sam`; put it first in its chain. With ``grad_fn_by_part`` both gradients are
+    Two gradients a step, as with :func:`sam`; put it first in its chain. With ``second_grad_fn`` both gradients are
     means over the parts of a batch before they are decomposed (its authors decompose on each device).
 
     Args:
@@ -31,7 +32,7 @@ def gsam(
       eps: added to the norm; a zero gradient gives a zero perturbation.
 
     Returns:
-      A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``grad_fn_by_part``).
+      A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``second_grad_fn``).
 
     Raises:
       ValueError: for a negative ``rho``, ``alpha`` or ``eps``, or an update without ``params``.
@@ -57,9 +58,9 @@ def gsam(
         zero = jnp.zeros((), jnp.int32)
         return SAMState(zero, rho_at(zero))
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
+    def update_fn(updates, state, params=None, *, grad_fn=None, second_grad_fn=None, **extra_args):
         del extra_args
-        params, gradient_at = second_gradient("gsam", params, updates, grad_fn, grad_fn_by_part)
+        gradient_at = second_gradient("gsam", params, updates, grad_fn, second_grad_fn)
         radius, weight = rho_at(state.step), alpha_at(state.step)
         found = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps))
         across = perpendicular(updates, found)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.clock import Every, tick
 from s2sam_jax._base.schedules import schedule
-from s2sam_jax._base.tree import at_least_f32, cond, increment, norm
-from s2sam_jax._base.types import Every, ScalarOrSchedule
+from s2sam_jax._base.tree import at_least_f32, cond, norm
+from s2sam_jax._base.types import ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent_point, perpendicular
 from s2sam_jax._sharpness.sam import second_gradient
 
@@ -50,7 +51,7 @@ def looksam(
       eps: added to the norms of ``g`` and ``g_v`` that are divided by; a zero gradient gives a zero perturbation.
 
     Returns:
-      A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``grad_fn_by_part``, as in :func:`sam`),
+      A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``second_grad_fn``, as in :func:`sam`),
       and calls it on SAM's steps only. ``refresh_sam`` (a Python bool) says whether this is one; left out or traced, a
       ``lax.cond`` decides. State: one gradient-sized tree.
 
@@ -82,10 +83,10 @@ def looksam(
         return LookSAMState(zero, clock.at_or_after(0), rho_at(zero), jax.tree.map(jnp.zeros_like, params))
 
     def update_fn(
-        updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, refresh_sam=None, **extra_args
+        updates, state, params=None, *, grad_fn=None, second_grad_fn=None, refresh_sam=None, **extra_args
     ) -> Any:
         del extra_args
-        params, gradient_at = second_gradient("looksam", params, updates, grad_fn, grad_fn_by_part)
+        gradient_at = second_gradient("looksam", params, updates, grad_fn, second_grad_fn)
         radius = rho_at(state.step)
 
         def look():
@@ -97,9 +98,8 @@ def looksam(
             moved = jax.tree.map(lambda g, v: at_least_f32(g) + scale * at_least_f32(v), updates, state.g_v)
             return optax.tree.cast_like(moved, updates), state.g_v
 
-        due = state.step >= state.next_update if refresh_sam is None else refresh_sam
+        due, step, next_update = tick(clock, state, refresh_sam)
         grads, g_v = cond(due, look, reuse)
-        step = increment(state.step)
-        return grads, LookSAMState(step, clock.planned(state.next_update, due, step), radius, g_v)
+        return grads, LookSAMState(step, next_update, radius, g_v)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

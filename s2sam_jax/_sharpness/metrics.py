@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.masks import SparseState, get_masks
-from s2sam_jax._base.tree import at_least_f32, check_same_leaves, find_states, named_leaves, norm
-from s2sam_jax._base.types import Params, Unmasked
+from s2sam_jax._base.state_rule import Unmasked
+from s2sam_jax._base.tree import at_least_f32, by_name, check_same_leaves, find_states, norm
+from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.perturb import perturb
 from s2sam_jax._sharpness.rounding import FORMATS, round_to_nearest
 from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
@@ -144,14 +145,14 @@ def _cosine_last_gradient(grads: Params, params: Params, opt_state: Any) -> jax.
             "sharpness_metrics compares grads with the last ones, which s2sam() remembers, and opt_state has no "
             "S2SAMState. Leave grads out."
         )
-    given, masks, pairs = named_leaves(grads), {}, []
+    given, masks, pairs = by_name(grads), {}, []
     if find_states(opt_state, SparseState):
-        masks = named_leaves(get_masks(opt_state, params))
+        masks = by_name(get_masks(opt_state, params))
     for state in states:
         dense = isinstance(state.last_grad, Unmasked)
-        for path, last in named_leaves(last_gradient(state)).items():
+        for path, last in by_name(last_gradient(state)).items():
             if path not in given or jnp.shape(given[path]) != jnp.shape(last):
-                raise ValueError(f"sharpness_metrics: grads lack the leaf {'/'.join(path)}{jnp.shape(last)}.")
+                raise ValueError(f"sharpness_metrics: grads lack the leaf {path}{jnp.shape(last)}.")
             live = dense or masks.get(path, True)
             pairs.append((jnp.where(live, given[path], 0), last))
     return _cosine(*zip(*pairs, strict=True))

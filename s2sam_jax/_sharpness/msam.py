@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.clock import increment
 from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.schedules import schedule
-from s2sam_jax._base.tree import Path, find_states, increment, named_leaves, scalar
+from s2sam_jax._base.tree import by_name, find_states, scalar
 from s2sam_jax._base.types import ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent
 
@@ -87,7 +88,7 @@ def epsilon(state: MSAMState, momentum: list[jax.Array], params: list[jax.Array]
     return ascent(momentum, params, rho=-scalar(state.rho), eps=scalar(state.eps))
 
 
-def momenta(opt_state: Any, leaves: Set[Path] | None) -> Iterator[tuple[MSAMState, dict[Path, jax.Array]]]:
+def momenta(opt_state: Any, leaves: Set[str] | None) -> Iterator[tuple[MSAMState, dict[str, jax.Array]]]:
     """Each :class:`MSAMState` with the momentum buffers around it, by leaf, zero where pruned.
 
     A state looks no further than the ``sparsify`` or ``optax.masked`` that it is in; the groups of
@@ -102,33 +103,33 @@ def momenta(opt_state: Any, leaves: Set[Path] | None) -> Iterator[tuple[MSAMStat
         yield own, _momentum(opt_state, leaves)
     for scope in scopes:
         if isinstance(scope, SparseState):
-            masks = named_leaves(scope.masks)
+            masks = by_name(scope.masks)
             for state, buffers in momenta(scope.inner_state, masks.keys()):
                 yield state, {path: jnp.where(masks[path], v, jnp.zeros((), v.dtype)) for path, v in buffers.items()}
         elif isinstance(scope, optax.MaskedState):
             yield from momenta(scope.inner_state, None)
 
 
-def _momentum(opt_state: Any, leaves: Set[Path] | None) -> dict[Path, jax.Array]:
+def _momentum(opt_state: Any, leaves: Set[str] | None) -> dict[str, jax.Array]:
     """The momentum of every leaf."""
-    found: dict[Path, jax.Array] = {}
+    found: dict[str, jax.Array] = {}
     for buffer in _buffers(opt_state):
-        for path, value in named_leaves(buffer).items():
+        for path, value in by_name(buffer).items():
             if path in found:
                 raise ValueError(
-                    f"perturb: two momentum buffers claim the leaf {'/'.join(path)}; msam() needs one per leaf, such "
+                    f"perturb: two momentum buffers claim the leaf {path}; msam() needs one per leaf, such "
                     "as that of one optax.sgd(..., momentum=0.9)."
                 )
             found[path] = value
     expected = found.keys() if leaves is None else leaves
     if not found or expected - found.keys():
-        missing = sorted("/".join(path) for path in expected - found.keys())
+        missing = sorted(expected - found.keys())
         raise ValueError(
             f"perturb: msam() found no momentum{f' for {missing}' if found else ''}; combine it with an optimizer that "
             "keeps one (optax.trace, or a state with a field mu, as Adam's), and in optax.masked or "
             "optax.multi_transform put it beside that optimizer, into the same group."
         )
-    if strange := sorted("/".join(path) for path in found.keys() - expected):
+    if strange := sorted(found.keys() - expected):
         raise ValueError(f"perturb: msam() found a momentum for {strange}, which params lack.")
     return found
 

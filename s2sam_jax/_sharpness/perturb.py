@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.masks import SparseState
-from s2sam_jax._base.tree import HOLDING_BACK, Path, find_states, map_paths, named_leaves
+from s2sam_jax._base.optax_wrappers import HOLDING_BACK
+from s2sam_jax._base.tree import by_name, find_states, map_named
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness import msam, s2sam
 from s2sam_jax._sharpness.ascent import add
@@ -52,10 +53,10 @@ def perturb(params: Params, opt_state: Any) -> Params:
             "msam() into the optimizer chain; if the state comes from a checkpoint, restore it into the structure of "
             "tx.init(params)."
         )
-    moved: dict[Path, jax.Array] = {}
-    for _, _, epsilon in perturbations(named_leaves(params), opt_state):
+    moved: dict[str, jax.Array] = {}
+    for _, _, epsilon in perturbations(by_name(params), opt_state):
         moved |= epsilon
-    return map_paths(lambda path, param: add(param, moved[path]) if path in moved else param, params)
+    return map_named(lambda path, param: add(param, moved[path]) if path in moved else param, params)
 
 
 def perturbing(opt_state: Any) -> list[S2SAMState | MSAMState]:
@@ -64,20 +65,19 @@ def perturbing(opt_state: Any) -> list[S2SAMState | MSAMState]:
 
 
 def perturbations(
-    clean: dict[Path, Any], opt_state: Any
-) -> Iterator[tuple[S2SAMState | MSAMState, dict[Path, jax.Array], dict[Path, jax.Array]]]:
+    clean: dict[str, Any], opt_state: Any
+) -> Iterator[tuple[S2SAMState | MSAMState, dict[str, jax.Array], dict[str, jax.Array]]]:
     """Each state that perturbs, with its directions and the perturbation along them, by leaf."""
     _check_order(opt_state)
-    owners: dict[Path, str] = {}
+    owners: dict[str, str] = {}
     for state, directions in _directions(opt_state, clean):
         name = type(state).__name__
         for path, direction in directions.items():
-            where = "/".join(path)
             if path not in clean or jnp.shape(clean[path]) != jnp.shape(direction):
-                raise ValueError(f"perturb: the {name} has a gradient {where}{jnp.shape(direction)} that params lack.")
+                raise ValueError(f"perturb: the {name} has a gradient {path}{jnp.shape(direction)} that params lack.")
             if path in owners:
                 both = f"two {name}s" if owners[path] == name else f"{owners[path]} and {name}"
-                raise ValueError(f"perturb: {both} claim the leaf {where}; use one s2sam() or msam() per leaf.")
+                raise ValueError(f"perturb: {both} claim the leaf {path}; use one s2sam() or msam() per leaf.")
             owners[path] = name
         weights = [clean[path] for path in directions]
         if isinstance(state, S2SAMState):
@@ -87,10 +87,10 @@ def perturbations(
         yield state, directions, dict(zip(directions, epsilon, strict=True))
 
 
-def _directions(opt_state: Any, clean: dict[Path, Any]) -> Iterator[tuple[S2SAMState | MSAMState, dict[Path, Any]]]:
+def _directions(opt_state: Any, clean: dict[str, Any]) -> Iterator[tuple[S2SAMState | MSAMState, dict[str, Any]]]:
     """Each state with what it perturbs along, by leaf."""
     for state in find_states(opt_state, S2SAMState):
-        yield state, named_leaves(s2sam.last_gradient(state))
+        yield state, by_name(s2sam.last_gradient(state))
     yield from msam.momenta(opt_state, set(clean))
 
 
@@ -101,16 +101,16 @@ def _check_order(opt_state: Any) -> None:
         outer = find_states(opt_state, (S2SAMState, kind, optax.transforms.PartitionState))
         if {type(state) for state in outer} >= {S2SAMState, kind}:
             raise ValueError(
-                f"perturb: s2sam() stands beside optax.{name}(...), and would perturb along gradients that it holds "
-                f"back; put {name} around both: optax.{name}(chain(s2sam(), ...), ...)."
+                f"perturb: s2sam() stands beside {name}(...), and would perturb along gradients that it holds back; "
+                f"put {name} around both: {name}(chain(s2sam(), ...), ...)."
             )
 
 
 def _check_inside_sparsify(opt_state: Any) -> None:
     outer = find_states(opt_state, (S2SAMState, SparseState))
-    pruned = {path for state in outer if isinstance(state, SparseState) for path in named_leaves(state.masks)}
+    pruned = {path for state in outer if isinstance(state, SparseState) for path in by_name(state.masks)}
     for state in outer:
-        if isinstance(state, S2SAMState) and pruned & named_leaves(s2sam.last_gradient(state)).keys():
+        if isinstance(state, S2SAMState) and pruned & by_name(s2sam.last_gradient(state)).keys():
             raise ValueError(
                 "perturb: s2sam() stands outside sparsify(); put it inside, sparsify(chain(s2sam(), ...), ...)."
             )

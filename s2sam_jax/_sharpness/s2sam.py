@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.arguments import check_compat, check_non_negative
+from s2sam_jax._base.clock import increment
 from s2sam_jax._base.schedules import schedule
-from s2sam_jax._base.tree import align, at_least_f32, increment, masked, norm, scalar
-from s2sam_jax._base.types import Compat, Masks, Params, ScalarOrSchedule, Unmasked
+from s2sam_jax._base.state_rule import Unmasked
+from s2sam_jax._base.tree import align, at_least_f32, masked, norm, scalar
+from s2sam_jax._base.types import Compat, Masks, Params, ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent
 
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.clock import increment
 from s2sam_jax._base.masks import SparseState, get_masks
+from s2sam_jax._base.optax_wrappers import HOLDING_BACK, check_none_inside
 from s2sam_jax._base.schedules import schedule
-from s2sam_jax._base.tree import HOLDING_BACK, check_same_named, find_states, increment, map_paths, masked, named_leaves
+from s2sam_jax._base.tree import by_name, check_same_named, find_states, map_named, masked
 from s2sam_jax._base.types import Params, ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent_point
 from s2sam_jax._sharpness.msam import MSAMState
@@ -86,12 +88,7 @@ def s2sam_wrapper(
         inner_state = inner.init(clean)
         if find_states(inner_state, S2SAMState) or find_states(inner_state, MSAMState):
             raise ValueError("s2sam_wrapper around s2sam() or msam() would perturb twice; use one of them.")
-        for kind, name in HOLDING_BACK:
-            if find_states(inner_state, kind):
-                raise ValueError(
-                    f"s2sam_wrapper(optax.{name}(...)) would perturb along gradients that {name} holds back; put "
-                    f"{name} outside: optax.{name}(s2sam_wrapper(...))."
-                )
+        check_none_inside(inner_state, HOLDING_BACK, "s2sam_wrapper")
         step = jnp.zeros((), jnp.int32)
         return S2SAMWrapperState(step, rho_at(step), clean, inner_state)
 
@@ -136,12 +133,12 @@ def eval_params(params: Params, opt_state: Any) -> Params:
         return params
     if len(states) > 1 or find_states(states[0].inner_state, S2SAMWrapperState):
         raise ValueError("eval_params: s2sam_wrapper is in opt_state more than once; wrap the whole optimizer once.")
-    clean = named_leaves(_on_masks(states[0].inner_state, states[0].clean))
-    covered = {path: p for path, p in named_leaves(params).items() if path in clean}
+    clean = by_name(_on_masks(states[0].inner_state, states[0].clean))
+    covered = {path: p for path, p in by_name(params).items() if path in clean}
     check_same_named(covered, clean, "params", "the s2sam_wrapper in opt_state")
 
     # optax.masked and the like may have kept some from the wrapper
-    return map_paths(lambda path, param: clean[path].astype(param.dtype) if path in clean else param, params)
+    return map_named(lambda path, param: clean[path].astype(param.dtype) if path in clean else param, params)
 
 
 def _on_masks(inner_state: Any, tree: Any) -> Any:

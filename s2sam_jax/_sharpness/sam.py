@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.clock import increment
+from s2sam_jax._base.optax_wrappers import check_nothing_hidden
 from s2sam_jax._base.schedules import schedule
-from s2sam_jax._base.tree import check_nothing_hidden, increment
 from s2sam_jax._base.types import GradFn, Params, ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent_point
 
 # From (the gradient of a part of the batch -> a point) to the mean of the parts' gradients, each at its point.
-GradFnByPart = Callable[[Callable[[Params], Params]], Params]
+SecondGradFn = Callable[[Callable[[Params], Params]], Params]
 
 
 class SAMState(NamedTuple):
@@ -40,7 +41,7 @@ def sam(
     first in its chain; weight decay and momentum after it then act at the unperturbed weights. Inside
     :func:`sparsify`, the perturbation and both gradients live on the mask.
 
-    For m-sharpness, ``grad_fn_by_part`` in place of ``grad_fn``: it takes a function from the gradient of a part of the
+    For m-sharpness, ``second_grad_fn`` in place of ``grad_fn``: it takes a function from the gradient of a part of the
     batch to the point that is perturbed by it, and returns the mean of the parts' gradients there
     (``make_train_step(..., sharpness_parts=m)``).
 
@@ -80,9 +81,9 @@ def sam(
         del params
         return SAMState(jnp.zeros((), jnp.int32), rho_at(jnp.zeros((), jnp.int32)))
 
-    def update_fn(updates, state, params=None, *, grad_fn=None, grad_fn_by_part=None, **extra_args):
+    def update_fn(updates, state, params=None, *, grad_fn=None, second_grad_fn=None, **extra_args):
         del extra_args
-        params, gradient_at = second_gradient("sam", params, updates, grad_fn, grad_fn_by_part)
+        gradient_at = second_gradient("sam", params, updates, grad_fn, second_grad_fn)
         radius = rho_at(state.step)
         used_eta = eta if adaptive else None
         grads = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps, eta=used_eta))
@@ -92,18 +93,18 @@ def sam(
 
 
 def second_gradient(
-    name: str, params: Params | None, grads: Params, grad_fn: GradFn | None, grad_fn_by_part: GradFnByPart | None
-) -> tuple[Params, GradFnByPart]:
-    """The parameters, and a function from ``point`` (of a gradient) to the gradient there, of the batch or by part."""
+    name: str, params: Params | None, grads: Params, grad_fn: GradFn | None, second_grad_fn: SecondGradFn | None
+) -> SecondGradFn:
+    """A function from ``point`` (of a gradient) to the gradient there, of the batch or by part."""
     if params is None:
         raise ValueError(f"{name} needs params: call tx.update(grads, state, params, grad_fn=grad_fn).")
     check_nothing_hidden(params, name, "s2sam can perturb some of the leaves: optax.masked(s2sam(), ...).")
-    if grad_fn_by_part is not None:
-        return params, grad_fn_by_part
+    if second_grad_fn is not None:
+        return second_grad_fn
     if grad_fn is None:
         raise TypeError(
             f"{name} needs a second gradient: pass grad_fn, a function from parameters to the gradient of this batch, "
             "to tx.update(grads, state, params, grad_fn=grad_fn). make_train_step does; "
             "flax.training.TrainState.apply_gradients cannot pass it on."
         )
-    return params, lambda point: grad_fn(point(grads))
+    return lambda point: grad_fn(point(grads))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.arguments import check_compat, check_fractions, check_non_negative, check_sparsity
+from s2sam_jax._base.clock import NEVER, Every, tick
 from s2sam_jax._base.schedules import cosine, schedule
 from s2sam_jax._base.select import random_scores
 from s2sam_jax._base.structure import NM, UNSTRUCTURED, Unstructured, same
-from s2sam_jax._base.tree import align, at_least_f32, cond, copy_key, increment
-from s2sam_jax._base.types import NEVER, Compat, Every, Masks, Params, ScalarOrSchedule
+from s2sam_jax._base.tree import align, at_least_f32, cond, copy_key
+from s2sam_jax._base.types import Compat, Masks, Params, ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import add, ascent
 from s2sam_jax._sharpness.sam import second_gradient
 from s2sam_jax._sharpness.ssam_masks import move, move_as_released, move_in_groups, top, top_in_groups
@@ -138,16 +139,16 @@ def ssam(
         params=None,
         *,
         grad_fn=None,
-        grad_fn_by_part=None,
+        second_grad_fn=None,
         fisher_fn=None,
         masks=None,
         refresh_perturbation=None,
         **extra_args,
     ):
         del extra_args
-        params, gradient_at = second_gradient("ssam", params, updates, grad_fn, grad_fn_by_part)
+        gradient_at = second_gradient("ssam", params, updates, grad_fn, second_grad_fn)
         live = None if masks is None else align(masks, params)
-        due = state.step >= state.next_update if refresh_perturbation is None else refresh_perturbation
+        due, step, next_update = tick(clock, state, refresh_perturbation)
 
         def change():
             return refreshed(updates, state, params, live, fisher_fn)
@@ -156,8 +157,7 @@ def ssam(
         acting = state.perturb_masks if authors and mask == "dynamic" else new
         radius = rho_at(state.step)
         grads = gradient_at(lambda grads: _masked_ascent(params, grads, acting, radius, eps))
-        step = increment(state.step)
-        return grads, SSAMState(step, clock.planned(state.next_update, due, step), radius, new, state.key)
+        return grads, SSAMState(step, next_update, radius, new, state.key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from s2sam_jax._base.blocks import cut, join
 from s2sam_jax._base.structure import NM, check_fits
-from s2sam_jax._base.tree import check_same_leaves, map_named, path_names
+from s2sam_jax._base.tree import check_same_leaves, leaf_name, map_named
 from s2sam_jax._base.types import Masks, Params
 
 
@@ -98,7 +98,7 @@ def nm_unpack(packed: Any) -> tuple[Params, Masks]:
       [[ 0. -3.  2.  0.]]
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(packed, is_leaf=lambda x: isinstance(x, NMPacked))
-    pairs = [_unpack("/".join(path_names(path)), leaf) for path, leaf in leaves]
+    pairs = [_unpack(leaf_name(path), leaf) for path, leaf in leaves]
     return treedef.unflatten([weights for weights, _ in pairs]), treedef.unflatten([mask for _, mask in pairs])
 
 

@@ -9,24 +9,17 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.arguments import check_sparsity
+from s2sam_jax._base.clock import NEVER, Every, tick
 from s2sam_jax._base.masks import SparseState, count_masks
+from s2sam_jax._base.optax_wrappers import HOLDING_BACK, check_none_inside
+from s2sam_jax._base.state_rule import mask_mirrored, start_mirrored
 from s2sam_jax._base.structure import NM, UNSTRUCTURED, Structure, check_structure
-from s2sam_jax._base.tree import (
-    HOLDING_BACK,
-    check_same_leaves,
-    copy_key,
-    find_states,
-    increment,
-    map_states,
-    mask_mirrored,
-    masked,
-    start_mirrored,
-)
-from s2sam_jax._base.types import NEVER, Every, GradFn, MaskInputs, Masks, MaskUpdate, Params, SparseMethod
+from s2sam_jax._base.tree import check_same_leaves, copy_key, find_states, map_states, masked
+from s2sam_jax._base.types import GradFn, MaskInputs, Masks, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, Prunable, kernels
-from s2sam_jax._sparsity.promises import check_kept, check_method, check_returned, check_state
+from s2sam_jax._sparsity.method_checks import check_invariant, check_method, check_returned, check_state
 from s2sam_jax._sparsity.units import fit_plan, structured
 
 
@@ -79,7 +72,7 @@ def sparsify(
 
     Returns:
       A transformation whose ``update`` needs ``params``. It forwards all extra arguments inward, adds ``masks`` and
-      ``dense_grads``, and masks what ``grad_fn`` and ``grad_fn_by_part`` return. ``refresh_masks`` (a Python bool) says
+      ``dense_grads``, and masks what ``grad_fn`` and ``second_grad_fn`` return. ``refresh_masks`` (a Python bool) says
       whether this call changes the masks, where the caller keeps the clock; left out, a ``lax.cond`` decides.
 
     Raises:
@@ -163,7 +156,7 @@ def _update(
         raise ValueError("sparsify needs params: call tx.update(grads, state, params).")
     check_same_leaves(grads := updates, state.masks, "grads", "the masks")
     check_same_leaves(params, state.masks, "params", "the masks")
-    due = False if setup.when is None else state.step >= state.next_update if refresh_masks is None else refresh_masks
+    due, step, next_update = tick(setup.when, state, refresh_masks)
     new, nnz = _new_masks(setup, due, grads, state, params, grad_fn)
     weights = masked(state.masks, params) if new.values is None else new.values
     if new.restart is not None:
@@ -177,8 +170,6 @@ def _update(
         stayed = (steps, inner_state)
         steps, inner_state = optax.tree.where(skip, stayed, moved) if isinstance(skip, jax.Array) else moved
 
-    step = increment(state.step)
-    next_update = state.next_update if setup.when is None else setup.when.planned(state.next_update, due, step)
     new_state = SparseState(step, next_update, new.masks, nnz, state.key, new.state, inner_state)
     if due is not False:  # weights may be replaced, or grown where the caller's are not zero
         steps = jax.tree.map(lambda u, w, p: u + (w - p), steps, weights, params)
@@ -209,8 +200,8 @@ def _new_masks(
         )
         new = check_returned(update(inputs, state.method_state), inputs, "update")
         check_state(new.state, state.method_state)
-        nnz = count_masks(new.masks, state)
-        check_kept(setup.method, inputs, new, state.nnz, nnz)
+        nnz = count_masks(new.masks)
+        check_invariant(setup.method, inputs, new, state.nnz, nnz)
         return new, nnz
 
     def keep():
@@ -256,8 +247,8 @@ def _inner_update(
     inner_grads = grads
     if setup.mask_grads:
         inner_grads, grad_fn = masked(masks, grads), _masked_grad_fn(grad_fn, masks)
-        if (by_part := extra_args.get("grad_fn_by_part")) is not None:
-            extra_args |= {"grad_fn_by_part": lambda at: masked(masks, by_part(lambda g: at(masked(masks, g))))}
+        if (by_part := extra_args.get("second_grad_fn")) is not None:
+            extra_args |= {"second_grad_fn": lambda at: masked(masks, by_part(lambda g: at(masked(masks, g))))}
     extra_args |= {"masks": masks, "dense_grads": grads, "grad_fn": grad_fn}
     return setup.inner.update(inner_grads, inner_state, masked(masks, weights), **extra_args)
 
@@ -289,9 +280,4 @@ def _clock(method: SparseMethod, when: Every | None) -> Every | None:
 def _check_order(inner_state: Any) -> None:
     if find_states(inner_state, SparseState):
         raise ValueError("sparsify(sparsify(...)): one is enough; masks of two methods would contradict each other.")
-    outside = [(kind, f"optax.{name}") for kind, name in HOLDING_BACK]
-    for kind, name in (*outside, (S2SAMWrapperState, "s2sam_wrapper")):
-        if find_states(inner_state, kind):
-            raise ValueError(
-                f"sparsify({name}(...)) is the wrong way round: put {name} outside, {name}(sparsify(...))."
-            )
+    check_none_inside(inner_state, (*HOLDING_BACK, (S2SAMWrapperState, "s2sam_wrapper")), "sparsify")

@@ -11,24 +11,13 @@ import optax
 from jax.experimental import checkify
 
 from s2sam_jax._base.masks import SparseState, get_masks
-from s2sam_jax._base.tree import (
-    Path,
-    at_least_f32,
-    check_same_leaves,
-    check_state_of_tx,
-    find_states,
-    map_states,
-    mask_mirrored,
-    masked,
-    named_leaves,
-    norm,
-    scalar,
-    with_extra_args,
-)
+from s2sam_jax._base.optax_wrappers import check_state_of_tx, with_extra_args
+from s2sam_jax._base.state_rule import mask_mirrored
+from s2sam_jax._base.tree import at_least_f32, by_name, check_same_leaves, find_states, map_states, masked, norm, scalar
 from s2sam_jax._base.types import GradFn, Params
 from s2sam_jax._sharpness.perturb import perturb, perturbations, perturbing
 from s2sam_jax._sharpness.s2sam import S2SAMState
-from s2sam_jax._sparsity.faults import Fault, not_finite, sparse_faults
+from s2sam_jax._sparsity.mask_checks import Fault, not_finite, sparse_faults
 
 
 def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -113,10 +102,10 @@ def _fitting(tx: optax.GradientTransformation, grads: Params, state: Any, params
 
 
 def _before(grads: Params, opt_state: Any, params: Params, loss: jax.Array | None) -> Iterator[Fault]:
-    sparse, weights = find_states(opt_state, SparseState), named_leaves(params)
+    sparse, weights = find_states(opt_state, SparseState), by_name(params)
     for state in sparse:
         yield from sparse_faults(weights, state)
-    pruned = {path for state in sparse for path in named_leaves(state.masks)}
+    pruned = {path for state in sparse for path in by_name(state.masks)}
     yield from _finite({path: x for path, x in weights.items() if path not in pruned}, "weights")
     if not find_states(opt_state, optax.ApplyIfFiniteState):
         yield from _finite(_live(grads, opt_state, params), "entries of the gradient")
@@ -126,35 +115,35 @@ def _before(grads: Params, opt_state: Any, params: Params, loss: jax.Array | Non
 
 
 def _after(steps: Params, opt_state: Any, params: Params) -> Iterator[Fault]:
-    weights = named_leaves(optax.apply_updates(params, steps))
+    weights = by_name(optax.apply_updates(params, steps))
     for state in find_states(opt_state, SparseState):
         yield from sparse_faults(
             weights, state, advice="an update has brought them back; change no updates outside of sparsify()"
         )
-    yield from _finite(named_leaves(steps), "entries of the update")
+    yield from _finite(by_name(steps), "entries of the update")
     yield Fault("update", "its norm is not finite", ~jnp.isfinite(norm(steps)), False)
 
 
-def _finite(leaves: dict[Path, jax.Array], what: str) -> Iterator[Fault]:
+def _finite(leaves: dict[str, jax.Array], what: str) -> Iterator[Fault]:
     for path, x in leaves.items():
-        yield not_finite("/".join(path), x, what)
+        yield not_finite(path, x, what)
 
 
 def _finite_state(opt_state: Any) -> Iterator[Fault]:
     """Of its arrays: a lone number may start at infinity, as the best loss so far does."""
-    leaves = named_leaves(opt_state).items()
-    arrays = {("opt_state", *path): x for path, x in leaves if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact)}
+    leaves = by_name(opt_state).items()
+    arrays = {f"opt_state/{path}": x for path, x in leaves if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact)}
     yield from _finite(arrays, "entries")
 
 
-def _live(grads: Params, opt_state: Any, params: Params) -> dict[Path, jax.Array]:
+def _live(grads: Params, opt_state: Any, params: Params) -> dict[str, jax.Array]:
     """Without what is behind a mask, where a gradient may be anything."""
     sparse = find_states(opt_state, SparseState)
-    return named_leaves(masked(get_masks(opt_state, params), grads) if sparse else grads)
+    return by_name(masked(get_masks(opt_state, params), grads) if sparse else grads)
 
 
 def _lengths(opt_state: Any, params: Params) -> Iterator[Fault]:
-    weights = named_leaves(params)
+    weights = by_name(params)
     for state, directions, epsilon in perturbations(weights, opt_state):
         if isinstance(state, S2SAMState) and state.norm is not None:
             continue
@@ -164,7 +153,7 @@ def _lengths(opt_state: Any, params: Params) -> Iterator[Fault]:
         direction = _long_norm([scales[path] * at_least_f32(g) for path, g in directions.items()])
         length = _long_norm([e / jnp.where(scales[path] > 0, scales[path], 1.0) for path, e in epsilon.items()])
         wanted = scalar(state.rho) * direction / (direction + scalar(state.eps))
-        name = f"{type(state).__name__} of {', '.join('/'.join(path) for path in directions)}"
+        name = f"{type(state).__name__} of {', '.join(directions)}"
         text = "its perturbation has norm {}, not {}; rho has to be a number >= 0, and the last gradient in range"
         yield Fault(name, text, length, wanted)
 
@@ -187,7 +176,7 @@ def _deviations(grads: Params, opt_state: Any, params: Params, grad_fn: GradFn) 
     text = "differs by {}, where rounding explains {}; take the gradient at perturb(params, opt_state)"
     for path, grad in _live(grads, opt_state, params).items():
         deviation = norm(at_least_f32(grad) - at_least_f32(expected[path]))
-        yield Fault("/".join(path), text, deviation, length * float(jnp.finfo(grad.dtype).eps) ** 0.5)
+        yield Fault(path, text, deviation, length * float(jnp.finfo(grad.dtype).eps) ** 0.5)
 
 
 def _left_over(before: Any, after: Any, refresh: bool | None) -> Iterator[Fault]:
@@ -208,8 +197,8 @@ def _left_over(before: Any, after: Any, refresh: bool | None) -> Iterator[Fault]
 def _off_masks(opt_state: Any) -> dict[str, jax.Array]:
     """Of every state leaf that the state rule is about, the entries off the mask that are not zero."""
     ruled = map_states(lambda s: s._replace(inner_state=mask_mirrored(s.masks, s.inner_state)), opt_state, SparseState)
-    pairs = zip(named_leaves(opt_state).items(), jax.tree.leaves(ruled), strict=True)
-    return {"/".join(path): jnp.sum((x != 0) & (zeroed == 0)) for (path, x), zeroed in pairs if x is not zeroed}
+    pairs = zip(by_name(opt_state).items(), jax.tree.leaves(ruled), strict=True)
+    return {path: jnp.sum((x != 0) & (zeroed == 0)) for (path, x), zeroed in pairs if x is not zeroed}
 
 
 def _check(found: str, faults: Iterable[Fault], equal: Callable[[Any, Any], Any] = operator.eq) -> None:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._base.batches import Batch, beside, cut, rows_of, whole
 from s2sam_jax._base.tree import find_states
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.esam import sharpest
 from s2sam_jax._sharpness.trajectory import TrajectoryBuffer
+from s2sam_jax._training.batches import Batch, beside, cut, rows_of, whole
 
 ModelState = Any
 Metrics = dict[str, jax.Array]

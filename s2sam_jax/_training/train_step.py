@@ -8,20 +8,14 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from s2sam_jax._base.batches import Batch, first_examples
 from s2sam_jax._base.masks import SparseState
-from s2sam_jax._base.tree import find_states, norm, with_extra_args
+from s2sam_jax._base.optax_wrappers import with_extra_args
+from s2sam_jax._base.tree import find_states, norm
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.perturb import perturb, perturbing
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sharpness.ssam import empirical_fisher
-from s2sam_jax._training.checks import (
-    check_metrics,
-    check_options,
-    check_second_gradient,
-    check_state,
-    taking_second_gradients,
-)
+from s2sam_jax._training.batches import Batch, first_examples
 from s2sam_jax._training.gradient import (
     ExampleLossFn,
     Gradient,
@@ -33,6 +27,13 @@ from s2sam_jax._training.gradient import (
     gradient_of_sharpest,
 )
 from s2sam_jax._training.host_clock import HostClock
+from s2sam_jax._training.option_checks import (
+    check_metrics,
+    check_options,
+    check_second_gradient,
+    check_state,
+    taking_second_gradients,
+)
 from s2sam_jax._training.train_state import TrainState
 
 Flags = tuple[tuple[str, bool], ...]
@@ -132,12 +133,12 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         extra: dict[str, Any] = dict(flags)
         if grads_by_part is not None:
-            extra["grad_fn_by_part"] = lambda point: by_part(state, batch)(point, grads_by_part).grads
+            extra["second_grad_fn"] = lambda point: by_part(state, batch)(point, grads_by_part).grads
         if example_loss_fn is not None and sharpest_fraction < 1:  # not as grad_fn, which sparse methods use too
             of_sharpest = gradient_of_sharpest(
                 loss_fn, example_loss_fn, state.model_state, batch, key, sharpest_fraction, state.params
             )
-            extra["grad_fn_by_part"] = lambda point: of_sharpest(point(grads))
+            extra["second_grad_fn"] = lambda point: of_sharpest(point(grads))
         updates, opt_state = optimizer.update(
             grads,
             state.opt_state,

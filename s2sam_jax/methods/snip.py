@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._base.types import Every, MaskInputs, MaskUpdate, Params, SparseMethod
+from s2sam_jax._base.clock import Every
+from s2sam_jax._base.types import MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.growth import global_count
 from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip, warn_if_collapsed
 

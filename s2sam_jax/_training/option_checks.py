@@ -6,7 +6,8 @@ import jax
 import optax
 
 from s2sam_jax._base.masks import SparseState
-from s2sam_jax._base.tree import check_state_of_tx, find_states
+from s2sam_jax._base.optax_wrappers import check_state_of_tx
+from s2sam_jax._base.tree import find_states
 from s2sam_jax._sharpness.esam import ESAMState, check_sharpest_fraction
 from s2sam_jax._sharpness.looksam import LookSAMState
 from s2sam_jax._sharpness.sam import SAMState

@@ -41,7 +41,7 @@ def check_state(new: Any, before: Any) -> None:
         )
 
 
-def check_kept(method: SparseMethod, x: MaskInputs, new: MaskUpdate, before: jax.Array, now: jax.Array) -> None:
+def check_invariant(method: SparseMethod, x: MaskInputs, new: MaskUpdate, before: jax.Array, now: jax.Array) -> None:
     """Under ``checkify``, by the ones of each leaf: the invariant, and that what is planned to be dense stays so."""
     if method.invariant == "bounded":  # as of channel methods, which prune the scales of norms too
         return

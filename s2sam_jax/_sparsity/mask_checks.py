@@ -1,15 +1,15 @@
 """What may be wrong with weights, masks and gradients, leaf by leaf; ``check_masks`` raises it on the host."""
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 
 from s2sam_jax._base.masks import SparseState, sparse_states
-from s2sam_jax._base.tree import Path, check_same_named, find_states, named_leaves, scalar
-from s2sam_jax._base.types import Params, Unmasked
+from s2sam_jax._base.state_rule import Unmasked
+from s2sam_jax._base.tree import by_name, check_same_named, find_states, scalar
+from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
 
 NOT_APPLIED = "call apply_masks(params, opt_state) after init or a restore"
@@ -60,32 +60,30 @@ def check_masks(params: Params, opt_state: Any) -> None:
       ValueError: check_masks found:
         kernel: 2 pruned weights are not zero; call apply_masks(params, opt_state) after init or a restore
     """
+    params, opt_state = jax.device_get((params, opt_state))  # NumPy has nothing to compile
     faults = []
-    named = named_leaves(params)
+    named = by_name(params)
     for state in sparse_states(opt_state, "check_masks"):
-        masks = named_leaves(state.masks)
+        masks = by_name(state.masks)
         check_same_named(masks, {path: p for path, p in named.items() if path in masks}, "the masks", "params")
         if jnp.ndim(scalar(state.nnz)) > 1:
             raise ValueError(
                 "check_masks looks at one network; this state is of several: take one from params and opt_state, "
                 "jax.tree.map(lambda x: x[i], ...)."
             )
-        faults += sparse_faults(named, state, np.asarray)
+        faults += sparse_faults(named, state)
     if problems := [f.line.format(f.value, f.wanted) for f in faults if f.value != f.wanted]:
         raise ValueError("check_masks found:\n  " + "\n  ".join(problems))
 
 
-def sparse_faults(
-    weights: dict[Path, Any], state: SparseState, fetch: Callable[[Any], Any] = lambda x: x, advice: str = NOT_APPLIED
-) -> list[Fault]:
+def sparse_faults(weights: dict[str, Any], state: SparseState, advice: str = NOT_APPLIED) -> list[Fault]:
     """What may be wrong with masks, with what is behind them, and with the perturbation of the next gradient."""
-    faults, masks = [], named_leaves(state.masks)
-    for (path, mask), count in zip(masks.items(), fetch(scalar(state.nnz)), strict=True):
-        name, weight, alive = "/".join(path), fetch(weights[path]), fetch(mask)
-        faults.append(of_mask(name, alive, count))
-        faults.append(of_pruned(name, weight, alive, advice))
-        faults.append(not_finite(name, weight, "weights"))
-    return faults + of_perturbation(state.inner_state, masks, fetch)
+    faults, masks = [], by_name(state.masks)
+    for (path, mask), count in zip(masks.items(), scalar(state.nnz), strict=True):
+        faults.append(of_mask(path, mask, count))
+        faults.append(of_pruned(path, weights[path], mask, advice))
+        faults.append(not_finite(path, weights[path], "weights"))
+    return faults + of_perturbation(state.inner_state, masks)
 
 
 def of_mask(name: str, mask: Any, nnz: Any) -> Fault:
@@ -101,13 +99,13 @@ def not_finite(name: str, array: Any, what: str) -> Fault:
     return Fault(name, f"{{}} {what} are not finite", (~(abs(array) < math.inf)).sum(), 0)
 
 
-def of_perturbation(inner_state: Any, masks: dict[Any, Any], fetch: Any = lambda x: x) -> list[Fault]:
+def of_perturbation(inner_state: Any, masks: dict[str, Any]) -> list[Fault]:
     """Whether :func:`s2sam` would perturb weights that these masks prune."""
     remembered = [s for s in find_states(inner_state, S2SAMState) if not isinstance(s.last_grad, Unmasked)]
     text = "the last gradient of s2sam() is not zero at {} pruned weights; set_masks(opt_state, masks) zeroes it there"
     return [
-        Fault("/".join(path), text, ((fetch(grad) != 0) & ~fetch(masks[path])).sum(), 0)
+        Fault(path, text, ((grad != 0) & ~masks[path]).sum(), 0)
         for state in remembered
-        for path, grad in named_leaves(last_gradient(state)).items()
+        for path, grad in by_name(last_gradient(state)).items()
         if path in masks
     ]

@@ -1,0 +1,48 @@
+"""What has to be known of optax's wrappers: which hold gradients back, pass arguments on, or hide leaves."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import optax
+
+from s2sam_jax._base.tree import find_states
+
+# Wrappers that hold gradients back, which s2sam must not remember.
+HOLDING_BACK = ((optax.MultiStepsState, "optax.MultiSteps"), (optax.ApplyIfFiniteState, "optax.apply_if_finite"))
+
+
+def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """As optax's own, which would keep them from an ``optax.MultiSteps`` that is passed as the object it is."""
+    if isinstance(tx, optax.MultiSteps):
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
+
+
+def check_none_inside(inner_state: Any, kinds: Iterable[tuple[type, str]], caller: str) -> None:
+    """Raises a ``ValueError`` where ``caller`` is around a wrapper that belongs outside of it."""
+    for kind, name in kinds:
+        if find_states(inner_state, kind):
+            raise ValueError(
+                f"{caller}({name}(...)) is the wrong way round: put {name} outside, {name}({caller}(...))."
+            )
+
+
+def check_nothing_hidden(params: Any, caller: str, advice: str) -> None:
+    """Raises a ``TypeError`` where ``optax.masked`` and the like hide leaves from one who takes a gradient at all."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise TypeError(
+            f"{caller} takes a gradient at all parameters, and optax.masked or multi_transform hides some from it; "
+            f"take it out. {advice}"
+        )
+
+
+def check_state_of_tx(state: Any, expected: Any, like: str) -> None:
+    """Raises a ``ValueError`` where an optimizer state has another structure than a fresh one; ``like`` names that."""
+    want, have = jax.tree.structure(expected), jax.tree.structure(state)
+    if want != have:
+        raise ValueError(
+            f"opt_state is not a state of this tx; restore checkpoints into the structure of {like}:\n"
+            f"  expected {want}\n  got      {have}"
+        )
