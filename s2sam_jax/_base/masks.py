@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.optax_wrappers import with_extra_args
+from s2sam_jax._base.optax_wrappers import hides_leaves, with_extra_args
 from s2sam_jax._base.select import ones
 from s2sam_jax._base.state_rule import mask_mirrored
 from s2sam_jax._base.tree import align, by_name, check_same_named, find_states, map_named, map_states
@@ -107,11 +107,10 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     wrong = [name for name, mask in by_name(masks).items() if mask.dtype != jnp.bool_]
     if wrong:
         raise TypeError(f"set_masks needs bool masks; these are not: {wrong}.")
-    covered = {
-        path: mask for state in sparse_states(opt_state, "set_masks") for path, mask in by_name(state.masks).items()
-    }
+    states = sparse_states(opt_state, "set_masks")
+    covered = {path: mask for state in states for path, mask in by_name(state.masks).items()}
     given = by_name(masks)
-    if len(find_states(opt_state, SparseState)) > 1:  # each covers a part of the parameters
+    if any(hides_leaves(state.masks) for state in states):  # each covers a part of the parameters
         given = {path: mask for path, mask in given.items() if path in covered}
     check_same_named(given, covered, "masks", "the masks in opt_state")
 

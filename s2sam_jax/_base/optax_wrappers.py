@@ -28,10 +28,14 @@ def check_none_inside(inner_state: Any, kinds: Iterable[tuple[type, str]], calle
             )
 
 
+def hides_leaves(tree: Any) -> bool:
+    """Whether ``optax.masked`` or ``multi_transform`` has left out some leaves of a tree."""
+    return bool(find_states(tree, optax.MaskedNode))
+
+
 def check_nothing_hidden(params: Any, caller: str, advice: str) -> None:
     """Raises a ``TypeError`` where ``optax.masked`` and the like hide leaves from one who takes a gradient at all."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+    if hides_leaves(params):
         raise TypeError(
             f"{caller} takes a gradient at all parameters, and optax.masked or multi_transform hides some from it; "
             f"take it out. {advice}"

@@ -106,11 +106,6 @@ def _select_units(scores: Any, structure: Block | Channel, among: Masks | None, 
 
 def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], scope: Scope) -> list[jax.Array]:
     """Stacks leaves of one type, takes the largest of every row, and puts the masks back in order."""
-    size = max(leaf.size for leaf in leaves) if scope == "leaf" else sum(leaf.size for leaf in leaves)
-    if size >= 2**31:
-        raise ValueError(
-            f"select counts in int32, and {size} scores are to be ranked together: rank leaf by leaf, or cut leaves up."
-        )
     alike = _alike(leaves)
     order = [index for indices in alike for index in indices]
     bits = max(jnp.finfo(x.dtype).bits for x in leaves)
@@ -221,6 +216,10 @@ def _counts(scores: Any, count: Any, sparsity: Any, scope: Scope) -> list[jax.Ar
         values = jax.tree.leaves(given)
     if scope == "global":
         sizes = dict.fromkeys(sizes, sum(sizes.values()))
+    if (size := max(sizes.values())) >= 2**31:
+        raise ValueError(
+            f"select counts in int32, and {size} scores are to be ranked together: rank leaf by leaf, or cut leaves up."
+        )
     counts = [_count(v, size, name, count is None) for v, (name, size) in zip(values, sizes.items(), strict=True)]
     return [jnp.asarray(k, jnp.int32) for k in counts]
 
@@ -235,7 +234,7 @@ def _count(value: Any, size: int, name: str, is_sparsity: bool) -> Any:
         raise ValueError(f"select needs 0 <= {what} <= {limit} (leaf {name!r}, {size} scores); got {value}.")
     if not is_sparsity and value != int(value):
         raise ValueError(f"select needs whole counts (leaf {name!r}); got {value}.")
-    return kept(size, float(value)) if is_sparsity else int(value)
+    return kept(size, value) if is_sparsity else int(value)
 
 
 def _image(x: jax.Array, allowed: jax.Array | None, bits: int) -> jax.Array:

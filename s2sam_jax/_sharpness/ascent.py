@@ -24,12 +24,17 @@ def ascent(
     """
     grads = [at_least_f32(g) for g in grads]
     if eta is None:
-        scale = jnp.asarray(rho) / (norm(grads) + eps)
+        scale = jnp.asarray(rho) / divisor(norm(grads), eps)
         return [scale * g for g in grads]
     scales = [jnp.abs(at_least_f32(w)) + eta for w in params]
     scaled = [t * g for t, g in zip(scales, grads, strict=True)]
-    scale = jnp.asarray(rho) / (norm(scaled) + eps)
+    scale = jnp.asarray(rho) / divisor(norm(scaled), eps)
     return [scale * t * tg for t, tg in zip(scales, scaled, strict=True)]
+
+
+def divisor(length: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
+    """``length + eps``, by which a vector is divided; 1 for a zero vector, also where ``eps`` is 0."""
+    return jnp.where(length == 0, 1, length + eps)
 
 
 def ascent_point(

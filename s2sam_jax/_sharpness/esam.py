@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.arguments import NUMBERS, check_non_negative
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.counts import rounded_down
 from s2sam_jax._base.schedules import schedule
@@ -71,7 +71,7 @@ def esam(
       [3.3 4.4]
     """
     check_non_negative(eps, "eps")
-    if isinstance(beta, int | float) and not 0 < beta <= 1:  # inject_hyperparams passes arrays
+    if isinstance(beta, NUMBERS) and not 0 < beta <= 1:  # inject_hyperparams passes arrays
         raise ValueError(f"esam's beta is the probability of perturbing a leaf and must lie in (0, 1]; got {beta}.")
     rho_at = schedule(rho, "rho")
 

@@ -11,7 +11,7 @@ from s2sam_jax._base.clock import Every, tick
 from s2sam_jax._base.schedules import schedule
 from s2sam_jax._base.tree import at_least_f32, cond, norm
 from s2sam_jax._base.types import ScalarOrSchedule
-from s2sam_jax._sharpness.ascent import ascent_point, perpendicular
+from s2sam_jax._sharpness.ascent import ascent_point, divisor, perpendicular
 from s2sam_jax._sharpness.sam import second_gradient
 
 
@@ -91,10 +91,15 @@ def looksam(
 
         def look():
             found = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps))
-            return optax.tree.cast_like(found, updates), optax.tree.cast_like(perpendicular(found, updates), state.g_v)
+            across = perpendicular(found, updates)
+            # Where the two gradients are parallel, as at rho = 0, it is rounding, which reuse() would blow up.
+            length = norm(found)
+            is_rounding = norm(across) <= 10 * jnp.finfo(length.dtype).eps * length
+            across = jax.tree.map(lambda v: jnp.where(is_rounding, jnp.zeros_like(v), v), across)
+            return optax.tree.cast_like(found, updates), optax.tree.cast_like(across, state.g_v)
 
         def reuse():
-            scale = alpha_at(state.step) * norm(updates) / (norm(state.g_v) + eps)
+            scale = alpha_at(state.step) * norm(updates) / divisor(norm(state.g_v), eps)
             moved = jax.tree.map(lambda g, v: at_least_f32(g) + scale * at_least_f32(v), updates, state.g_v)
             return optax.tree.cast_like(moved, updates), state.g_v
 

@@ -113,7 +113,8 @@ def momenta(opt_state: Any, leaves: Set[str] | None) -> Iterator[tuple[MSAMState
 def _momentum(opt_state: Any, leaves: Set[str] | None) -> dict[str, jax.Array]:
     """The momentum of every leaf."""
     found: dict[str, jax.Array] = {}
-    for buffer in _buffers(opt_state):
+    buffers = _buffers(opt_state)
+    for buffer in buffers:
         for path, value in by_name(buffer).items():
             if path in found:
                 raise ValueError(
@@ -122,7 +123,7 @@ def _momentum(opt_state: Any, leaves: Set[str] | None) -> dict[str, jax.Array]:
                 )
             found[path] = value
     expected = found.keys() if leaves is None else leaves
-    if not found or expected - found.keys():
+    if not buffers or expected - found.keys():
         missing = sorted(expected - found.keys())
         raise ValueError(
             f"perturb: msam() found no momentum{f' for {missing}' if found else ''}; combine it with an optimizer that "

@@ -91,7 +91,8 @@ def _directions(opt_state: Any, clean: dict[str, Any]) -> Iterator[tuple[S2SAMSt
     """Each state with what it perturbs along, by leaf."""
     for state in find_states(opt_state, S2SAMState):
         yield state, by_name(s2sam.last_gradient(state))
-    yield from msam.momenta(opt_state, set(clean))
+    # Of a train state the optimizer's alone: any field mu elsewhere would be taken for a momentum.
+    yield from msam.momenta(getattr(opt_state, "opt_state", opt_state), set(clean))
 
 
 def _check_order(opt_state: Any) -> None:

@@ -100,7 +100,8 @@ def s2sam_wrapper(
         moves, inner_state = inner.update(updates, state.inner_state, state.clean, **extra_args)
         clean = optax.apply_updates(state.clean, moves)
         target = ascent_point(clean, _on_masks(inner_state, updates), rho=rho, eps=eps)
-        return jax.tree.map(lambda t, p: t - p, target, params), S2SAMWrapperState(step, rho, clean, inner_state)
+        moves = jax.tree.map(lambda t, p: t.astype(p.dtype) - p, target, params)
+        return moves, S2SAMWrapperState(step, rho, clean, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -57,6 +57,7 @@ def trajectory_loss(
         raise ValueError(f"trajectory_loss needs logits of one shape; got {logits.shape} and {past_logits.shape}.")
     past = jax.nn.softmax(at_least_f32(jax.lax.stop_gradient(past_logits)) / temperature)
     now = jax.nn.log_softmax(at_least_f32(logits) / temperature)
+    now = jnp.where(past > 0, now, 0)  # what neither believes possible adds nothing
     return temperature**2 * jnp.mean(weight * optax.losses.kl_divergence(now, past))
 
 

@@ -181,7 +181,7 @@ def _prunable_shapes(params: Params, prunable: Prunable) -> dict[str, tuple[int,
 def _overridden(shapes: Mapping[str, Any], overrides: Mapping[str, float]) -> dict[str, float]:
     for pattern, value in overrides.items():
         check_sparsity(value, f"overrides[{pattern!r}]")
-        if not fnmatch.filter(shapes, pattern):
+        if shapes and not fnmatch.filter(shapes, pattern):
             raise ValueError(f"overrides[{pattern!r}] matches no prunable leaf; they are {sorted(shapes)}.")
     matches = {name: [p for p in overrides if fnmatch.fnmatch(name, p)] for name in shapes}
     return {name: float(overrides[found[0]]) for name, found in matches.items() if found}

@@ -72,6 +72,12 @@ def grow(x: MaskInputs, keep: list[Any], added: list[Any], scores: list[Any]) ->
     return replace_sparse(x, x.masks, [k | g for k, g in zip(keep, grown, strict=True)])
 
 
+def restarted(x: MaskInputs, keep: list[jax.Array]) -> Masks:
+    """True where a sparse leaf's weight was not kept, so that it starts from zero if it is grown."""
+    nothing = jax.tree.map(lambda m: m & ~m, x.masks)  # not zeros, which would lose the mask's sharding
+    return replace_sparse(x, nothing, [~k for k in keep])
+
+
 def openings(keep: list[jax.Array], scores: list[jax.Array], structure: NM) -> list[jax.Array]:
     """Where N:M lets weights grow: in each group, the best-scored of those not kept, until it would have n."""
     return best_in_groups(scores, structure, among=[~m for m in keep], taken=keep)

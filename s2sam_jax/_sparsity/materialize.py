@@ -13,6 +13,7 @@ from s2sam_jax._base.types import Masks, Params
 from s2sam_jax._sparsity.channels import ChannelGroup, Slice, group_sizes
 
 Cuts = dict[str, dict[int, np.ndarray]]  # by path and axis, the indices to keep
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Materialized(NamedTuple):
@@ -74,13 +75,13 @@ def materialize(params: Params, model_state: Any, groups: Sequence[ChannelGroup]
     _check_concrete(params, model_state, masks)
     check_same_leaves(masks, params, "masks", "params")
     group_sizes(params, groups, statistics=model_state)
-    shapes = {name: leaf.shape for name, leaf in by_name(params).items()}
-    if problems := [*_group_problems(groups, shapes), *_mask_problems(params, masks)]:
+    shapes, of_statistics = _shapes(params), _shapes(model_state)
+    if problems := [*_group_problems(groups, shapes, of_statistics), *_mask_problems(params, masks)]:
         raise ValueError("materialize cannot remove channels:\n  " + "\n  ".join(problems))
     live = {name: np.asarray(mask) for name, mask in by_name(masks).items()}
     kept = {group.name: _kept(group, live) for group in groups}
-    of_params = _cuts((part, kept[group.name]) for group in groups for part in group.parameters)
-    of_state = _cuts((part, kept[group.name]) for group in groups for part in group.statistics)
+    of_params = _cuts(((part, kept[group.name]) for group in groups for part in group.parameters), shapes)
+    of_state = _cuts(((part, kept[group.name]) for group in groups for part in group.statistics), of_statistics)
     return Materialized(
         _sliced(params, of_params),
         _sliced(model_state, of_state),
@@ -97,10 +98,10 @@ def _kept(group: ChannelGroup, masks: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.flatnonzero(alive) if alive.any() else np.zeros(1, int)
 
 
-def _cuts(parts: Iterator[tuple[Slice, np.ndarray]]) -> Cuts:
+def _cuts(parts: Iterator[tuple[Slice, np.ndarray]], shapes: Shapes) -> Cuts:
     found: Cuts = {}
     for part, indices in parts:
-        found.setdefault(part.path, {})[part.axis] = indices
+        found.setdefault(part.path, {})[part.axis % len(shapes[part.path])] = indices
     return found
 
 
@@ -125,14 +126,19 @@ def _check_concrete(*trees: Any) -> None:
         )
 
 
-def _group_problems(groups: Sequence[ChannelGroup], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    owners: dict[tuple[str, int], str] = {}
+def _shapes(tree: Any) -> Shapes:
+    return {name: leaf.shape for name, leaf in by_name(tree).items()}
+
+
+def _group_problems(groups: Sequence[ChannelGroup], shapes: Shapes, of_statistics: Shapes) -> Iterator[str]:
+    owners: dict[tuple[bool, str, int], str] = {}
     for group in groups:
         if group.statistics and not group.scales:
             yield f"{group.name}: has statistics but no scales; without one, a norm of zeros puts out its running mean"
-        for part in group.parameters:
-            axis = part.axis % len(shapes[part.path])
-            owner = owners.setdefault((part.path, axis), group.name)
+        parts = [(part, shapes) for part in group.parameters] + [(part, of_statistics) for part in group.statistics]
+        for part, lengths in parts:
+            axis = part.axis % len(lengths[part.path])
+            owner = owners.setdefault((lengths is shapes, part.path, axis), group.name)
             if owner != group.name:
                 yield f"{part.path}: axis {axis} is in two groups, {owner} and {group.name}"
 

@@ -44,7 +44,7 @@ def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights:
 
     def init(x: MaskInputs) -> MaskUpdate:
         left = remaining_weights(sparse_size(x), global_count(x), fraction)
-        if rounds is not None and rounds != len(left) - 1:
+        if left[0] and rounds is not None and rounds != len(left) - 1:  # optax.tree.map_params has no leaves
             raise ValueError(
                 f"{name}: rounds={rounds} and the sparsity disagree: pruning {fraction:g} of the rest each round "
                 f"reaches {left[-1]} of {left[0]} weights in {len(left) - 1} rounds. Give one, or both in agreement."

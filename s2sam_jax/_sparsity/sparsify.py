@@ -93,6 +93,7 @@ def sparsify(
       (4, 4)
     """
     check_sparsity(sparsity, "sparsity")
+    sparsity = float(sparsity)  # an array would be traced with the update
     check_structure(structure)
     check_method(method)
     when = _clock(method, when)

@@ -110,7 +110,7 @@ def _before(grads: Params, opt_state: Any, params: Params, loss: jax.Array | Non
     if not find_states(opt_state, optax.ApplyIfFiniteState):
         yield from _finite(_live(grads, opt_state, params), "entries of the gradient")
         if loss is not None:
-            yield Fault("loss", "not finite", ~jnp.isfinite(loss), False)
+            yield Fault("loss", "not finite", jnp.sum(~jnp.isfinite(loss)), 0)
     yield from _finite_state(opt_state)
 
 
@@ -121,7 +121,7 @@ def _after(steps: Params, opt_state: Any, params: Params) -> Iterator[Fault]:
             weights, state, advice="an update has brought them back; change no updates outside of sparsify()"
         )
     yield from _finite(by_name(steps), "entries of the update")
-    yield Fault("update", "its norm is not finite", ~jnp.isfinite(norm(steps)), False)
+    yield Fault("update", "its norm is not finite", jnp.sum(~jnp.isfinite(norm(steps))), 0)
 
 
 def _finite(leaves: dict[str, jax.Array], what: str) -> Iterator[Fault]:
@@ -164,7 +164,7 @@ def _close(length: jax.Array, wanted: jax.Array) -> jax.Array:
 
 def _long_norm(arrays: list[jax.Array]) -> jax.Array:
     """A norm that neither overflows nor underflows."""
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0.0) for x in arrays]))
+    largest = jnp.max(jnp.array([jnp.max(jnp.abs(x), initial=0.0) for x in arrays]), initial=0.0)
     largest = jnp.where(largest > 0, largest, 1.0)
     return largest * norm([x / largest for x in arrays])
 

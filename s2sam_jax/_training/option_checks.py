@@ -23,8 +23,11 @@ def taking_second_gradients(opt_state: Any) -> list[Any]:
     return find_states(opt_state, SECOND_GRADIENT)
 
 
-def check_options(accumulate: int, sharpness_parts: int, sharpest_fraction: float, example_loss_fn: Any) -> None:
-    for option, value in (("accumulate", accumulate), ("sharpness_parts", sharpness_parts)):
+def check_options(
+    accumulate: int, sharpness_parts: int, fisher_examples: int, sharpest_fraction: float, example_loss_fn: Any
+) -> None:
+    counts = {"accumulate": accumulate, "sharpness_parts": sharpness_parts, "fisher_examples": fisher_examples}
+    for option, value in counts.items():
         if value < 1:
             raise ValueError(f"make_train_step needs {option} >= 1; got {value}.")
     if accumulate > 1 and sharpness_parts > 1:

@@ -67,7 +67,8 @@ class TrainState(NamedTuple):
                 f"TrainState.create: these parameters are complex: {wrong}. Train their real and imaginary parts, as "
                 "gradients of complex parameters point the other way."
             )
-        params, model_state = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, model_state))
+        # Copies, with types that are not weak, as steps return them; else the second step would be traced anew.
+        params, model_state = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), (params, model_state))
         # Some optimizers keep the parameters themselves; a buffer cannot be donated twice.
         opt_state = jax.tree.map(jnp.array, tx.init(params))
         if find_states(opt_state, SparseState):

@@ -91,10 +91,11 @@ def make_train_step(
       step) and ``sparsity`` (zeros over all parameters).
 
     Raises:
-      ValueError: for ``accumulate`` or ``sharpness_parts`` below 1, a ``sharpest_fraction`` out of range or without
-        ``example_loss_fn``, or more than one of the three in use, and from the step: a batch that does not divide, an
-        ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` or ``sharpest_fraction`` without an
-        optimizer that takes a second gradient, or such a one inside ``optax.MultiSteps`` (use ``accumulate``).
+      ValueError: for ``accumulate``, ``sharpness_parts`` or ``fisher_examples`` below 1, a ``sharpest_fraction`` out of
+        range or without ``example_loss_fn``, or more than one way to cut the batch in use, and from the step: a batch
+        that does not divide, an ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` or ``sharpest_fraction``
+        without an optimizer that takes a second gradient, or such a one inside ``optax.MultiSteps`` (use
+        ``accumulate``).
       TypeError: from the step, for a ``loss_fn`` that returns something else, or a state that is no ``TrainState``.
 
     Example:
@@ -108,7 +109,7 @@ def make_train_step(
       >>> print(state.params, metrics["loss"], metrics["grad_norm"])
       [0.5] 1.0 2.0
     """
-    check_options(accumulate, sharpness_parts, sharpest_fraction, example_loss_fn)
+    check_options(accumulate, sharpness_parts, fisher_examples, sharpest_fraction, example_loss_fn)
     optimizer = with_extra_args(tx)
     fisher = _fisher_of(fisher_loss_fn or loss_fn)
 

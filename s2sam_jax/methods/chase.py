@@ -18,6 +18,7 @@ from s2sam_jax._sparsity.growth import (
     planned_counts,
     random_init,
     replace_sparse,
+    restarted,
     sparse_leaves,
     sparse_size,
 )
@@ -160,7 +161,7 @@ def chase(
         exploring = x.step < exploration_end * last
         more = rounded_down(cosine(extra, x.step, round(exploration_end * last)) * sparse_size(x))
         fraction = cosine(drop_fraction, x.step, last, final_fraction)
-        left = live - rounded_up(live * fraction)
+        left = live - rounded_up(live.astype(jnp.float32) * fraction)
         return jnp.where(exploring, budget, jnp.minimum(budget, left)), budget + jnp.where(exploring, more, 0)
 
     def update(x: MaskInputs, state: ChaseState) -> MaskUpdate:
@@ -174,8 +175,7 @@ def chase(
         slopes = [jnp.abs(g) for g in sparse_leaves(x, x.grads)]
         grown = grow(slopes, jnp.maximum(upper - sum(ones(keep)), 0), free)
         masks = replace_sparse(x, within, [k | g for k, g in zip(keep, grown, strict=True)])
-        left = [jnp.where(k, w, jnp.zeros_like(w)) for k, w in zip(keep, weights, strict=True)]
-        return MaskUpdate(masks, ChaseState(alive), values=replace_sparse(x, x.params, left))
+        return MaskUpdate(masks, ChaseState(alive), restart=restarted(x, keep))
 
     return SparseMethod(init=init, update=update, invariant="bounded")
 

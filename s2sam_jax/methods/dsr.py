@@ -60,6 +60,8 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
 
     def update(x: MaskInputs, state: jax.Array) -> MaskUpdate:
         magnitudes, old = [jnp.abs(w) for w in sparse_leaves(x, x.params)], sparse_leaves(x, x.masks)
+        if not old:
+            return MaskUpdate(x.masks, state)
         live = jnp.stack(ones(old))
         survivors = jnp.stack(ones([m & (w >= state) for m, w in zip(old, magnitudes, strict=True)]))
         survivors = jnp.maximum(survivors, jnp.minimum(live, 1))
@@ -75,8 +77,8 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
         scores = [s - m.astype(s.dtype) for s, m in zip(random_scores(score_key, magnitudes), old, strict=True)]
         masks = grow(x, keep, list(grown), scores)
 
-        wanted = target * jnp.sum(live) if isinstance(target, float) else target
-        return MaskUpdate(masks, _adapt(state, jnp.sum(pruned) / wanted))
+        wanted = target * jnp.sum(live.astype(jnp.float32)) if isinstance(target, float) else target
+        return MaskUpdate(masks, _adapt(state, jnp.sum(pruned).astype(jnp.float32) / wanted))
 
     return SparseMethod(init=init, update=update, invariant="total")
 

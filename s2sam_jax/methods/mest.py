@@ -13,7 +13,7 @@ from s2sam_jax._base.select import ones, random_scores, select
 from s2sam_jax._base.structure import NM
 from s2sam_jax._base.tree import by_name
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
-from s2sam_jax._sparsity.growth import first_and_last, grow, magnitude_init, replace_sparse, sparse_leaves
+from s2sam_jax._sparsity.growth import first_and_last, grow, magnitude_init, restarted, sparse_leaves
 
 Phases = Sequence[tuple[float, float]]
 
@@ -84,8 +84,7 @@ def mest(
         keep = select(scores, count=lower, among=sparse_leaves(x, x.masks))
         added = [n - k for n, k in zip(upper, ones(keep), strict=True)]
         masks = grow(x, keep, added, random_scores(x.key, weights))
-        restart = replace_sparse(x, jax.tree.map(lambda m: m & ~m, x.masks), [~k for k in keep])
-        return MaskUpdate(masks, state, restart=restart)
+        return MaskUpdate(masks, state, restart=restarted(x, keep))
 
     def _bounds(x: MaskInputs, weights: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
         """Per leaf, how many weights to prune to and to grow to at this step."""
