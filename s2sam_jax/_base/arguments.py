@@ -1,4 +1,4 @@
-"""Checks of the numbers that users give; schedules, and arrays as of ``inject_hyperparams``, pass where they may."""
+"""Checks of numeric arguments. Schedules, and arrays such as ``inject_hyperparams`` passes, are not checked."""
 
 from typing import Any
 

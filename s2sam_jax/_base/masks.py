@@ -78,10 +78,10 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     """Installs masks (from one-shot scores, a file, another run) in an optimizer state.
 
     Counts are renewed and the state of the wrapped optimizer is zeroed off the new masks. Call :func:`apply_masks`
-    on the parameters afterwards. Under ``Block`` or ``Channel`` the masks must be of whole units, as ``select(...,
-    structure=...)`` makes them: of any other a mask update would bring each unit to life that one weight is left of.
-    Else a fresh state fits any masks; in one that has been trained with, a weight that was
-    pruned comes to life with a state of zeros, which suits SGD and Adam but not ``schedule_free`` or Rprop.
+    on the parameters afterwards. Under ``Block`` and ``Channel`` masks must cover whole units, as
+    ``select(..., structure=...)`` makes them; otherwise the next mask update revives every unit with one live weight.
+    In a state that has been trained with, a revived weight starts with a state of zeros. That suits SGD and Adam, but
+    not ``schedule_free`` or Rprop.
 
     Args:
       opt_state: a state with a :class:`SparseState`.

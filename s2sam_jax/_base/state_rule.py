@@ -25,7 +25,7 @@ def mask_mirrored(masks: Masks, state: Any) -> Any:
 
 
 def start_mirrored(grown: Masks, state: Any, fresh: Any) -> Any:
-    """What has just grown starts as the optimizer does: from zero, or for some, as the step sizes of Rprop, not."""
+    """Newly grown weights get the optimizer's initial state: zero for most, the initial step size for Rprop."""
     return map_mirrored(lambda mask, leaf, start: jnp.where(mask, start.astype(leaf.dtype), leaf), grown, state, fresh)
 
 

@@ -88,7 +88,7 @@ def scalar(x: Any) -> jax.Array:
 def copy_key(seed: int | jax.Array, purpose: str) -> jax.Array:
     """A typed key of the state's own: a caller's key would be lost when the state is donated.
 
-    One integer for several purposes, as the default 0, gives them independent keys; a key is taken as it is.
+    An integer is folded with ``purpose``, so that several users of seed 0 get independent keys; a key is copied.
     """
     if isinstance(seed, int | np.integer):  # of any size, which an array's would not be
         return jax.random.fold_in(jax.random.key(int(seed)), zlib.crc32(purpose.encode()))

@@ -21,9 +21,9 @@ class ChannelGroup(NamedTuple):
     """Slices of several leaves that share one channel index, so that a channel can be removed from all at once.
 
     Zeroing a channel's slices must make its activation exactly zero at every layer that consumes it: what lies in
-    between maps zero to zero (ReLU, swish, pooling), and nothing is added. Nor may the channels that stay notice: the
-    norms must have a mean and a variance for each channel, as BatchNorm. Those of LayerNorm, RMSNorm and GroupNorm are
-    over channels, so that the network without a channel, zero or not, is another one. The residual stream, which every
+    between maps zero to zero (ReLU, swish, pooling), and nothing is added. Removing a
+    channel must not change the others, so norms must keep statistics per channel, as BatchNorm does. LayerNorm, RMSNorm
+    and GroupNorm average over channels, so they do not qualify. The residual stream, which every
     block consumes and adds to, is best left out.
 
     Attributes:

@@ -42,10 +42,9 @@ def sparsify(
               \text{update} = m\ ?\ u : -w
 
     After ``optax.apply_updates`` pruned weights are exactly 0.0, in any loop. One rule holds for the state of every
-    optimizer: whenever ``inner`` is called, a floating leaf that mirrors a parameter (momentum, second moments, the
-    last gradient) is zero wherever the mask is off, and a newly grown weight starts as ``inner.init`` does, nearly
-    always from zero. A leaf mirrors the parameter whose path and shape it has. Everything that shapes the gradient goes
-    inside::
+    optimizer: every floating leaf with the path and shape of a parameter (momentum, second moments, the last gradient)
+    is zero where the mask is off, whenever ``inner`` is called. A newly grown weight gets the state that ``inner.init``
+    would give it, which is zero for nearly all optimizers. Everything that shapes the gradient goes inside::
 
         sparsify(optax.chain(s2sam(), optax.clip_by_global_norm(1.0), optax.sgd(0.1)), methods.rigl(), sparsity=0.9)
 

@@ -14,10 +14,10 @@ Batch = Any  # a pytree whose leaves have the examples along their leading axis
 def first_examples(batch: Batch, count: int) -> Batch:
     """The first ones of a batch, or all that it has."""
     size = min((x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)), default=0)
-    return rows_of(batch, jnp.arange(min(count, size)), "fisher_examples")
+    return take_examples(batch, jnp.arange(min(count, size)), "fisher_examples")
 
 
-def rows_of(batch: Batch, rows: jax.Array, option: str) -> Batch:
+def take_examples(batch: Batch, rows: jax.Array, option: str) -> Batch:
     def chosen(x):
         x = jnp.asarray(x)  # NumPy's cannot be indexed by traced rows
         if x.ndim == 0:
@@ -30,7 +30,7 @@ def rows_of(batch: Batch, rows: jax.Array, option: str) -> Batch:
     return jax.tree.map(chosen, batch)
 
 
-def cut(batch: Batch, parts: int, option: str, *, split: int) -> Batch:
+def split_batch(batch: Batch, parts: int, option: str, *, split: int) -> Batch:
     """``[parts, size, ...]``; of a batch whose type says how it is sharded, along the axis ``split`` of these two."""
 
     def reshaped(x):
@@ -57,8 +57,8 @@ def _fitting(sharding: Any, shape: tuple[int, ...], spec: Any) -> Any:
     return sharding.update(spec=jax.sharding.PartitionSpec(*fits))
 
 
-def beside(pieces: Batch, tree: Any) -> Any:
-    """Entries of the parts, sharded as the parts are, which ``vmap`` asks for where shardings are in types."""
+def shard_like(pieces: Batch, tree: Any) -> Any:
+    """Shards ``tree`` along its first axis like the parts, as ``vmap`` asks on meshes with explicit sharding."""
     sharding = next((s for s in map(explicit_sharding, jax.tree.leaves(pieces)) if s is not None), None)
     if sharding is None:
         return tree
@@ -71,7 +71,7 @@ def beside(pieces: Batch, tree: Any) -> Any:
     return jax.tree.map(placed, tree)
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """On every device, where shardings are in types: an order of all needs all."""
+def replicated(x: jax.Array) -> jax.Array:
+    """A copy on every device of meshes with explicit sharding: to sort all takes all."""
     sharding = explicit_sharding(x)
     return x if sharding is None else jax.sharding.reshard(x, sharding.update(spec=jax.sharding.PartitionSpec()))

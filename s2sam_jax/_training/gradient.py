@@ -10,7 +10,7 @@ from s2sam_jax._base.tree import find_states
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.esam import sharpest
 from s2sam_jax._sharpness.trajectory import TrajectoryBuffer
-from s2sam_jax._training.batches import Batch, beside, cut, rows_of, whole
+from s2sam_jax._training.batches import Batch, replicated, shard_like, split_batch, take_examples
 
 ModelState = Any
 Metrics = dict[str, jax.Array]
@@ -48,7 +48,7 @@ def averaged_gradient(
 
     if parts == 1:
         return single
-    micro = cut(batch, parts, "accumulate", split=1)
+    micro = split_batch(batch, parts, "accumulate", split=1)
 
     def averaged(params):
         first = jax.eval_shape(one, params, model_state, jax.tree.map(lambda x: x[0], micro), key)[0]
@@ -87,12 +87,12 @@ def gradient_by_part(
             "model_state has a TrajectoryBuffer. Take sharpness_parts=1 (accumulate keeps every row), or leave the "
             "buffer out."
         )
-    one, pieces = _gradient_of(loss_fn), cut(batch, parts, "sharpness_parts", split=0)
+    one, pieces = _gradient_of(loss_fn), split_batch(batch, parts, "sharpness_parts", split=0)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
 
     def averaged(point, entries):
         each = jax.vmap(lambda entry, part, key: one(point(entry), model_state, part, key))
-        (by_part, loss, metrics), new = each(beside(pieces, entries), pieces, beside(pieces, keys))
+        (by_part, loss, metrics), new = each(shard_like(pieces, entries), pieces, shard_like(pieces, keys))
         return Gradient(_mean(by_part), jnp.mean(loss), _mean(new), _mean(metrics), by_part)
 
     return averaged
@@ -115,7 +115,7 @@ def gradient_of_sharpest(
 
     def gradient(params):
         before, after = (example_loss_fn(at, model_state, batch, key) for at in (clean, params))
-        part = rows_of(batch, sharpest(whole(before), whole(after), fraction), "sharpest_fraction")
+        part = take_examples(batch, sharpest(replicated(before), replicated(after), fraction), "sharpest_fraction")
         return averaged_gradient(loss_fn, model_state, part, key, 1)(params).grads
 
     return gradient

@@ -74,9 +74,9 @@ def make_train_step(
       sharpest_fraction: share of the batch that ``sam`` and its variants take their second gradient on, as in ESAM: the
         examples whose loss the perturbation raises most (:func:`sharpest`).
       example_loss_fn: ``(params, model_state, batch, key) -> losses[B]``, for that choice: it is called twice, forward
-        only, with the ``key`` of the step's gradient, so that an example has the same noise before and after. The
-        smaller batch has that key as well, but what is drawn for a batch as a whole falls on other examples there:
-        noise that is to stay with an example has to be drawn by something in the batch, such as its index.
+        only. Both calls and the smaller batch get the ``key`` of the step. If noise (dropout, augmentation) is to be
+        the same for an example in all three, derive its key from the example, such as an index in the batch, not from
+        its position.
       fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from.
       fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
       vmap: several networks at once, such as seeds: every leaf of state and batch has one more leading axis. All must

@@ -16,10 +16,10 @@ from jax.flatten_util import ravel_pytree
 from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked
 from s2sam_jax._base.types import Masks, Params
 from s2sam_jax.analysis._lanczos import Product, ritz
-from s2sam_jax.analysis.surface import LossFn, Progress
+from s2sam_jax.analysis._loss import BatchLoss, Progress
 
 
-def hvp(loss_fn: LossFn, params: Params, vector: Params, batch: Any, *, masks: Masks | None = None) -> Params:
+def hvp(loss_fn: BatchLoss, params: Params, vector: Params, batch: Any, *, masks: Masks | None = None) -> Params:
     r"""The Hessian of the loss times a vector, by one forward- over one reverse-mode pass.
 
     .. math:: H v = \frac{\partial}{\partial t} \nabla L(w + t v) \Big|_{t=0}
@@ -71,7 +71,7 @@ class Spectrum(NamedTuple):
 
 
 def hessian_spectrum(
-    loss_fn: LossFn,
+    loss_fn: BatchLoss,
     params: Params,
     key: jax.Array,
     batches: Iterable[Any],
@@ -130,7 +130,7 @@ def hessian_spectrum(
 
 
 def top_eigenvalues(
-    loss_fn: LossFn,
+    loss_fn: BatchLoss,
     params: Params,
     key: jax.Array,
     batches: Iterable[Any],
@@ -187,7 +187,7 @@ def top_eigenvalues(
 
 
 def hessian_trace(
-    loss_fn: LossFn,
+    loss_fn: BatchLoss,
     params: Params,
     key: jax.Array,
     batches: Iterable[Any],
@@ -235,7 +235,7 @@ def hessian_trace(
 
 
 def _product(
-    loss_fn: LossFn, params: Params, batches: Iterable[Any], masks: Masks | None, progress: Progress | None
+    loss_fn: BatchLoss, params: Params, batches: Iterable[Any], masks: Masks | None, progress: Progress | None
 ) -> tuple[Product, int, jax.Array]:
     """Products of flat vectors with the Hessian, the number of weights that count, and ones where they are."""
     batches = list(batches)

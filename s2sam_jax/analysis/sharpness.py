@@ -12,7 +12,7 @@ from s2sam_jax._base.arguments import check_non_negative
 from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked, norm
 from s2sam_jax._base.types import Masks, Params
 from s2sam_jax._sharpness.ascent import add, ascent
-from s2sam_jax.analysis.surface import LossFn
+from s2sam_jax.analysis._loss import BatchLoss
 
 
 def gradient_difference_ratio(grads: Params, sam_grads: Params, *, masks: Masks | None = None) -> Params:
@@ -57,7 +57,7 @@ def gradient_difference_ratio(grads: Params, sam_grads: Params, *, masks: Masks 
 
 
 def sam_sharpness(
-    loss_fn: LossFn,
+    loss_fn: BatchLoss,
     params: Params,
     batches: Iterable[Any],
     *,

@@ -10,9 +10,7 @@ import numpy as np
 
 from s2sam_jax._base.tree import at_least_f32, check_same_leaves
 from s2sam_jax._base.types import Masks, Params
-
-LossFn = Callable[[Params, Any], jax.Array]
-Progress = Callable[[int], None]
+from s2sam_jax.analysis._loss import BatchLoss, Progress
 
 EPS = 1e-10  # of the published normalisation
 
@@ -81,7 +79,7 @@ def rescaled(d: jax.Array, w: jax.Array, mask: jax.Array | None = None, axis: in
 
 
 def loss_surface(
-    loss_fn: LossFn,
+    loss_fn: BatchLoss,
     params: Params,
     directions: Sequence[Params],
     batches: Iterable[Any],
@@ -144,7 +142,7 @@ def loss_surface(
     return (total / len(batches)).reshape((n,) * len(directions))
 
 
-def _losses_along(loss_fn: LossFn, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
+def _losses_along(loss_fn: BatchLoss, mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
     def at(params, directions, point, batch):
         def move(w, *ds):
             w, *ds = map(at_least_f32, (w, *ds))  # neighbours on the grid may be one number in bfloat16
@@ -200,7 +198,7 @@ def roughness(surface: Any) -> float:
 
 
 def error_barrier(
-    loss_fn: LossFn, first: Params, second: Params, batches: Iterable[Any], *, n: int = 11
+    loss_fn: BatchLoss, first: Params, second: Params, batches: Iterable[Any], *, n: int = 11
 ) -> tuple[float, np.ndarray]:
     r"""How much the loss rises on the straight line between two solutions.
 
