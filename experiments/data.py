@@ -11,8 +11,6 @@ import numpy as np
 
 from experiments.datasets import sources
 
-OR_NPZ = "Or pass --data FILE.npz with the arrays train_images, train_labels, test_images and test_labels."
-
 
 class Kind(NamedTuple):
     """What is known about a data set before it is loaded. Mean and deviation are per channel, of pixels in [0, 1]."""
@@ -145,7 +143,7 @@ def _digits() -> tuple[np.ndarray, ...]:
 
 def _from_npz(name: str, path: Path) -> tuple[np.ndarray, ...]:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. {sources.how_to_prepare(name)} {OR_NPZ}")
+        raise FileNotFoundError(f"There is no file {path}. {sources.how_to_prepare(name)}")
     fields = ("train_images", "train_labels", "test_images", "test_labels")
     try:
         with np.load(path) as stored:
@@ -179,10 +177,7 @@ def _from_tfds(name: str, folder: Path | None) -> tuple[np.ndarray, ...]:
     """Sorted by id, which is the official order."""
     arrays = []
     for split in ("train", "test"):
-        try:
-            records: Any = sources.records(name, split, folder)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} {OR_NPZ}") from None
+        records: Any = sources.records(name, split, folder)
         rows = sorted(records, key=lambda row: row["id"])
         arrays += [np.stack([row["image"] for row in rows]), np.array([row["label"] for row in rows])]
     return tuple(arrays)

@@ -1,4 +1,4 @@
-"""Figures of several runs, from their rows alone.
+"""Figures of several runs, from their rows alone, as runs/KIND.png or --out.
 
 python -m experiments.draw curves runs/digits-*                          # over the epochs, mean over seeds
 python -m experiments.draw masks runs/SOME_RUN                           # which connections die and grow
@@ -23,6 +23,7 @@ from experiments.rows import jsonl
 from experiments.training import runs
 from experiments.training.record import Row
 
+RUNS = Path("runs")  # Where figures go that nobody has named.
 ANALYSES = {"surfaces": surface.ANALYSIS, "spectra": spectrum.ANALYSIS, "ratios": ratio.ANALYSIS}
 SHOWN = {  # What a row must have, beside its config and seed.
     "curves": ("epoch", "train_loss", "test_accuracy"),
@@ -38,7 +39,7 @@ class Arguments:
 
     kind: tyro.conf.Positional[Literal["curves", "masks", "sparsity", "surfaces", "spectra", "ratios"]]
     rows: tyro.conf.Positional[tuple[Path, ...]]  # Folders of runs, or files of rows.
-    out: Path | None = None  # Default: KIND.png.
+    out: Path | None = None  # The figure's file, written anew if it is there; default: runs/KIND.png.
     field: str = "test_accuracy_recalibrated"  # Of a row, to be drawn against sparsity; or roughness, and the like.
     methods: tuple[str, ...] = ()  # To be drawn against sparsity; default: all.
 
@@ -59,27 +60,32 @@ def run(arguments: Arguments) -> Path:
     if arguments.kind == "curves" and len(groups) > curves.MOST:
         raise ValueError(f"{len(groups)} curves look alike; draw at most {curves.MOST} at a time.")
     if arguments.kind == "curves":
-        curves.draw_curves(groups, _common(rows), file)
+        curves.draw_curves(groups, _common(rows) + _zeros(rows), _in_folder(file))
     elif arguments.kind == "masks":
         if len({(label, row["seed"]) for label, mine in groups.items() for row in mine}) > 1:
             raise ValueError("Masks are drawn of one run; these rows are of several.")
-        config = rows[0]["config"]
-        title = f"{_common(rows)}, {config['method']} with {config['optimizer']}, {config['sparsity']:.0%} zeros"
-        masks.draw_masks(rows, title, file)
+        masks.draw_masks(rows, f"{_common(rows)}{_zeros(rows)}, {rows[0]['config']['optimizer']}", _in_folder(file))
     elif arguments.kind == "sparsity":
         _against_sparsity(rows, arguments, file)
     elif analysis is not None:
-        analysis.draw({f"{label}, seed {row['seed']}": row for label, mine in groups.items() for row in mine}, file)
+        found = {f"{label}, seed {row['seed']}": row for label, mine in groups.items() for row in mine}
+        analysis.draw(found, _in_folder(file))
     return file
 
 
 def _file(arguments: Arguments) -> Path:
     """Where the figure goes; a PNG where nothing says otherwise."""
-    file = arguments.out or Path(arguments.kind)
+    file = arguments.out or RUNS / arguments.kind
     file = file if file.suffix else file.with_suffix(".png")
     known = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:] not in known:
         raise ValueError(f"--out must end in one of {', '.join(sorted(known))}; got {file}.")
+    return file
+
+
+def _in_folder(file: Path) -> Path:
+    """With its folder made; only once there is a figure to put there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     return file
 
 
@@ -105,8 +111,9 @@ def _against_sparsity(rows: list[Row], arguments: Arguments, file: Path) -> None
         )
     plain = (arguments.field, arguments.field, arguments.field, 1.0, False)
     _, label, title, scale, logarithmic = next((known for known in FIGURES if known[0] == arguments.field), plain)
+    title = f"{title}, {_common(rows)}"
     landscapes.draw_against_sparsity(
-        finals, arguments.field, label, f"{title}, {_common(rows)}", file, scale=scale, logarithmic=logarithmic
+        finals, arguments.field, label, title, _in_folder(file), scale=scale, logarithmic=logarithmic
     )
 
 
@@ -114,6 +121,13 @@ def _common(rows: list[Row]) -> str:
     """What the runs are on."""
     found: dict[str, None] = dict.fromkeys(f"{row['config']['dataset']}, {row['config']['model']}" for row in rows)
     return "; ".join(found)
+
+
+def _zeros(rows: list[Row]) -> str:
+    """Method and sparsity, if the runs have them in common."""
+    configs = [row["config"] for row in rows]
+    found = {"dense" if c["method"] == "dense" else f"{c['method']}, {c['sparsity']:.0%} zeros" for c in configs}
+    return f", {found.pop()}" if len(found) == 1 else ""
 
 
 def _read(file: Path, fields: Sequence[str]) -> list[Row]:

@@ -2,8 +2,8 @@
 
     python -m experiments.table table1 --methods rigl-erk --sparsities 0.95 --seeds 0 1 2 --scale cpu --data PATH
 
-Rows, page, figures and plot go to experiments/results. A run is done when its folder is there, so that the same command
-goes on after an interruption.
+Rows, page, figures and plot go to experiments/results, beside those that are committed; ``--results DIR`` keeps yours
+apart. A run is done when its folder is there, so that the same command goes on after an interruption.
 """
 
 import dataclasses
@@ -11,16 +11,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, recipes, train, tune
-from experiments.config import Config, OptimizerName
+from experiments.config import Config
 from experiments.figures import tables
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.recipes.scales import Scale, scaled
+from experiments.recipes.selection import Selection, chosen
 from experiments.rows import comparison, files, jsonl, missing, pages
 from experiments.training import runs
 from experiments.training.record import Row
@@ -29,47 +29,18 @@ OTHERWISE = "Pass --tuned if it was made so, give another folder as --results, o
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(Selection):
     """Which rows of which table, and how large."""
 
-    table: tyro.conf.Positional[str]  # As recipes begin: table1, table1-cifar100, ssam-table1, and so on.
-    methods: tuple[str, ...] = ()  # Rows by their key, such as rigl-erk; default: all.
-    sparsities: tuple[float, ...] = ()  # Default: all; rows that have none always stay.
-    optimizers: tuple[OptimizerName, ...] = ()  # Default: all.
     seeds: tuple[int, ...] = (0, 1, 2)
-    scale: Scale = "full"  # See experiments.recipes.scales.
+    # full: as in the paper. cpu: narrower, fewer images. smoke: it runs. These need --data; digits, another data set,
+    # does not.
+    scale: Scale = "full"
     tuned: Path | None = None  # Rows of experiments.tune: each recipe with the rho that was best there.
     data: Path | None = None  # As in experiments.train.
     out: Path = Path("runs")  # The folder that run folders are made in.
+    # Folder of rows and page. The default has the committed ones, which yours are added to; another keeps yours apart.
     results: Path = jsonl.RESULTS
-
-
-def chosen(arguments: Arguments) -> list[Recipe]:
-    """Rows of the table that the filters leave.
-
-    Raises:
-      ValueError: for an unknown table, a filter that the table does not have, and when nothing is left.
-    """
-    rows = recipes.of_table(arguments.table)
-    _check("methods", arguments.methods, [recipe.key for recipe in rows], arguments.table)
-    _check("sparsities", arguments.sparsities, [recipe.sparsity for recipe in rows], arguments.table)
-    _check("optimizers", arguments.optimizers, [recipe.config.optimizer for recipe in rows], arguments.table)
-    left = [
-        recipe
-        for recipe in rows
-        if recipe.key in (arguments.methods or (recipe.key,))
-        and recipe.sparsity in (None, *(arguments.sparsities or (recipe.sparsity,)))
-        and recipe.config.optimizer in (arguments.optimizers or (recipe.config.optimizer,))
-    ]
-    if not left:
-        raise ValueError(f"No row of {arguments.table} has these methods, sparsities and optimizers together.")
-    return left
-
-
-def _check(field: str, asked: tuple[Any, ...], known: list[Any], table: str) -> None:
-    if foreign := [value for value in asked if value not in known]:
-        known = [value for value in dict.fromkeys(known) if value is not None]
-        raise ValueError(f"{table} has no {field} {foreign}; it has {known}.")
 
 
 def run(arguments: Arguments) -> list[Row]:
@@ -96,6 +67,13 @@ def run(arguments: Arguments) -> list[Row]:
             store([row], rows_file(arguments))
         rows.append(row)
     return rows
+
+
+def asked_for(arguments: Arguments) -> list[comparison.Line]:
+    """The lines of the recipes and seeds asked for; their gains are over baselines that need not be."""
+    rows = [row for row in jsonl.read(rows_file(arguments)) if row["seed"] in arguments.seeds]
+    names = {recipe.name for recipe in chosen(arguments)}
+    return [line for line in comparison.compare(rows) if line.name in names]
 
 
 def rows_file(arguments: Arguments) -> Path:
@@ -160,7 +138,7 @@ def store(rows: list[Row], file: Path) -> list[Row]:
     return kept
 
 
-def write(file: Path) -> list[comparison.Line]:
+def write(file: Path) -> None:
     """Page, figures and plot beside the rows' file, from the rows alone."""
     rows = jsonl.read(file)
     lines, title = comparison.compare(rows), file.stem.replace("_", ", ")
@@ -169,7 +147,6 @@ def write(file: Path) -> list[comparison.Line]:
     tables.draw_comparison(lines, title, file.with_suffix(".png"))
     if file.stem.startswith(SWEEPS):
         tables.draw_gains(lines, title, file.with_name(f"{file.stem}_gains.png"))
-    return lines
 
 
 SWEEPS = ("sparsities", "rebuttal-sweep")  # Tables whose gains are drawn against the share of zeros as well.
@@ -222,12 +199,16 @@ def _effort(rows: list[Row]) -> str:
 @cli.command
 def main(arguments: Arguments) -> None:
     """The command line."""
-    console = Console()
+    console, file = Console(), rows_file(arguments)
     cli.keep_compiled(arguments.out / "compiled")
-    run(arguments)
-    file = rows_file(arguments)
-    console.print(comparison.terminal(write(file), file.stem.replace("_", ", ")))
-    console.print(f"Files: {file.with_suffix('')}.*", soft_wrap=True)
+    old = jsonl.read(file)
+    rows = run(arguments)
+    write(file)
+    title = file.stem.replace("_", ", ")
+    console.print(comparison.terminal(asked_for(arguments), title, console.width), soft_wrap=True)
+    there = sum(row in old for row in rows)
+    console.print(f"{len(rows) - there} runs are new, {there} had their rows in {file} already.", soft_wrap=True)
+    console.print(f"Files, of all rows and with all columns: {file.with_suffix('')}.*", soft_wrap=True)
 
 
 if __name__ == "__main__":

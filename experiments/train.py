@@ -41,7 +41,7 @@ class Arguments:
     coordinator: str | None = None  # HOST:PORT of the first process.
     num_processes: int | None = None
     process_id: int | None = None
-    layers: bool = False  # FLOPs of every layer, not only in all.
+    layers: bool = False  # FLOPs of every layer, not only in all, and of several runs its zeros too.
     debug: bool = False  # Check masks, gradients and states at every step; a fault ends the run and is named.
     tensorboard: bool = False  # Event files in the run's folder as well; needs tensorboardX.
 
@@ -91,27 +91,40 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     if fresh:
         loaded = tasks.load(arguments.config)
         start = _start(arguments.config)
+        costs: dict[str, tuple[Table, list[str]]] = {}  # by their figures, as many runs cost the same
         for group in _groups(fresh, arguments.vmap):
-            _run(group, loaded, start, console, arguments)
+            cost = _run(group, loaded, start, console, arguments)
+            figures = str([list(column.cells) for column in cost.columns])
+            costs.setdefault(figures, (cost, []))[1].append(group[0].optimizer)
+        for cost, names in costs.values():
+            cost.title = f"{cost.title}: {', '.join(dict.fromkeys(names))}"
+            console.print(cost)
     folders = {name: config.run_dir for name, config in configs.items()}
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
     console.print(_title(arguments), soft_wrap=True)
-    console.print(display.result_table({name: rows[name][-1] for name in rows}))
+    finals = {name: rows[name][-1] for name in rows}
+    console.print(display.result_table(finals))
+    if (arguments.layers or len(finals) == 1) and any(row["layers"] for row in finals.values()):
+        console.print(display.layer_table(finals))
+    if len(set(arguments.seeds)) > 1:
+        console.print(display.seeds_table(list(finals.values())))
     if len(fresh) < len(configs):
         console.print("Shown from stored runs where they exist; add --overwrite to train anew.")
     for folder in folders.values():
         console.print(f"Files: {folder}", soft_wrap=True)
     if arguments.compare and sharding.writes():
-        file = arguments.config.out / _curves_name(arguments.compare, [config.name for config in configs.values()])
+        file = arguments.config.out / _curves_name(list(configs.values()))
         training.draw(rows, _title(arguments), file)
         console.print(f"Curves: {file}", soft_wrap=True)
     return folders
 
 
-def _curves_name(optimizers: Sequence[str], names: Sequence[str]) -> str:
-    """Readable by the first run, and unique by a hash of all: what the first does not read, another may."""
+def _curves_name(configs: Sequence[Config]) -> str:
+    """Readable by optimizers and network, and unique by a hash of all runs."""
+    first, names = configs[0], [config.name for config in configs]
+    network, _, _ = first.name.partition(f"-{first.optimizer}-")
     digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:8]
-    return f"compare-{'-'.join(optimizers)}-{names[0]}-{digest}.png"
+    return f"compare-{'-'.join(dict.fromkeys(config.optimizer for config in configs))}-{network}-{digest}.png"
 
 
 def _configs(arguments: Arguments) -> dict[str, Config]:
@@ -140,7 +153,8 @@ def _groups(configs: list[Config], vmap: bool) -> list[list[Config]]:
     return [list(group) for _, group in itertools.groupby(configs, lambda config: config.optimizer)]
 
 
-def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> None:
+def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> Table:
+    """Trains them, and returns what they cost."""
     made = [tasks.make(config, loaded, sharding.parse(arguments.mesh)) for config in configs]
     steps = made[0].steps_per_epoch
     for config, task in zip(configs, made, strict=True):
@@ -164,7 +178,7 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
             states = [loop.train(configs[0], made[0], recorders[0], start, checkpoints[0], arguments.debug)]
     for config, folder, state, kept in zip(configs, folders, states, checkpoints, strict=True):
         runs.finish(config, folder, state, kept.best)
-    console.print(_flops(configs[0], made[0], states[0], arguments.layers))
+    return _flops(configs[0], made[0], states[0], arguments.layers)
 
 
 def _flops(config: Config, task: Task, state: TrainState, layers: bool) -> Table:

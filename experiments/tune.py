@@ -10,7 +10,6 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -19,24 +18,24 @@ from experiments import cli, data, recipes, tasks
 from experiments.config import Config
 from experiments.recipes import Recipe
 from experiments.recipes.scales import Scale, scaled
+from experiments.recipes.selection import Selection, chosen
 from experiments.rows import jsonl, missing
 from experiments.training import loop, runs
-from experiments.training.record import Last
+from experiments.training.record import Last, Row
 
 FIELDS = ("setting", "accuracy", "config")  # What a row must have.
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Which table at which scale, and the grid."""
+class Arguments(Selection):
+    """Which rows of which table at which scale, and the grid."""
 
-    table: tyro.conf.Positional[str]
-    scale: Scale = "full"
+    scale: Scale = "full"  # As in experiments.table: all but digits need --data.
     grid: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0)
     held_out: float = 0.2  # Share of the training images.
     seed: int = 0
     data: Path | None = None  # As in experiments.train.
-    rows: Path | None = None  # Default: TABLE_SCALE_tuning.jsonl among the results.
+    rows: Path | None = None  # Default: TABLE_SCALE_tuning.jsonl among the committed results.
     cache: Path = cli.COMPILED
 
 
@@ -79,11 +78,13 @@ def configs(arguments: Arguments) -> list[tuple[str, Config]]:
     """A run for each setting and radius.
 
     Raises:
-      ValueError: for a table whose rows are themselves of several radii.
+      ValueError: for a table whose rows are themselves of several radii, and where no row asked for has one.
     """
-    rows = [recipe for recipe in recipes.of_table(arguments.table) if recipe.config.optimizer != "sgd"]
-    if len({recipe.config.rho for recipe in rows}) > 1:
+    if len({recipe.config.rho for recipe in recipes.of_table(arguments.table) if recipe.config.optimizer != "sgd"}) > 1:
         raise ValueError(f"{arguments.table} compares radii, so there is none to choose for it.")
+    rows = [recipe for recipe in chosen(arguments) if recipe.config.optimizer != "sgd"]
+    if not rows:
+        raise ValueError("SGD has no rho to choose; ask for other --optimizers.")
     found = [(setting(recipe), scaled(recipe, arguments.scale)) for recipe in rows]
     return [
         (name, dataclasses.replace(config, rho=rho, seed=arguments.seed, data=arguments.data))
@@ -92,8 +93,8 @@ def configs(arguments: Arguments) -> list[tuple[str, Config]]:
     ]
 
 
-def run(arguments: Arguments, file: Path) -> None:
-    """Each row is written as soon as it is there; what broke down has an accuracy of zero."""
+def run(arguments: Arguments, file: Path) -> list[Row]:
+    """Returns the rows asked for, each written as soon as it is there; what broke down has an accuracy of zero."""
     if not arguments.held_out > 0:
         raise ValueError(f"held_out is the share of the training images to choose by; got {arguments.held_out}.")
     load = functools.cache(lambda dataset, subset: data.load(dataset, arguments.data, subset))
@@ -113,6 +114,8 @@ def run(arguments: Arguments, file: Path) -> None:
             accuracy = 0.0
         row = {"setting": name, "accuracy": accuracy} | runs.provenance(config)
         jsonl.append(file, row)
+        have[name, rho] = row
+    return [have[key] for key in wanted]
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -133,8 +136,8 @@ def main(arguments: Arguments) -> None:
     """The command line."""
     file = arguments.rows or jsonl.RESULTS / f"{arguments.table}_{arguments.scale}_tuning.jsonl"
     cli.keep_compiled(arguments.cache)
-    run(arguments, file)
-    Console().print(table(jsonl.read(file)))
+    Console().print(table(run(arguments, file)))
+    Console().print(f"Rows: {file}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -14,11 +15,12 @@ import pytest
 import toy
 from prepared import encoded, image_features, write_tfds
 from safetensors.numpy import load_file
+from scipy import stats
 
 from experiments import data, evaluate, models, tasks, train
 from experiments.config import Config, OptimizerName
 from experiments.tasks import arrays, images
-from experiments.training import checkpoint, loop, optimizers, record, runs, sharding, sieving, sparse_methods
+from experiments.training import checkpoint, display, loop, optimizers, record, runs, sharding, sieving, sparse_methods
 from s2sam_jax import (
     ChannelGroup,
     Every,
@@ -216,7 +218,8 @@ def test_missing_data_says_how_to_get_it_in_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             train.main(["--dataset", "cifar10", "--data", str(path), "--out", str(tmp_path / "runs")])
         assert "tfds.data_source('cifar10'" in str(stop.value)
-        assert "--data FILE.npz" in str(stop.value)
+        assert str(stop.value).count("npz with the arrays") == 1
+        assert str(stop.value).index("--data FILE.npz") < str(stop.value).index("tfds.data_source")
         assert "\n" not in str(stop.value)
     assert not (tmp_path / "runs").exists()
 
@@ -420,6 +423,46 @@ def test_compare_trains_the_others_and_draws_all(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "sgd" in printed
     assert "hidden/kernel" in printed
+
+
+def test_a_comparison_over_seeds_ends_in_means_and_paired_gains(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ["--subset", "128", "--epochs", "1", "--out", str(tmp_path), "--compare", "sgd", "s2sam", "--seeds"]
+    folders = train.main([*options, "0", "1", "2"])
+    printed = capsys.readouterr().out
+    accuracies = [100 * runs.rows(folders[f"sgd seed {n}"])[-1]["test_accuracy_recalibrated"] for n in range(3)]
+    assert f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f}" in printed
+    assert "gain over sgd" in printed
+    assert printed.count("if zeros cost nothing") == 2  # the state of s2sam is larger; seeds cost the same
+    assert "hidden/kernel" not in printed
+    assert "…" not in printed.partition("digits, ")[2]
+    (file,) = tmp_path.glob("*.png")
+    assert re.fullmatch(r"compare-sgd-s2sam-digits-resnet8-rigl0\.9-[0-9a-f]{8}\.png", file.name)
+
+    train.main([*options, "0", "1", "2", "--layers"])
+    assert capsys.readouterr().out.count("hidden/kernel") == 1
+
+
+def test_gains_are_paired_by_seed_and_over_the_first_optimizer():
+    values = {"sam": [0.5, 0.52, 0.57], "sgd": [0.51, 0.5, 0.5]}
+    rows = [
+        {"config": {"optimizer": name}, "seed": seed, "test_accuracy_recalibrated": value}
+        for name, mine in values.items()
+        for seed, value in enumerate(mine)
+    ]
+    _, means, _, gains = (list(column.cells) for column in display.seeds_table(rows).columns)
+    assert means == ["53.00 ± 3.61", "50.33 ± 0.58"]
+    differences = 100 * (np.array(values["sgd"]) - np.array(values["sam"]))
+    low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert gains == ["–", f"{differences.mean():+.2f} (±{(high - low) / 2:.2f})"]
+
+
+def test_zeros_are_shown_once_unless_runs_differ():
+    one, other = ({"layers": {"a": [zeros, 4], "b": [2, 4]}} for zeros in (1, 3))
+    cells = [list(column.cells) for column in display.layer_table({"sgd": one, "sam": one}).columns]
+    assert cells == [["a", "b"], ["25.00%", "50.00%"]]
+    cells = [list(column.cells) for column in display.layer_table({"sgd": one, "sam": other}).columns]
+    assert cells[1:] == [["25.00%", "50.00%"], ["75.00%", "50.00%"]]
 
 
 def test_a_run_can_start_from_another(run_dir, out, tmp_path, monkeypatch):

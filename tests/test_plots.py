@@ -1,6 +1,7 @@
 """Counts of masks, and figures of several runs, from their rows."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,20 @@ def test_every_kind_of_figure_is_drawn_from_a_run(toy, tmp_path):
         assert imread(file).std() > 0.02
 
 
-def test_rows_of_a_sweep_are_drawn_method_by_method(figures, tmp_path):
+def test_a_figure_without_a_name_lies_among_the_runs_and_says_what_they_have_in_common(figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    both = [*rows_of("sgd", 0, [1.0], sparsity=0.95), *rows_of("sam", 0, [1.0], sparsity=0.95)]
+    for rows in (both, [*both, *rows_of("sgd", 0, [1.0])], rows_of("sgd", 0, [1.0], method="dense")):
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert draw.main(["curves", "rows.jsonl"]) == Path("runs/curves.png")
+    assert Path("runs").is_dir()
+    titles = [figure.get_suptitle().partition(" (")[0] for figure in figures]
+    network = "digits, resnet8"
+    assert titles == [f"{network}, rigl, 95% zeros", network, f"{network}, dense"]
+
+
+def test_rows_of_a_sweep_are_drawn_method_by_method(figures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     rows = [
         {"method": method, "sparsity_asked": sparsity, "optimizer": "sgd", "test_accuracy_recalibrated": sparsity}
         | {"config": Config(method="mest-em-98").to_json(), "seed": 0}

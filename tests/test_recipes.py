@@ -157,8 +157,11 @@ def test_unknown_names_are_met_with_near_ones():
         ValueError, match=r"'table1\.rigl-erk-0\.95\.s2sma'; did you mean table1\.rigl-erk-0\.95\.s2sam,"
     ):
         recipes.get("table1.rigl-erk-0.95.s2sma")
-    with pytest.raises(ValueError, match="Unknown recipe 'zzz'; names begin with one of table1, table1-cifar100"):
-        recipes.get("zzz")
+    with pytest.raises(
+        ValueError,
+        match=r"Unknown recipe 'rigl'; the nearest are \S*rigl\S*, .*; names begin with one of table1, table1-c",
+    ):
+        recipes.get("rigl")
     with pytest.raises(ValueError, match="Unknown table 'table11'; did you mean table1"):
         recipes.of_table("table11")
 
@@ -418,6 +421,22 @@ def test_rows_are_enough_to_go_on_from_unless_the_config_differs(tmp_path, train
     assert len(trained) == 4
 
 
+def test_only_what_was_asked_for_is_printed(tmp_path, trained, compilation_cache, capsys):
+    """Of these seeds; a gain is over the baseline's row, whether that was asked for or not. The page is of all rows."""
+    options = ["table1", "--scale", "cpu", "--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--methods"]
+    table.main([*options, "rigl-erk", "mest-em", "--sparsities", "0.95", "--seeds", "0", "1", "4"])
+    assert f"12 runs are new, 0 had their rows in {tmp_path / 'table1_cpu.jsonl'} already." in capsys.readouterr().out
+    few = [*options, "rigl-erk", "--sparsities", "0.95", "--seeds", "0", "1", "2", "--optimizers", "s2sam"]
+    table.main(few)
+    text = capsys.readouterr().out
+    assert "1 runs are new, 2 had" in text
+    assert "MEST" not in text
+    assert text.count("RigL (ERK)") == 1
+    assert "53.00 ± 1.00" in text  # seeds 0, 1 and 2, and not 4
+    assert "+2.00 ± 0.00" in text
+    assert "MEST (EM) + S2-SAM" in (tmp_path / "table1_cpu.md").read_text()
+
+
 def test_stored_rows_grow_and_are_replaced(tmp_path, trained):
     file = tmp_path / "results" / "table1_cpu.jsonl"
     s2sam = table.store(table.run(arguments_of(tmp_path, optimizers=("s2sam",))), file)
@@ -564,14 +583,31 @@ def test_one_seed_has_no_deviation():
     assert " ± " not in comparison.markdown(comparison.compare(rows)).replace("93.55 ± 0.14", "")
 
 
+def printed(lines, width):
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(comparison.terminal(lines, "table1, cpu", console.width), soft_wrap=True)
+    return captured.get()
+
+
+@pytest.mark.parametrize("width", [40, 80, 100, 200])
+def test_no_width_truncates_a_cell(width):
+    """On a narrow terminal there are fewer columns, and the last of them go beyond its edge."""
+    lines = comparison.compare(synthetic())
+    text = printed(lines, width)
+    assert "…" not in text
+    assert width < 80 or max(map(len, text.splitlines())) <= width
+    assert ("pairs" in text) == (width == 200)
+    gained = next(line for line in lines if line.difference_spread is not None)
+    assert f"{gained.difference:+.2f} ± {gained.difference_spread:.2f}" in text
+    assert "paper" not in printed([line._replace(paper=None, paper_difference=None) for line in lines], 200)
+
+
 def test_terminal_table_and_plot(tmp_path):
     lines = comparison.compare(synthetic())
-    console = Console(width=200)
-    with console.capture() as captured:
-        console.print(comparison.terminal(lines, "table1, cpu"))
-    text = captured.get()
+    text = printed(lines, 200)
     assert "table1, cpu" in text
     assert all(line.row in text for line in lines)
-    assert all(column in text for column in comparison.HEADER)
+    assert all(word in text for column in comparison.HEADER for word in column.split())
     tables.draw_comparison(lines, "table1, cpu", tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000

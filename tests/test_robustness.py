@@ -1,17 +1,23 @@
-"""``experiments.robustness`` from end to end: a run, its corrupted images, rows, and the summary that tables read."""
+"""``experiments.robustness``: runs, corrupted images, rows, the summary that tables read, and the page of several."""
 
+import dataclasses
 import json
 import shutil
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from prepared import encoded, image_features, write_tfds
+from rich.console import Console
+from scipy import stats
 
 from experiments import recipes, robustness, table, tasks, train
 from experiments.config import Config
 from experiments.datasets import cifar_c, corruptions
+from experiments.datasets.corruptions import CORRUPTIONS
+from experiments.rows import jsonl
 from experiments.training import runs
 
 SMALL = ["--model", "resnet8", "--width", "4", "--batch-size", "16", "--optimizer", "sgd", "--method", "dense"]
@@ -59,7 +65,7 @@ def cifar_run(tmp_path_factory):
 
 
 def test_computed_corruptions_of_a_cifar10_run(cifar_run, capsys):
-    summary = robustness.main([str(cifar_run), "--rows", str(ROWS), "--corruptions", *NAMES])
+    summary = robustness.main([str(cifar_run), "--examples", str(ROWS), "--corruptions", *NAMES])[cifar_run]
     rows, kept = stored(cifar_run)
     assert kept == summary
     images, labels = (x[:ROWS] for x in pictures(80))
@@ -87,7 +93,7 @@ def test_a_run_that_held_images_out_is_compared_on_test_images(cifar_run, tmp_pa
     shutil.copytree(cifar_run, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"validation": 64}))
-    found = robustness.main([str(folder), "--rows", str(ROWS), "--corruptions", "contrast"])
+    found = robustness.main([str(folder), "--examples", str(ROWS), "--corruptions", "contrast"])[folder]
     images, labels = (x[:ROWS] for x in pictures(80))
     assert found["clean_accuracy"] == pytest.approx(np.mean(predictions(cifar_run, images) == labels))
 
@@ -118,7 +124,7 @@ def test_imagenet_c_from_a_run_to_the_figure_of_a_table(tmp_path):
         for name in corruptions.CORRUPTIONS:
             shutil.copytree(tmp_path / f"{severity}", folder / f"{name}_{severity}/1.0.0")
 
-    summary = robustness.main([str(run), "--corrupted", str(data)])
+    summary = robustness.main([str(run), "--corrupted", str(data)])[run]
     rows, kept = stored(run)
     assert kept == summary
     assert len(rows) == 75
@@ -137,13 +143,22 @@ def test_imagenet_c_from_a_run_to_the_figure_of_a_table(tmp_path):
     [
         ("digits", [], "corrupted forms of cifar10 and imagenet2012; the run is of digits"),
         ("imagenet2012", [], "ImageNet-C cannot be computed here: pass --corrupted"),
-        ("cifar10", ["--corrupted", "x", "--rows", "5"], "rows=5 is for corruptions that are computed; leave it out"),
+        ("cifar10", ["--corrupted", "x", "--examples", "5"], "examples=5 is for corruptions that are computed; leave"),
+        ("cifar10", ["--corrupted", "x", "--rows", "y"], "rows=y is for corruptions that are computed; leave it out"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(dataset, options, message, tmp_path):
     (tmp_path / runs.CONFIG).write_text(json.dumps(Config(dataset=dataset).to_json()))
     with pytest.raises(SystemExit, match=message):
         robustness.main([str(tmp_path), *options])
+
+
+def test_runs_on_other_data_have_a_command_of_their_own(tmp_path):
+    for dataset in ("cifar10", "imagenet2012"):
+        (tmp_path / dataset).mkdir()
+        (tmp_path / dataset / runs.CONFIG).write_text(json.dumps(Config(dataset=dataset).to_json()))
+    with pytest.raises(SystemExit, match="must be on the same data set and size of images"):
+        robustness.main([str(tmp_path / "cifar10"), str(tmp_path / "imagenet2012")])
 
 
 def test_missing_corruptions_are_named(cifar_run, tmp_path):
@@ -155,3 +170,96 @@ def test_missing_corruptions_are_named(cifar_run, tmp_path):
         robustness.main([str(cifar_run), "--corruptions", "frost", "--corrupted", str(tmp_path)])
     with pytest.raises(SystemExit, match="is not the folder of a finished run"):
         robustness.main([str(tmp_path)])
+
+
+# Several runs, and the page of them
+
+
+def arguments_of(tmp_path, *folders):
+    return robustness.Arguments(folders, examples=ROWS, corruptions=tuple(NAMES), rows=tmp_path / "rows.jsonl")
+
+
+def test_a_row_is_what_the_whole_benchmark_finds(cifar_run, tmp_path):
+    arguments = arguments_of(tmp_path, cifar_run)
+    options = ["--examples", str(ROWS), "--corruptions", *NAMES, "--rows", str(arguments.rows)]
+    summary = robustness.main([str(cifar_run), *options])[cifar_run]
+    (row,) = jsonl.read(arguments.rows)
+    assert stored(cifar_run)[1] == summary
+    assert {name: row[name] for name in summary} == summary
+    assert (row["optimizer"], row["seed"], row["examples"]) == ("sgd", 0, ROWS)
+    assert str(cifar_run.parent) not in json.dumps(row)
+    before = arguments.rows.read_text()
+    assert robustness.evaluate(arguments, Console(quiet=True)) == {}  # has its row; the data are not even looked for
+    assert arguments.rows.read_text() == before
+    assert "computed here; missing: shot_noise" in arguments.rows.with_suffix(".md").read_text()
+
+
+def test_corruptions_are_made_once_for_all_runs(cifar_run, tmp_path, monkeypatch):
+    """And each run has the figures that it has alone."""
+    second, made = tmp_path / "second", []
+    shutil.copytree(cifar_run, second)
+    state = runs.restore(cifar_run)
+    other = state._replace(params=jax.tree.map(jnp.negative, state.params))
+    monkeypatch.setattr(runs, "restore", lambda folder: other if folder == second else state)
+    corrupt = cifar_c.corrupt
+    monkeypatch.setattr(cifar_c, "corrupt", lambda *cell: made.append(cell[:2]) or corrupt(*cell))
+    options = ["--examples", str(ROWS), "--corruptions", "contrast"]
+    both = robustness.main([str(cifar_run), str(second), *options])
+    assert made == [("contrast", severity) for severity in range(1, 6)]
+    assert both[cifar_run] != both[second]
+    for folder in (second, cifar_run):
+        assert robustness.main([str(folder), *options]) == {folder: both[folder]}
+        assert stored(folder)[1] == both[folder]
+
+
+def synthetic():
+    rng, rows = np.random.default_rng(0), []
+    for optimizer, seeds in (("sgd", range(4)), ("s2sam", range(1, 5)), ("sam", (0,))):
+        for seed in seeds:
+            each = {name: float(rng.uniform(0.3, 0.6)) for name in CORRUPTIONS if name != "frost"}
+            mean = float(np.mean(list(each.values())))
+            figures = {"clean_accuracy": float(rng.uniform(0.6, 0.7)), "mean_corruption_accuracy": mean}
+            rows.append({"optimizer": optimizer, "seed": seed, "by_corruption": each} | figures)
+    return rows
+
+
+def test_gains_are_paired_by_seed_with_their_interval():
+    rows = synthetic()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in robustness.table(rows).splitlines()]
+    header, _, sgd, s2sam, sam = lines
+    assert header[2:8] == ["clean", "corrupted", "noise", "blur", "weather", "digital"]
+    value = {(row["optimizer"], row["seed"]): 100 * row["mean_corruption_accuracy"] for row in rows}
+    differences = np.array([value["s2sam", seed] - value["sgd", seed] for seed in (1, 2, 3)])
+    low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    assert s2sam[9] == f"{differences.mean():+.2f} (±{(high - low) / 2:.2f})"
+    assert (sgd[8:], s2sam[10], sam[10]) == (["–", "–", "0"], "3", "1")
+    assert sam[9] == f"{value['sam', 0] - value['sgd', 0]:+.2f}"  # one pair has no interval
+    weather = [np.mean([row["by_corruption"][n] for n in ("snow", "fog", "brightness")]) for row in rows[:4]]
+    assert sgd[6] == f"{100 * np.mean(weather):.1f}"
+
+
+def test_a_table_is_of_runs_that_differ_in_optimizer_and_seed(tmp_path):
+    config = Config(dataset="cifar10", optimizer="s2sam").to_json()
+    row = {**synthetic()[0], "config": config, "examples": 60}
+    robustness.check([row, {**row, "config": {**config, "optimizer": "sam", "seed": 3}}])
+    for other, named in (
+        ({"config": {**config, "rho": 0.1, "width": 3}}, "width, rho"),
+        ({"examples": 61}, "examples"),
+        ({"by_corruption": {"fog": 0.5}}, "corruptions"),
+    ):
+        with pytest.raises(ValueError, match=f"these also differ in {named}. Leave some out"):
+            robustness.check([row, {**row, **other}])
+    file = tmp_path / "rows.jsonl"
+    jsonl.append(file, row, {**row, "examples": 61})
+    with pytest.raises(ValueError, match="differ in examples"):
+        robustness.write(file)
+
+
+def test_runs_of_two_tables_are_refused_before_a_row_is_written(cifar_run, tmp_path, monkeypatch):
+    other, read = tmp_path / "other", runs.read_config
+    configs = {cifar_run: read(cifar_run), other: dataclasses.replace(read(cifar_run), momentum=0.7)}
+    monkeypatch.setattr(runs, "read_config", lambda folder, data: configs[folder])
+    arguments = arguments_of(tmp_path, cifar_run, other)
+    with pytest.raises(ValueError, match="these also differ in momentum"):
+        robustness.evaluate(arguments, Console(quiet=True))
+    assert jsonl.read(arguments.rows) == []

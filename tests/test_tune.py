@@ -67,7 +67,7 @@ def test_what_is_missing_is_tried_and_a_table_takes_the_best(toy, tmp_path, monk
     assert {row["config"]["validation"] for row in found} == {64}
     assert all(0 <= row["accuracy"] <= 1 for row in found)
     before = file.read_text()
-    tune.run(arguments, file)
+    assert tune.run(dataclasses.replace(arguments, methods=("dense",), grid=(0.1,)), file) == found[3:]
     assert file.read_text() == before
     assert len(tune.table(found).rows) == 2
     with pytest.raises(
@@ -116,11 +116,22 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     before = {
         n: getattr(jax.config, n) for n in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     }
-    monkeypatch.setattr(tune, "run", lambda arguments, file: rows(file, ("dense.sam", 0.5, 0.875)))
+    row = {"setting": "dense.sam", "config": {"rho": 0.5}, "accuracy": 0.875}
+    monkeypatch.setattr(tune, "run", lambda arguments, file: [row])
     tune.main(["budget", "--scale", "digits", "--rows", str(tmp_path / "rows"), "--cache", str(tmp_path)])
     for name, value in before.items():
         jax.config.update(name, value)
     assert "87.50" in capsys.readouterr().out
+
+
+def test_rows_are_chosen_as_of_a_table():
+    chosen = {"methods": ("rigl-erk",), "sparsities": (0.95,), "grid": (0.1, 0.2)}
+    found = tune.configs(tune.Arguments("budget", scale="digits", optimizers=("sgd", "sam"), **chosen))
+    assert [(name, config.rho) for name, config in found] == [("rigl-erk-0.95.sam", rho) for rho in (0.1, 0.2)]
+    with pytest.raises(ValueError, match=r"budget has no methods \['rigel'\]; it has"):
+        tune.configs(tune.Arguments("budget", methods=("rigel",)))
+    with pytest.raises(ValueError, match="SGD has no rho to choose"):
+        tune.configs(tune.Arguments("budget", optimizers=("sgd",)))
 
 
 def test_a_table_that_compares_radii_has_none_to_choose():

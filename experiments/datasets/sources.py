@@ -33,15 +33,17 @@ def versions(name: str, folder: Path) -> list[Path]:
 
 
 def how_to_prepare(name: str) -> str:
-    how = (
-        "Prepare it once (this needs tensorflow installed, and for imagenet2012 also its archives in "
-        "DIR/downloads/manual): python -c "
-        f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='DIR')\", then pass --data DIR."
+    """What to do where a data set is missing, the easiest first."""
+    archives = ", and the archives in DIR/downloads/manual," if name == "imagenet2012" else ""
+    prepared = (
+        f"With tensorflow installed{archives} TFDS prepares it once: python -c "
+        f"\"import tensorflow_datasets as tfds; tfds.data_source('{name}', data_dir='DIR')\"; then pass --data DIR."
     )
     if name not in ("cifar10", "cifar100"):
-        return how
+        return prepared
     return (
-        f"{how} An .npz does as well (--data FILE.npz); digits need nothing (--dataset digits, table --scale digits)."
+        "Pass --data FILE.npz with the arrays train_images, train_labels, test_images and test_labels. "
+        f"{prepared} Digits need nothing (--dataset digits, table --scale digits)."
     )
 
 

@@ -80,6 +80,8 @@ def describe(recipe: Recipe) -> str:
 
 
 def _near(name: str, known: list[str]) -> str:
+    """The most alike, however little that is; then also what there is."""
     if near := difflib.get_close_matches(name, known, n=5):
         return f"did you mean {', '.join(near)}"
-    return f"names begin with one of {', '.join(TABLES)}"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0)
+    return f"the nearest are {', '.join(near)}; names begin with one of {', '.join(TABLES)}"

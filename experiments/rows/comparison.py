@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -67,6 +67,7 @@ HEADER = (
     "pairs",
 )  # fmt: skip
 BEST = ("ours: best", "best: gain")  # further columns, where each epoch was evaluated
+LEAST_NEEDED = ("pairs", "gradients a step", *BEST, "paper: gain", "seeds", "paper")  # the first of them least of all
 
 
 def compare(rows: Sequence[Row]) -> list[Line]:
@@ -105,16 +106,29 @@ def _by_seed(rows: Sequence[Row], field: str) -> dict[str, dict[int, float]]:
     return found
 
 
-def terminal(lines: Sequence[Line], title: str) -> Table:
-    """For the terminal."""
+def terminal(lines: Sequence[Line], title: str, width: int) -> Table:
+    """For a terminal of that width: without empty columns and those that there is no room for; nothing is truncated."""
     header, *body = _cells(lines)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column(header[0], no_wrap=True)
-    for column in header[1:]:
-        table.add_column(column, justify="right")
-    for cells in body:
+    columns = {name: cells for name, *cells in zip(header, *body, strict=True) if set(cells) - {MISSING, "0"}}
+    for name in LEAST_NEEDED:
+        if _width(columns) > width:
+            columns.pop(name, None)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, width=_width(columns))
+    for name in columns:
+        table.add_column(_heading(name), justify="left" if name == HEADER[0] else "right", no_wrap=True)
+    for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     return table
+
+
+def _heading(name: str) -> str:
+    """On two lines where it has two words."""
+    return "\n".join(name.rsplit(" ", 1))
+
+
+def _width(columns: Mapping[str, Sequence[str]]) -> int:
+    """Of a table of these, with a blank on either side of a cell, and another between two cells and at the ends."""
+    return 1 + sum(3 + max(map(len, [*_heading(name).split("\n"), *cells])) for name, cells in columns.items())
 
 
 def markdown(lines: Sequence[Line]) -> str:

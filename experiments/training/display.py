@@ -1,12 +1,13 @@
-"""What is shown of a run in the terminal: a progress bar, and the final table."""
+"""What is shown of a run in the terminal: a progress bar, and the final tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from experiments.rows import spread
 from experiments.training.record import Row
 
 
@@ -43,29 +44,57 @@ class ProgressBar:
 
 
 def result_table(finals: Mapping[str, Row]) -> Table:
-    """One column per run: accuracy, speed, and the sparsity of every kernel."""
+    """A line a run: accuracy, also with BatchNorm's running statistics, speed, and the zeros of all kernels."""
+    columns = ("test accuracy", "with running stats", "training loss", "seconds", "images/s", "zeros")
+    table = _table(*columns)
+    for name, row in finals.items():
+        counts = [sum(column) for column in zip(*row["layers"].values(), strict=True)]
+        table.add_row(
+            name,
+            f"{row['test_accuracy_recalibrated']:.2%}",
+            f"{row['test_accuracy']:.2%}",
+            f"{row['train_loss']:.4f}",
+            f"{row['seconds']:.1f}",
+            f"{row['images_per_second']:,.0f}",
+            _fraction(counts) if counts else "dense",
+        )
+    return table
+
+
+def layer_table(finals: Mapping[str, Row]) -> Table:
+    """The zeros of every kernel, once where all runs have the same."""
+    layers = {name: row["layers"] for name, row in finals.items() if row["layers"]}
+    first, *others = layers.values() or [{}]
+    if all(counts == first for counts in others):
+        layers = {"zeros": first}
+    table = _table(*layers)
+    for kernel in dict.fromkeys(kernel for counts in layers.values() for kernel in counts):
+        table.add_row(kernel, *(_fraction(counts.get(kernel)) for counts in layers.values()))
+    return table
+
+
+def seeds_table(finals: Sequence[Row]) -> Table:
+    """Means over seeds of each optimizer, and what it gains over the first on the same seeds."""
+    accuracies: dict[str, dict[int, float]] = {}
+    for row in finals:
+        mine = accuracies.setdefault(row["config"]["optimizer"], {})
+        mine[row["seed"]] = 100 * row["test_accuracy_recalibrated"]
+    first, *others = accuracies
+    table = _table("test accuracy (%)", "seeds", *([f"gain over {first}, 95 % interval"] if others else []))
+    for optimizer, mine in accuracies.items():
+        gain = spread.MISSING if optimizer == first else spread.with_interval(spread.gains(mine, accuracies[first]))
+        table.add_row(
+            optimizer, spread.figure(*spread.mean(mine.values())), str(len(mine)), *([gain] if others else [])
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """Names on the left, which are not cut, and figures."""
     table = Table()
-    table.add_column("")
-    for name in finals:
-        table.add_column(name, justify="right")
-
-    def line(label: str, cells: list[str], **style: Any) -> None:
-        table.add_row(label, *cells, **style)
-
-    rows = list(finals.values())
-    line("test accuracy", [f"{row['test_accuracy_recalibrated']:.2%}" for row in rows], style="bold")
-    line("  with running BatchNorm statistics", [f"{row['test_accuracy']:.2%}" for row in rows])
-    line("training loss", [f"{row['train_loss']:.4f}" for row in rows])
-    line("seconds", [f"{row['seconds']:.1f}" for row in rows])
-    line("images/s", [f"{row['images_per_second']:,.0f}" for row in rows], end_section=True)
-    names = list(dict.fromkeys(name for row in rows for name in row["layers"]))
-    if not names:
-        line("sparsity", ["dense" for _ in rows])
-        return table
-    totals = [_fraction([sum(column) for column in zip(*row["layers"].values(), strict=True)]) for row in rows]
-    line("sparsity of all kernels", totals, style="bold")
-    for name in names:
-        line(f"  {name}", [_fraction(row["layers"].get(name)) for row in rows])
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
     return table
 
 
