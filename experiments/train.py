@@ -21,6 +21,7 @@ from experiments.tasks import Task
 from experiments.training import display, flops, loop, optimizers, runs, seeds, sharding
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.record import Row
+from experiments.training.variants import RANDOM, in_library
 from s2sam_jax import TrainState, get_masks
 
 
@@ -187,6 +188,12 @@ def _start(config: Config) -> TrainState | None:
                 f"--init-from {config.init_from} has {field}={getattr(other, field)}, and this run "
                 f"{getattr(config, field)}; they must agree."
             )
+    if other.method != "dense" and in_library(config.method)[0] in RANDOM:
+        kept = "magnitude-global" if other.structure == "unstructured" else f"magnitude --structure {other.structure}"
+        raise ValueError(
+            f"--init-from {config.init_from} is sparse, and --method {config.method} draws its first masks at random: "
+            f"most of the weights would be lost. To go on with those, use --method {kept} --sparsity {other.sparsity}."
+        )
     return runs.restore(config.init_from)
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from experiments import data, evaluate, models, tasks, train
 from experiments.config import Config, OptimizerName
 from experiments.tasks import arrays, images
-from experiments.training import checkpoint, loop, optimizers, record, runs, sharding, sieving, sparse_methods
+from experiments.training import checkpoint, loop, optimizers, record, runs, sharding, sieving, sparse_methods, variants
 from s2sam_jax import (
     ChannelGroup,
     Every,
@@ -445,6 +445,28 @@ def test_magnitude_prunes_the_run_it_starts_from(run_dir):
     np.testing.assert_array_equal(kernel[kept], before[kept])
     assert np.abs(before)[kept].min() >= np.abs(before)[~kept].max()
     assert kept.sum() < (np.asarray(before) != 0).sum()
+
+
+@pytest.mark.parametrize("method", sorted({*variants.method_names()} - {"dense", "chex"}))
+def test_methods_of_random_first_masks_are_known(method):
+    """Others keep the largest of the given weights, or all (chex the best channels), so that those of a run count."""
+    params = {"kernel": jnp.zeros((100, 100)).at[::4].set(1.0), "bias": jnp.ones(100)}
+    group = ChannelGroup("all", filters=(Slice("kernel", -1),), scales=(Slice("bias", 0),))
+    tx = optimizers.make(Config(method=method, sparsity=0.75, epochs=160), 10, [group])
+    kept = int((params["kernel"] * get_masks(tx.init(params))["kernel"]).sum())
+    assert (kept == 2500) == (variants.in_library(method)[0] not in variants.RANDOM)
+
+
+def test_a_sparse_run_is_not_given_random_masks(toy, tmp_path):
+    options = [*TINY, "--out", str(tmp_path)]
+    first = train.main(options)["s2sam"]
+    goes_on = "--method magnitude-global --sparsity 0.9"
+    with pytest.raises(SystemExit, match=f"is sparse, and --method set draws .* use {goes_on}\\.$"):
+        train.main([*options, "--method", "set", "--init-from", str(first)])
+    folder = train.main([*options, *goes_on.split(), "--init-from", str(first)])["s2sam"]
+    masks = [get_masks(runs.restore(run).opt_state) for run in (first, folder)]
+    lost = sum(int((a & ~b).sum()) for a, b in zip(*map(jax.tree.leaves, masks), strict=True))
+    assert lost <= len(jax.tree.leaves(masks[0]))  # by rounding
 
 
 # Data sieving
