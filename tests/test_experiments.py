@@ -13,7 +13,6 @@ import optax
 import pytest
 import toy
 from prepared import encoded, image_features, write_tfds
-from safetensors.numpy import load_file
 
 from experiments import data, evaluate, models, tasks, train
 from experiments.config import Config, OptimizerName
@@ -373,16 +372,27 @@ def test_evaluation_from_the_folder_equals_the_record(run_dir, capsys):
 
 
 def test_exported_weights_equal_the_checkpoint_and_are_sparse(run_dir):
-    state = runs.restore(run_dir)
-    arrays = load_file(run_dir / runs.WEIGHTS)
+    """Read by the lines that the guide has for it."""
+    guide = Path(__file__).parents[1] / "docs" / "guide" / "experiments.md"
+    names = {"run": run_dir}
+    exec(guide.read_text().split("```python\n")[1].partition("```")[0], names)
+    state, arrays = runs.restore(run_dir), names["arrays"]
     masks = get_masks(state.opt_state)
     for path, param in jax.tree.leaves_with_path(state.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         np.testing.assert_array_equal(arrays[name], param)
         assert (arrays[name][arrays[f"mask/{name}"] == 0] == 0).all()
-    assert len(arrays) == 2 * len(jax.tree.leaves(state.params))
+    for path, leaf in jax.tree.leaves_with_path(state.model_state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_array_equal(arrays[f"model_state/{name}"], leaf)
+    assert len(arrays) == 2 * len(jax.tree.leaves(state.params)) + len(jax.tree.leaves(state.model_state))
     head = masks["blocks"][2]["conv2"]["kernel"]
     np.testing.assert_array_equal(arrays["mask/blocks/2/conv2/kernel"], np.asarray(head, np.uint8))
+    assert names["metadata"] == {
+        "model": "resnet8", "width": "4", "dataset": "digits", "method": "rigl", "sparsity": "0.9"
+    }  # fmt: skip
+    files = [run_dir / name for name in (runs.WEIGHTS, runs.METRICS)]
+    assert len({file.stat().st_mode for file in files}) == 1  # whatever the umask
 
 
 def test_checkpoints_that_do_not_fit_name_the_field(run_dir, tmp_path):

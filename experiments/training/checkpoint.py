@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_safetensors
 
 from experiments.rows import files
 from experiments.training import sharding
@@ -125,13 +124,13 @@ def restore(folder: Path, like: TrainState) -> TrainState:
         return ocp.load(str(folder.resolve()), target)
 
 
-def export(file: Path, params: Any, masks: Any = None) -> None:
-    """Writes weights by path, and masks as uint8 under ``mask/``; the file is replaced at once or not at all."""
-    arrays = _named(params)
+def export(file: Path, params: Any, masks: Any, model_state: Any, metadata: dict[str, str]) -> None:
+    """Writes weights by path, ``mask/`` as uint8 unless None, and ``model_state/``; at once or not at all."""
+    arrays = _named(params) | {f"model_state/{name}": array for name, array in _named(model_state).items()}
     if masks is not None:
         arrays |= {f"mask/{name}": mask.astype(np.uint8) for name, mask in _named(masks).items()}
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    files.write_whole(file, partial(save_file, arrays))
+    content = to_safetensors({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+    files.write_whole(file, lambda path: path.write_bytes(content))  # save_file's own are for their owner alone
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 
 import s2sam_jax
-from experiments import tasks
+from experiments import models, tasks
 from experiments.config import Config, check_same, choices
 from experiments.figures import training
 from experiments.rows import files, jsonl
@@ -106,9 +106,9 @@ def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
     """Writes what is left to write, then gives the folder its name, so that a named folder is a finished run."""
     checkpoint.save(folder / CHECKPOINT, state)
     masks = None if config.method == "dense" else get_masks(state.opt_state, state.params)
-    params, masks = sharding.gather((eval_params(state.params, state.opt_state), masks))
+    arrays = sharding.gather((eval_params(state.params, state.opt_state), masks, state.model_state))
     if sharding.writes():
-        checkpoint.export(folder / WEIGHTS, params, masks)
+        checkpoint.export(folder / WEIGHTS, *arrays, metadata=_metadata(config))
         training.draw({config.optimizer: rows(folder)}, config.name, folder / CURVES)
         shutil.rmtree(folder / BEST, ignore_errors=True)
         shutil.copytree(best, folder / BEST)
@@ -116,6 +116,14 @@ def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
         os.replace(folder, config.run_dir)
         tidy(config.run_dir)
     sharding.wait_for_all("finish")
+
+
+def _metadata(config: Config) -> dict[str, str]:
+    """What the weights are of, where they are apart from their run's folder."""
+    width = models.MODELS[config.model].width if config.width is None else config.width
+    sparsity = 0.0 if config.method == "dense" else config.sparsity
+    named = {"model": config.model, "dataset": config.dataset, "method": config.method}
+    return named | {"width": str(width), "sparsity": str(sparsity)}
 
 
 def tidy(folder: Path) -> None:
