@@ -93,7 +93,8 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
         loaded = tasks.load(arguments.config)
         start = _start(arguments.config)
         for group in _groups(fresh, arguments.vmap):
-            _run(group, loaded, start, console, arguments)
+            with runs.says_what_goes_on(group):
+                _run(group, loaded, start, console, arguments)
     folders = {name: config.run_dir for name, config in configs.items()}
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
     console.print(_title(arguments), soft_wrap=True)

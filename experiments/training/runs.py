@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +68,17 @@ def claim(config: Config) -> Iterator[None]:
             yield
         finally:
             file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def says_what_goes_on(configs: Sequence[Config]) -> Iterator[None]:
+    """Notes on Ctrl-C, and on what is like it, where the runs that are under way have got to."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if left := [str(folder) for folder in map(_partial, configs) if folder.is_dir()]:
+            stop.add_note(f"the same command goes on from {', '.join(left)}")
+        raise
 
 
 def begin(config: Config, overwrite: bool = False) -> Path:
