@@ -358,7 +358,19 @@ def test_rows_say_all_that_is_needed(run_dir):
         assert row["config"]["method"] == "rigl"
         assert row["seed"] == 0
         assert row["versions"].keys() == {"jax", "optax", "flax", "s2sam_jax"}
-        assert {"train_loss", "test_accuracy", "sparsity", "images_per_second", "seconds", "device"} <= row.keys()
+        assert {"train_loss", "test_accuracy", "sparsity", "seconds", "device"} <= row.keys()
+    assert ["images_per_second" in row for row in rows] == [False, True]  # not of the epoch that compiles
+
+
+def test_speed_is_without_the_epoch_that_compiles():
+    task = SimpleNamespace(steps_per_epoch=2, evaluate=lambda *_, final: {"test_accuracy": 0.5})
+    reporter = record.Last()
+    books = record.Record(Config(method="dense", epochs=9, eval_every=3), task, reporter)
+    state = TrainState.create({"kernel": jnp.ones(3)}, optax.sgd(0.1))
+    for seconds in (100.0, 0.3, 0.5):
+        books.add(state, {"loss": np.ones(2)}, seconds)
+    assert reporter.last["images_per_second"] == pytest.approx(2 * 64 / 0.4)
+    assert "seconds" in reporter.last
 
 
 def test_evaluation_from_the_folder_equals_the_record(run_dir, capsys):

@@ -37,7 +37,7 @@ class ProgressBar:
     def row(self, row: Row) -> None:
         news = (
             f"{row['epoch']}/{self._epochs} loss {row['train_loss']:.3f} test {row['test_accuracy']:.1%} "
-            f"zeros {row['sparsity']:.0%} {row['images_per_second']:,.0f} img/s"
+            f"zeros {row['sparsity']:.0%} {_speed(row)} img/s"
         )
         self._progress.update(self._task, news=news)
 
@@ -57,7 +57,7 @@ def result_table(finals: Mapping[str, Row]) -> Table:
     line("  with running BatchNorm statistics", [f"{row['test_accuracy']:.2%}" for row in rows])
     line("training loss", [f"{row['train_loss']:.4f}" for row in rows])
     line("seconds", [f"{row['seconds']:.1f}" for row in rows])
-    line("images/s", [f"{row['images_per_second']:,.0f}" for row in rows], end_section=True)
+    line("images/s", [_speed(row) for row in rows], end_section=True)
     names = list(dict.fromkeys(name for row in rows for name in row["layers"]))
     if not names:
         line("sparsity", ["dense" for _ in rows])
@@ -67,6 +67,11 @@ def result_table(finals: Mapping[str, Row]) -> Table:
     for name in names:
         line(f"  {name}", [_fraction(row["layers"].get(name)) for row in rows])
     return table
+
+
+def _speed(row: Row) -> str:
+    """There is none for a first epoch alone."""
+    return f"{row['images_per_second']:,.0f}" if "images_per_second" in row else "-"
 
 
 def _fraction(zeros_and_size: list[int] | None) -> str:
