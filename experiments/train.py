@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -154,7 +155,8 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
     ):
         for config in configs:
             claims.enter_context(runs.claim(config))
-        folders = [runs.begin(config, arguments.overwrite) for config in configs]
+        say = functools.partial(console.print, soft_wrap=True)
+        folders = [runs.begin(config, arguments.overwrite, say) for config in configs]
         checkpoints = [stack.enter_context(Checkpoints(folder / runs.CHECKPOINTS)) for folder in folders]
         bars = itertools.chain([bar], itertools.repeat(None))
         recorders = [_Recorder(*of_one, arguments) for of_one in zip(configs, folders, bars, strict=False)]

@@ -228,6 +228,15 @@ def test_another_config_is_refused_and_named(interrupted):
     assert not interrupted.exists()
 
 
+def test_going_on_with_other_evaluations_is_said(interrupted, capsys):
+    folder = start(interrupted.parent, "--eval-every", "4")
+    line = f"{interrupted} goes on with --eval-every 4; its rows so far are of --eval-every 1.\n"
+    assert line in capsys.readouterr().out
+    assert [row["epoch"] for row in runs.rows(folder)] == [1, 2, 4, 5]
+    start(interrupted.parent, "--overwrite")
+    assert "goes on" not in capsys.readouterr().out
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     config = Config(out=tmp_path)
     with runs.claim(config), pytest.raises(ValueError, match="Another process is training digits-"), runs.claim(config):

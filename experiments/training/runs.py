@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -81,15 +81,21 @@ def says_what_goes_on(configs: Sequence[Config]) -> Iterator[None]:
         raise
 
 
-def begin(config: Config, overwrite: bool = False) -> Path:
+def begin(config: Config, overwrite: bool = False, say: Callable[[str], Any] = print) -> Path:
     """The folder of an unfinished run: that which an interrupted one has left, or a new one.
+
+    Says if it has been evaluated at other epochs than it will be: its rows do not show that.
 
     Raises:
       ValueError: for a folder that a run of another config has left.
     """
     folder = _partial(config)
     if not overwrite:
-        _check_config(folder, config)
+        before = _check_config(folder, config).get("eval_every", config.eval_every)
+        if before != config.eval_every:
+            say(
+                f"{folder} goes on with --eval-every {config.eval_every}; its rows so far are of --eval-every {before}."
+            )
     sharding.wait_for_all("check")
     if sharding.writes():
         if overwrite:
@@ -213,11 +219,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _check_config(folder: Path, config: Config) -> None:
-    """Raises a ValueError that names the fields in which an unfinished run has another config."""
+def _check_config(folder: Path, config: Config) -> dict[str, Any]:
+    """What an unfinished run has stored; raises a ValueError that names the fields in which it is another config."""
     file = folder / CONFIG
     if not file.is_file():
-        return
+        return {}
     try:
         stored = json.loads(file.read_text())
         choices(stored)
@@ -225,6 +231,7 @@ def _check_config(folder: Path, config: Config) -> None:
         raise ValueError(f"{file} is not the config of a run ({error}). Train anew with --overwrite.") from error
     advice = "Put back what it was to go on, or train anew with --overwrite."
     check_same(stored, config, f"The unfinished run {folder} has", advice)
+    return stored
 
 
 def _epoch(line: str) -> float:
