@@ -380,7 +380,18 @@ def test_evaluation_from_the_folder_equals_the_record(run_dir, capsys):
     zeros, sizes = np.sum(list(final["layers"].values()), axis=0)
     assert sparsity == zeros / sizes
     assert abs(sparsity - 0.9) < 0.01
-    assert "masks hold" in capsys.readouterr().out
+    said = f"test accuracy {accuracy:.2%} (recalibrated BatchNorm statistics), sparsity {sparsity:.2%}, masks hold\n"
+    assert capsys.readouterr().out == said
+
+
+def test_evaluation_says_how_its_accuracy_came_about(toy, tmp_path, capsys):
+    """The best epoch has been chosen by what it is judged by, here on held-out images."""
+    folder = train.main([*TINY, "--validation", "64", "--out", str(tmp_path)])["s2sam"]
+    capsys.readouterr()
+    accuracy, _ = evaluate.main([str(folder), "--which", "best"])
+    start = f"accuracy on held-out images {accuracy:.2%} (running BatchNorm statistics; of the epoch that is best by"
+    assert capsys.readouterr().out.startswith(start)
+    assert evaluate._notes("last", False) == ""
 
 
 def test_exported_weights_equal_the_checkpoint_and_are_sparse(run_dir):
