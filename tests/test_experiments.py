@@ -534,7 +534,7 @@ def test_rounds_share_the_epochs_out():
     config = Config(method="lottery", epochs=21, rounds=11)
     assert sparse_methods.round_steps(config, steps_per_epoch=12) == 20
     assert sparse_methods.clock(config, steps_per_epoch=12) == Every(0, 21)
-    with pytest.raises(ValueError, match="too few for 12 rounds"):
+    with pytest.raises(ValueError, match="too few: 11 prunings make 12 rounds of training"):
         sparse_methods.round_steps(Config(method="lottery", epochs=1), steps_per_epoch=12)
 
 
