@@ -26,16 +26,14 @@ from experiments.training import checkpoint, loop, optimizers, sharding
 from experiments.training.record import Row
 from s2sam_jax import TrainState, eval_params, get_masks
 
-CONFIG, METRICS, ROBUSTNESS, CHECKPOINTS, CHECKPOINT, BEST, WEIGHTS, CURVES = (
-    "config.json",
-    "metrics.jsonl",
-    "robustness.jsonl",
-    "checkpoints",
-    "checkpoint",
-    "best",
-    "weights.safetensors",
-    "curves.png",
-)
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+ROBUSTNESS = "robustness.jsonl"
+CHECKPOINTS = "checkpoints"
+CHECKPOINT = "checkpoint"
+BEST = "best"
+WEIGHTS = "weights.safetensors"
+CURVES = "curves.png"
 PARTIAL = ".partial"  # Ends the name of a folder until its run is finished.
 Which = Literal["last", "best"]
 
@@ -167,8 +165,8 @@ def rows(folder: Path) -> list[Row]:
 
 def robustness(folder: Path) -> Row:
     """The summary that :mod:`experiments.robustness` has left, or nothing."""
-    file = folder / ROBUSTNESS
-    return json.loads(file.read_text().splitlines()[-1])["summary"] if file.is_file() else {}
+    found = jsonl.read(folder / ROBUSTNESS)
+    return found[-1]["summary"] if found else {}
 
 
 def read_config(folder: Path, data: Path | None = None) -> Config:
