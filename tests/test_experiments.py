@@ -14,6 +14,7 @@ import pytest
 import toy
 from prepared import encoded, image_features, write_tfds
 
+from experiments import config as configs
 from experiments import data, evaluate, models, tasks, train
 from experiments.config import Config, OptimizerName
 from experiments.tasks import arrays, images
@@ -31,6 +32,7 @@ from s2sam_jax import (
 )
 from s2sam_jax._base.tree import find_states
 
+GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "experiments.md"
 TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
 
 
@@ -394,11 +396,18 @@ def test_evaluation_says_how_its_accuracy_came_about(toy, tmp_path, capsys):
     assert evaluate._notes("last", False) == ""
 
 
+def test_the_guide_names_all_that_a_run_leaves_and_what_is_no_part_of_its_name(run_dir):
+    text = GUIDE.read_text()
+    files = [path.name + "/" * path.is_dir() for path in run_dir.iterdir()]
+    fields = set().union(*runs.rows(run_dir))
+    options = [f"--{field.replace('_', '-')}" for field in configs._NOT_HASHED]
+    assert [name for name in [*files, *fields, *options] if f"`{name}`" not in text and f"`{name} " not in text] == []
+
+
 def test_exported_weights_equal_the_checkpoint_and_are_sparse(run_dir):
     """Read by the lines that the guide has for it."""
-    guide = Path(__file__).parents[1] / "docs" / "guide" / "experiments.md"
     names = {"run": run_dir}
-    exec(guide.read_text().split("```python\n")[1].partition("```")[0], names)
+    exec(GUIDE.read_text().split("```python\n")[1].partition("```")[0], names)
     state, arrays = runs.restore(run_dir), names["arrays"]
     masks = get_masks(state.opt_state)
     for path, param in jax.tree.leaves_with_path(state.params):
