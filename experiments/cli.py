@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import linecache
+import signal
 import sys
 import textwrap
 import traceback
@@ -34,18 +35,24 @@ def command(main: Callable[[Any], Result]) -> Callable[..., Result]:
     return of_words
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a cluster sends it before it takes the machine away: what holds for Ctrl-C holds for it."""
+
+
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """Ends a mistake of the user in its message and exit code 1; what nobody foresaw keeps its traceback.
 
     A mistake is a file that cannot be opened, a fault that ``checked`` finds, or an error that our own code raises,
-    rather than a library that it calls. Ctrl-C ends in a line too, with exit code 130 as shells have it.
+    rather than a library that it calls. Ctrl-C and SIGTERM end in a line too, with the notes that the exception has
+    got on its way, and the exit codes that shells have for them, 130 and 143.
     """
     try:
-        yield
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        with _sigterm_raises():
+            yield
+    except KeyboardInterrupt as stop:
+        print("; ".join(["stopped", *getattr(stop, "__notes__", ())]), file=sys.stderr)
+        sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
     except OSError as error:
         sys.exit(f"error: {error}")
     except checkify.JaxRuntimeError as error:
@@ -54,6 +61,18 @@ def one_line() -> Iterator[None]:
         if not _raised_by_us(error):
             raise
         sys.exit(f"error: {error}")
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _raised_by_us(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import tyro
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from s2sam_jax import check_masks, eval_params
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Evaluates a run: test accuracy, sparsity, and whether every promise about its masks holds."""
+    """Evaluates a run: test accuracy, sparsity, and whether every promise about its masks holds. Writes nothing."""
 
     run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
     which: runs.Which = "last"  # The final state, or that after the epoch of the best test accuracy.
@@ -33,8 +34,17 @@ def evaluate(arguments: Arguments, console: Console) -> tuple[float, float]:
     accuracy = task.evaluate(params, state.model_state)["test_accuracy"]
     layers = record.layer_sparsity(config, state).values()
     sparsity = sum(zeros for zeros, _ in layers) / max(1, sum(size for _, size in layers))
-    console.print(f"test accuracy {accuracy:.2%}, sparsity {sparsity:.2%}, {checked}")
+    measured = "accuracy on held-out images" if config.validation else "test accuracy"
+    notes = _notes(arguments.which, bool(jax.tree.leaves(state.model_state)))
+    console.print(f"{measured} {accuracy:.2%}{notes}, sparsity {sparsity:.2%}, {checked}", soft_wrap=True)
     return accuracy, sparsity
+
+
+def _notes(which: runs.Which, batch_norm: bool) -> str:
+    """What an accuracy is to be read with: at the end of a run its statistics are recalibrated, before they are not."""
+    statistics = {"last": "recalibrated", "best": "running"}[which] + " BatchNorm statistics"
+    notes = [statistics] * batch_norm + ["of the epoch that is best by this figure, so optimistic"] * (which == "best")
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 @cli.command

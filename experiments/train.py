@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from experiments.tasks import Task
 from experiments.training import display, flops, loop, optimizers, runs, seeds, sharding
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.record import Row
+from experiments.training.variants import RANDOM, in_library
 from s2sam_jax import TrainState, get_masks
 
 
@@ -93,7 +95,8 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
         start = _start(arguments.config)
         costs: dict[str, tuple[Table, list[str]]] = {}  # by their figures, as many runs cost the same
         for group in _groups(fresh, arguments.vmap):
-            cost = _run(group, loaded, start, console, arguments)
+            with runs.says_what_goes_on(group):
+                cost = _run(group, loaded, start, console, arguments)
             figures = str([list(column.cells) for column in cost.columns])
             costs.setdefault(figures, (cost, []))[1].append(group[0].optimizer)
         for cost, names in costs.values():
@@ -166,7 +169,8 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
     ):
         for config in configs:
             claims.enter_context(runs.claim(config))
-        folders = [runs.begin(config, arguments.overwrite) for config in configs]
+        say = functools.partial(console.print, soft_wrap=True)
+        folders = [runs.begin(config, arguments.overwrite, say) for config in configs]
         checkpoints = [stack.enter_context(Checkpoints(folder / runs.CHECKPOINTS)) for folder in folders]
         bars = itertools.chain([bar], itertools.repeat(None))
         recorders = [_Recorder(*of_one, arguments) for of_one in zip(configs, folders, bars, strict=False)]
@@ -201,6 +205,12 @@ def _start(config: Config) -> TrainState | None:
                 f"--init-from {config.init_from} has {field}={getattr(other, field)}, and this run "
                 f"{getattr(config, field)}; they must agree."
             )
+    if other.method != "dense" and in_library(config.method)[0] in RANDOM:
+        kept = "magnitude-global" if other.structure == "unstructured" else f"magnitude --structure {other.structure}"
+        raise ValueError(
+            f"--init-from {config.init_from} is sparse, and --method {config.method} draws its first masks at random: "
+            f"most of the weights would be lost. To go on with those, use --method {kept} --sparsity {other.sparsity}."
+        )
     return runs.restore(config.init_from)
 
 

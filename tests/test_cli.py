@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 
@@ -267,6 +268,23 @@ def test_stopping_is_no_error(capsys):
     with pytest.raises(SystemExit) as stop, cli.one_line():
         raise KeyboardInterrupt
     assert (stop.value.code, capsys.readouterr().err) == (130, "stopped\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_where_a_run_goes_on_is_said_by_either_way_to_stop_it(number, code, tmp_path, capsys):
+    config, before = Config(out=tmp_path), signal.getsignal(signal.SIGTERM)
+    folder = runs.begin(config)
+    with (
+        pytest.raises(SystemExit) as stop,
+        cli.one_line(),
+        runs.says_what_goes_on([config, Config(out=tmp_path / "no")]),
+    ):
+        signal.raise_signal(number)
+    assert (stop.value.code, capsys.readouterr().err) == (
+        code,
+        f"stopped; the same command goes on from {folder}\n",
+    )
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_claims_are_of_cells_that_have_sgd_beside():

@@ -14,13 +14,24 @@ import optax
 import pytest
 import toy
 from prepared import encoded, image_features, write_tfds
-from safetensors.numpy import load_file
 from scipy import stats
 
+from experiments import config as configs
 from experiments import data, evaluate, models, tasks, train
 from experiments.config import Config, OptimizerName
 from experiments.tasks import arrays, images
-from experiments.training import checkpoint, display, loop, optimizers, record, runs, sharding, sieving, sparse_methods
+from experiments.training import (
+    checkpoint,
+    display,
+    loop,
+    optimizers,
+    record,
+    runs,
+    sharding,
+    sieving,
+    sparse_methods,
+    variants,
+)
 from s2sam_jax import (
     ChannelGroup,
     Every,
@@ -34,6 +45,7 @@ from s2sam_jax import (
 )
 from s2sam_jax._base.tree import find_states
 
+GUIDE = Path(__file__).parents[1] / "docs" / "guide" / "experiments.md"
 TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
 
 
@@ -362,7 +374,19 @@ def test_rows_say_all_that_is_needed(run_dir):
         assert row["config"]["method"] == "rigl"
         assert row["seed"] == 0
         assert row["versions"].keys() == {"jax", "optax", "flax", "s2sam_jax"}
-        assert {"train_loss", "test_accuracy", "sparsity", "images_per_second", "seconds", "device"} <= row.keys()
+        assert {"train_loss", "test_accuracy", "sparsity", "seconds", "device"} <= row.keys()
+    assert ["images_per_second" in row for row in rows] == [False, True]  # not of the epoch that compiles
+
+
+def test_speed_is_without_the_epoch_that_compiles():
+    task = SimpleNamespace(steps_per_epoch=2, evaluate=lambda *_, final: {"test_accuracy": 0.5})
+    reporter = record.Last()
+    books = record.Record(Config(method="dense", epochs=9, eval_every=3), task, reporter)
+    state = TrainState.create({"kernel": jnp.ones(3)}, optax.sgd(0.1))
+    for seconds in (100.0, 0.3, 0.5):
+        books.add(state, {"loss": np.ones(2)}, seconds)
+    assert reporter.last["images_per_second"] == pytest.approx(2 * 64 / 0.4)
+    assert "seconds" in reporter.last
 
 
 def test_evaluation_from_the_folder_equals_the_record(run_dir, capsys):
@@ -372,20 +396,49 @@ def test_evaluation_from_the_folder_equals_the_record(run_dir, capsys):
     zeros, sizes = np.sum(list(final["layers"].values()), axis=0)
     assert sparsity == zeros / sizes
     assert abs(sparsity - 0.9) < 0.01
-    assert "masks hold" in capsys.readouterr().out
+    said = f"test accuracy {accuracy:.2%} (recalibrated BatchNorm statistics), sparsity {sparsity:.2%}, masks hold\n"
+    assert capsys.readouterr().out == said
+
+
+def test_evaluation_says_how_its_accuracy_came_about(toy, tmp_path, capsys):
+    """The best epoch has been chosen by what it is judged by, here on held-out images."""
+    folder = train.main([*TINY, "--validation", "64", "--out", str(tmp_path)])["s2sam"]
+    capsys.readouterr()
+    accuracy, _ = evaluate.main([str(folder), "--which", "best"])
+    start = f"accuracy on held-out images {accuracy:.2%} (running BatchNorm statistics; of the epoch that is best by"
+    assert capsys.readouterr().out.startswith(start)
+    assert evaluate._notes("last", False) == ""
+
+
+def test_the_guide_names_all_that_a_run_leaves_and_what_is_no_part_of_its_name(run_dir):
+    text = GUIDE.read_text()
+    files = [path.name + "/" * path.is_dir() for path in run_dir.iterdir()]
+    fields = set().union(*runs.rows(run_dir))
+    options = [f"--{field.replace('_', '-')}" for field in configs._NOT_HASHED]
+    assert [name for name in [*files, *fields, *options] if f"`{name}`" not in text and f"`{name} " not in text] == []
 
 
 def test_exported_weights_equal_the_checkpoint_and_are_sparse(run_dir):
-    state = runs.restore(run_dir)
-    arrays = load_file(run_dir / runs.WEIGHTS)
+    """Read by the lines that the guide has for it."""
+    names = {"run": run_dir}
+    exec(GUIDE.read_text().split("```python\n")[1].partition("```")[0], names)
+    state, arrays = runs.restore(run_dir), names["arrays"]
     masks = get_masks(state.opt_state)
     for path, param in jax.tree.leaves_with_path(state.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         np.testing.assert_array_equal(arrays[name], param)
         assert (arrays[name][arrays[f"mask/{name}"] == 0] == 0).all()
-    assert len(arrays) == 2 * len(jax.tree.leaves(state.params))
+    for path, leaf in jax.tree.leaves_with_path(state.model_state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        np.testing.assert_array_equal(arrays[f"model_state/{name}"], leaf)
+    assert len(arrays) == 2 * len(jax.tree.leaves(state.params)) + len(jax.tree.leaves(state.model_state))
     head = masks["blocks"][2]["conv2"]["kernel"]
     np.testing.assert_array_equal(arrays["mask/blocks/2/conv2/kernel"], np.asarray(head, np.uint8))
+    assert names["metadata"] == {
+        "model": "resnet8", "width": "4", "dataset": "digits", "method": "rigl", "sparsity": "0.9"
+    }  # fmt: skip
+    files = [run_dir / name for name in (runs.WEIGHTS, runs.METRICS)]
+    assert len({file.stat().st_mode for file in files}) == 1  # whatever the umask
 
 
 def test_checkpoints_that_do_not_fit_name_the_field(run_dir, tmp_path):
@@ -490,6 +543,28 @@ def test_magnitude_prunes_the_run_it_starts_from(run_dir):
     assert kept.sum() < (np.asarray(before) != 0).sum()
 
 
+@pytest.mark.parametrize("method", sorted({*variants.method_names()} - {"dense", "chex"}))
+def test_methods_of_random_first_masks_are_known(method):
+    """Others keep the largest of the given weights, or all (chex the best channels), so that those of a run count."""
+    params = {"kernel": jnp.zeros((100, 100)).at[::4].set(1.0), "bias": jnp.ones(100)}
+    group = ChannelGroup("all", filters=(Slice("kernel", -1),), scales=(Slice("bias", 0),))
+    tx = optimizers.make(Config(method=method, sparsity=0.75, epochs=160), 10, [group])
+    kept = int((params["kernel"] * get_masks(tx.init(params))["kernel"]).sum())
+    assert (kept == 2500) == (variants.in_library(method)[0] not in variants.RANDOM)
+
+
+def test_a_sparse_run_is_not_given_random_masks(toy, tmp_path):
+    options = [*TINY, "--out", str(tmp_path)]
+    first = train.main(options)["s2sam"]
+    goes_on = "--method magnitude-global --sparsity 0.9"
+    with pytest.raises(SystemExit, match=f"is sparse, and --method set draws .* use {goes_on}\\.$"):
+        train.main([*options, "--method", "set", "--init-from", str(first)])
+    folder = train.main([*options, *goes_on.split(), "--init-from", str(first)])["s2sam"]
+    masks = [get_masks(runs.restore(run).opt_state) for run in (first, folder)]
+    lost = sum(int((a & ~b).sum()) for a, b in zip(*map(jax.tree.leaves, masks), strict=True))
+    assert lost <= len(jax.tree.leaves(masks[0]))  # by rounding
+
+
 # Data sieving
 
 
@@ -522,7 +597,7 @@ def test_rounds_share_the_epochs_out():
     config = Config(method="lottery", epochs=21, rounds=11)
     assert sparse_methods.round_steps(config, steps_per_epoch=12) == 20
     assert sparse_methods.clock(config, steps_per_epoch=12) == Every(0, 21)
-    with pytest.raises(ValueError, match="too few for 12 rounds"):
+    with pytest.raises(ValueError, match="too few: 11 prunings make 12 rounds of training"):
         sparse_methods.round_steps(Config(method="lottery", epochs=1), steps_per_epoch=12)
 
 

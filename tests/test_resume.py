@@ -114,12 +114,24 @@ train.main(sys.argv[1:])
 """
 
 
-def child(out, compiled, *options, exit_at=0):
+def child(out, compiled, *options, exit_at=0, stderr=None):
     """A process of the same run, which may leave while a checkpoint is being written."""
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     env |= {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8", "EXIT_AT": str(exit_at)}
     command = [sys.executable, "-c", CHILD, *SHORT, "--out", str(out), *options]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def test_a_process_that_is_asked_to_end_says_how_it_goes_on(toy, tmp_path):
+    reference, out = start(tmp_path / "reference"), tmp_path / "asked"
+    with child(out, toy, stderr=subprocess.PIPE) as process:
+        while "saving 2" not in process.stdout.readline():
+            assert process.poll() is None
+        process.terminate()
+        said = process.stderr.read()
+    (partial,) = out.glob("*.partial")
+    assert (process.returncode, said) == (143, f"stopped; the same command goes on from {partial}\n")
+    assert_same_run(start(out), reference)
 
 
 def test_a_killed_process(toy, tmp_path):
@@ -214,6 +226,15 @@ def test_another_config_is_refused_and_named(interrupted):
         start(interrupted.parent)
     start(interrupted.parent, "--overwrite")
     assert not interrupted.exists()
+
+
+def test_going_on_with_other_evaluations_is_said(interrupted, capsys):
+    folder = start(interrupted.parent, "--eval-every", "4")
+    line = f"{interrupted} goes on with --eval-every 4; its rows so far are of --eval-every 1.\n"
+    assert line in capsys.readouterr().out
+    assert [row["epoch"] for row in runs.rows(folder)] == [1, 2, 4, 5]
+    start(interrupted.parent, "--overwrite")
+    assert "goes on" not in capsys.readouterr().out
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):

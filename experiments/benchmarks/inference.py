@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments import models
 from experiments.benchmarks.timing import Row, cost, figure, paired, ratio_row
+from experiments.trees import by_name
 from s2sam_jax import channel_masks, materialize
 
 
@@ -50,12 +51,9 @@ def _random_vectors(tree: Any) -> Any:
 
 
 def _every_other(network: models.Network) -> dict[str, jax.Array]:
-    shapes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree.leaves_with_path(network.params)
-    }
+    params = by_name(network.params)
     parts = {group.name: group.filters[0] for group in network.groups}
-    return {name: jnp.arange(shapes[part.path][part.axis]) % 2 == 0 for name, part in parts.items()}
+    return {name: jnp.arange(params[part.path].shape[part.axis]) % 2 == 0 for name, part in parts.items()}
 
 
 def _compiled(network: models.Network, *arguments: Any) -> Any:

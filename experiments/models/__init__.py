@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments.models import efficientnet, mobilenet, resnet, resnet_imagenet, transformer, vgg, vit, wide_resnet
+from experiments.trees import by_name
 from s2sam_jax import ChannelGroup
 
 
@@ -131,9 +132,8 @@ def build(
 
 def _check_widths(name: str, widths: Mapping[str, int], full: Any) -> None:
     """Against the groups of the model that has all its channels."""
-    leaves = jax.tree.leaves_with_path(nnx.as_pure(nnx.state(full, nnx.Param)))
-    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-    sizes = {group.name: shapes[group.filters[0].path][group.filters[0].axis] for group in full.groups()}
+    leaves = by_name(nnx.as_pure(nnx.state(full, nnx.Param)))
+    sizes = {group.name: leaves[group.filters[0].path].shape[group.filters[0].axis] for group in full.groups()}
     if unknown := sorted(widths.keys() - sizes.keys()):
         raise ValueError(f"{name} has no channel groups {unknown}; there are {', '.join(sizes)}.")
     if wrong := {group: size for group, size in widths.items() if not 1 <= size <= sizes[group]}:

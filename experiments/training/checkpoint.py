@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_safetensors
 
 from experiments.rows import files
 from experiments.training import sharding
+from experiments.trees import by_name
 from s2sam_jax import TrainState
 
 _POLICIES = ocp.training.preservation_policies
@@ -125,13 +125,13 @@ def restore(folder: Path, like: TrainState) -> TrainState:
         return ocp.load(str(folder.resolve()), target)
 
 
-def export(file: Path, params: Any, masks: Any = None) -> None:
-    """Writes weights by path, and masks as uint8 under ``mask/``; the file is replaced at once or not at all."""
-    arrays = _named(params)
+def export(file: Path, params: Any, masks: Any, model_state: Any, metadata: dict[str, str]) -> None:
+    """Writes weights by path, ``mask/`` as uint8 unless None, and ``model_state/``; at once or not at all."""
+    arrays = by_name(params) | {f"model_state/{name}": array for name, array in by_name(model_state).items()}
     if masks is not None:
-        arrays |= {f"mask/{name}": mask.astype(np.uint8) for name, mask in _named(masks).items()}
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    files.write_whole(file, partial(save_file, arrays))
+        arrays |= {f"mask/{name}": mask.astype(np.uint8) for name, mask in by_name(masks).items()}
+    content = to_safetensors({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+    files.write_whole(file, lambda path: path.write_bytes(content))  # save_file's own are for their owner alone
 
 
 @contextlib.contextmanager
@@ -167,8 +167,8 @@ def _check_metrics(folder: Path) -> None:
 
 def _check_fields(folder: Path, tree: Any, like: TrainState) -> None:
     """Orbax casts types silently and does not name the field whose shape differs."""
-    stored = {name: x for name, x in _named(tree).items() if hasattr(x, "dtype")}
-    wanted = {name: _as_stored(x) for name, x in _named(like).items()}
+    stored = {name: x for name, x in by_name(tree).items() if hasattr(x, "dtype")}
+    wanted = {name: _as_stored(x) for name, x in by_name(like).items()}
     problems = [f"{name}: missing in the checkpoint" for name in wanted.keys() - stored.keys()]
     problems += [f"{name}: in the checkpoint only" for name in stored.keys() - wanted.keys()]
     for name in wanted.keys() & stored.keys():
@@ -183,8 +183,3 @@ def _as_stored(x: Any) -> Any:
     """Typed keys are stored as their data."""
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.eval_shape(jax.random.key_data, x) if is_key else x
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

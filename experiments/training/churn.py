@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.config import Config
+from experiments.trees import by_name
 from s2sam_jax import TrainState, get_masks
 
 Counts = dict[str, list[int]]  # by kernel: zeros, size, died, grown
@@ -21,12 +22,9 @@ def count(before: Any, after: Any) -> Counts:
     if after is None:
         return {}
     counts = jax.device_get(_compare(before, after))
-    named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), m) for path, m in jax.tree.leaves_with_path(after)
-    ]
     return {
         name: [int(zeros), mask.size, int(died), int(grown)]
-        for (name, mask), (zeros, died, grown) in zip(named, counts, strict=True)
+        for (name, mask), (zeros, died, grown) in zip(by_name(after).items(), counts, strict=True)
         if mask.ndim >= 2
     }
 

@@ -38,7 +38,7 @@ class ProgressBar:
     def row(self, row: Row) -> None:
         news = (
             f"{row['epoch']}/{self._epochs} loss {row['train_loss']:.3f} test {row['test_accuracy']:.1%} "
-            f"zeros {row['sparsity']:.0%} {row['images_per_second']:,.0f} img/s"
+            f"zeros {row['sparsity']:.0%} {_speed(row)} img/s"
         )
         self._progress.update(self._task, news=news)
 
@@ -55,7 +55,7 @@ def result_table(finals: Mapping[str, Row]) -> Table:
             f"{row['test_accuracy']:.2%}",
             f"{row['train_loss']:.4f}",
             f"{row['seconds']:.1f}",
-            f"{row['images_per_second']:,.0f}",
+            _speed(row),
             _fraction(counts) if counts else "dense",
         )
     return table
@@ -96,6 +96,11 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
+
+
+def _speed(row: Row) -> str:
+    """There is none for a first epoch alone."""
+    return f"{row['images_per_second']:,.0f}" if "images_per_second" in row else "-"
 
 
 def _fraction(zeros_and_size: list[int] | None) -> str:

@@ -17,6 +17,7 @@ from experiments.config import Config
 from experiments.models import Network
 from experiments.training import optimizers, sparse_methods
 from experiments.training.variants import ROUNDS, in_library
+from experiments.trees import by_name
 from s2sam_jax import ChannelGroup, erdos_renyi, erdos_renyi_kernel, uniform
 from s2sam_jax.analysis import layer_flops, masked_flops, training_flops
 
@@ -184,8 +185,7 @@ def _planned_flops(config: Config, network: Network, layers: dict[str, int]) -> 
     ranks = sparse_methods.make(config, network.groups).ranks
     name = config.distribution or ("uniform" if ranks == "global" or config.structure.startswith("nm") else "erk")
     distribute = {"uniform": uniform, "er": erdos_renyi, "erk": erdos_renyi_kernel}[name]
-    plan = jax.tree_util.tree_leaves_with_path(distribute(network.params, config.sparsity))
-    planned = {jax.tree_util.keystr(path, simple=True, separator="/"): sparsity for path, sparsity in plan}
+    planned = by_name(distribute(network.params, config.sparsity))
     return {path: flops * (1 - planned.get(path, 0.0)) for path, flops in layers.items()}
 
 

@@ -47,6 +47,7 @@ class Record:
         self._figures: dict[str, float] | None = None  # of the test set after this epoch, if it was evaluated
         self._masks: Any = None  # after this epoch
         self._counts: churn.Counts = {}  # of the masks since the last row
+        self._compiles = True  # in the next epoch, whose time is then no measure of speed
         self.epoch = 0
 
     def begin(self, create: Callable[[], TrainState], epoch: int | None = None) -> TrainState:
@@ -78,7 +79,8 @@ class Record:
         """
         stop_if_bad(state)
         self.epoch += 1
-        self._history.append(_means(metrics) | {"seconds": seconds})
+        self._history.append(_means(metrics) | ({} if self._compiles else {"seconds": seconds}))
+        self._compiles = False
         before, self._masks = self._masks, churn.masks_of(self._config, state)
         self._counts = churn.total(self._counts, churn.count(before, self._masks))
         last = self.epoch == self._config.epochs
@@ -104,13 +106,14 @@ class Record:
             self._history, self._counts = [], {}
 
     def _row(self, state: TrainState) -> Row:
-        row: Row = {name: float(np.mean([epoch[name] for epoch in self._history])) for name in self._history[0]}
+        names = dict.fromkeys(name for epoch in self._history for name in epoch)
+        row: Row = {name: float(np.mean([e[name] for e in self._history if name in e])) for name in names}
         images = self._task.steps_per_epoch * self._config.batch_size
-        row |= {
+        speed = {"images_per_second": images / row.pop("seconds")} if "seconds" in row else {}
+        row |= speed | {
             "sparsity": self._history[-1]["sparsity"],
             "epoch": self.epoch,
             "step": int(state.step),
-            "images_per_second": images / row.pop("seconds"),
             "final": self.epoch == self._config.epochs,
             "masks": self._counts,
         }

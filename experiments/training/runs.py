@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 
 import s2sam_jax
-from experiments import tasks
+from experiments import models, tasks
 from experiments.config import Config, check_same, choices
 from experiments.figures import training
 from experiments.rows import files, jsonl
@@ -26,16 +26,14 @@ from experiments.training import checkpoint, loop, optimizers, sharding
 from experiments.training.record import Row
 from s2sam_jax import TrainState, eval_params, get_masks
 
-CONFIG, METRICS, ROBUSTNESS, CHECKPOINTS, CHECKPOINT, BEST, WEIGHTS, CURVES = (
-    "config.json",
-    "metrics.jsonl",
-    "robustness.jsonl",
-    "checkpoints",
-    "checkpoint",
-    "best",
-    "weights.safetensors",
-    "curves.png",
-)
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+ROBUSTNESS = "robustness.jsonl"
+CHECKPOINTS = "checkpoints"
+CHECKPOINT = "checkpoint"
+BEST = "best"
+WEIGHTS = "weights.safetensors"
+CURVES = "curves.png"
 PARTIAL = ".partial"  # Ends the name of a folder until its run is finished.
 Which = Literal["last", "best"]
 
@@ -70,15 +68,32 @@ def claim(config: Config) -> Iterator[None]:
             file.unlink(missing_ok=True)
 
 
-def begin(config: Config, overwrite: bool = False) -> Path:
+@contextlib.contextmanager
+def says_what_goes_on(configs: Sequence[Config]) -> Iterator[None]:
+    """Notes on Ctrl-C, and on what is like it, where the runs that are under way have got to."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if left := [str(folder) for folder in map(_partial, configs) if folder.is_dir()]:
+            stop.add_note(f"the same command goes on from {', '.join(left)}")
+        raise
+
+
+def begin(config: Config, overwrite: bool = False, say: Callable[[str], Any] = print) -> Path:
     """The folder of an unfinished run: that which an interrupted one has left, or a new one.
+
+    Says if it has been evaluated at other epochs than it will be: its rows do not show that.
 
     Raises:
       ValueError: for a folder that a run of another config has left.
     """
     folder = _partial(config)
     if not overwrite:
-        _check_config(folder, config)
+        before = _check_config(folder, config).get("eval_every", config.eval_every)
+        if before != config.eval_every:
+            say(
+                f"{folder} goes on with --eval-every {config.eval_every}; its rows so far are of --eval-every {before}."
+            )
     sharding.wait_for_all("check")
     if sharding.writes():
         if overwrite:
@@ -106,9 +121,9 @@ def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
     """Writes what is left to write, then gives the folder its name, so that a named folder is a finished run."""
     checkpoint.save(folder / CHECKPOINT, state)
     masks = None if config.method == "dense" else get_masks(state.opt_state, state.params)
-    params, masks = sharding.gather((eval_params(state.params, state.opt_state), masks))
+    arrays = sharding.gather((eval_params(state.params, state.opt_state), masks, state.model_state))
     if sharding.writes():
-        checkpoint.export(folder / WEIGHTS, params, masks)
+        checkpoint.export(folder / WEIGHTS, *arrays, metadata=_metadata(config))
         training.draw({config.optimizer: rows(folder)}, config.name, folder / CURVES)
         shutil.rmtree(folder / BEST, ignore_errors=True)
         shutil.copytree(best, folder / BEST)
@@ -116,6 +131,14 @@ def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
         os.replace(folder, config.run_dir)
         tidy(config.run_dir)
     sharding.wait_for_all("finish")
+
+
+def _metadata(config: Config) -> dict[str, str]:
+    """What the weights are of, where they are apart from their run's folder."""
+    width = models.MODELS[config.model].width if config.width is None else config.width
+    sparsity = 0.0 if config.method == "dense" else config.sparsity
+    named = {"model": config.model, "dataset": config.dataset, "method": config.method}
+    return named | {"width": str(width), "sparsity": str(sparsity)}
 
 
 def tidy(folder: Path) -> None:
@@ -142,8 +165,8 @@ def rows(folder: Path) -> list[Row]:
 
 def robustness(folder: Path) -> Row:
     """The summary that :mod:`experiments.robustness` has left, or nothing."""
-    file = folder / ROBUSTNESS
-    return json.loads(file.read_text().splitlines()[-1])["summary"] if file.is_file() else {}
+    found = jsonl.read(folder / ROBUSTNESS)
+    return found[-1]["summary"] if found else {}
 
 
 def read_config(folder: Path, data: Path | None = None) -> Config:
@@ -194,11 +217,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _check_config(folder: Path, config: Config) -> None:
-    """Raises a ValueError that names the fields in which an unfinished run has another config."""
+def _check_config(folder: Path, config: Config) -> dict[str, Any]:
+    """What an unfinished run has stored; raises a ValueError that names the fields in which it is another config."""
     file = folder / CONFIG
     if not file.is_file():
-        return
+        return {}
     try:
         stored = json.loads(file.read_text())
         choices(stored)
@@ -206,6 +229,7 @@ def _check_config(folder: Path, config: Config) -> None:
         raise ValueError(f"{file} is not the config of a run ({error}). Train anew with --overwrite.") from error
     advice = "Put back what it was to go on, or train anew with --overwrite."
     check_same(stored, config, f"The unfinished run {folder} has", advice)
+    return stored
 
 
 def _epoch(line: str) -> float:

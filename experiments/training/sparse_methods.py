@@ -93,7 +93,11 @@ def round_steps(config: Config, steps_per_epoch: int) -> int:
     rewind = round(config.rewind_epochs * steps_per_epoch)
     length = (total - rewind) // trainings(config) + rewind - 1
     if length - rewind < 1:
-        raise ValueError(f"epochs={config.epochs} are too few for {trainings(config)} rounds; each needs some steps.")
+        count = trainings(config)
+        raise ValueError(
+            f"epochs={config.epochs} are too few: {count - 1} prunings make {count} rounds of training, and each needs "
+            "some steps."
+        )
     return length
 
 
