@@ -201,6 +201,8 @@ def test_an_axis_that_a_group_names_twice_is_cut_once():
 
 def test_a_sparsity_may_be_an_array():
     tx = sparsify(optax.sgd(0.1), methods.rigl(0.3), sparsity=jnp.float32(0.5), when=Every(0, 2, 9))
+    by_array = sparsify(optax.sgd(0.1), methods.static(), sparsity=jnp.float32(0.9))
+    assert int(by_array.init({"kernel": jnp.ones((25, 40))}).nnz[0]) == 100
     step = make_train_step(lambda p, m, b, k: (jnp.sum(p["enc"] * b), (m, {})), tx)
     state, _ = step(TrainState.create({"enc": PARAMS["enc"]}, tx), jnp.ones((4, 4)))
     assert int(state.opt_state.nnz[0]) == 8

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from s2sam_jax._base.arguments import check_sparsity
@@ -92,7 +93,8 @@ def sparsify(
       (4, 4)
     """
     check_sparsity(sparsity, "sparsity")
-    sparsity = float(sparsity)  # an array would be traced with the update
+    if isinstance(sparsity, jax.Array):  # which would be traced with the update
+        sparsity = np.asarray(sparsity)[()]
     check_structure(structure)
     check_method(method)
     when = _clock(method, when)
@@ -247,8 +249,8 @@ def _inner_update(
     inner_grads = grads
     if setup.mask_grads:
         inner_grads, grad_fn = masked(masks, grads), _masked_grad_fn(grad_fn, masks)
-        if (by_part := extra_args.get("second_grad_fn")) is not None:
-            extra_args |= {"second_grad_fn": lambda at: masked(masks, by_part(lambda g: at(masked(masks, g))))}
+        if (second := extra_args.get("second_grad_fn")) is not None:
+            extra_args |= {"second_grad_fn": lambda point: masked(masks, second(lambda g: point(masked(masks, g))))}
     extra_args |= {"masks": masks, "dense_grads": grads, "grad_fn": grad_fn}
     return setup.inner.update(inner_grads, inner_state, masked(masks, weights), **extra_args)
 
