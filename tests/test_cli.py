@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -271,7 +272,11 @@ def test_stopping_is_no_error(capsys):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_where_a_run_goes_on_is_said_by_either_way_to_stop_it(number, code, tmp_path, capsys):
+def test_where_a_run_goes_on_is_said_by_either_way_to_stop_it(number, code, tmp_path, capsys, request):
+    # A shell starts what it puts into the background deaf to Ctrl-C.
+    request.addfinalizer(
+        partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+    )
     config, before = Config(out=tmp_path), signal.getsignal(signal.SIGTERM)
     folder = runs.begin(config)
     with (
