@@ -6,6 +6,7 @@ import linecache
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def one_line() -> Iterator[None]:
 
     A mistake is a file that cannot be opened, a fault that ``checked`` finds, or an error that our own code raises,
     rather than a library that it calls. Ctrl-C and SIGTERM end in a line too, with the notes that the exception has
-    got on its way, and the exit codes that shells have for them, 130 and 143.
+    got on its way, and the exit codes that shells have for them, 130 and 143. (Of several processes JAX keeps SIGTERM
+    to itself.)
     """
     try:
         with _sigterm_raises():
@@ -65,6 +67,10 @@ def one_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
+        yield
+        return
+
     def stop(*_: Any) -> None:
         raise Terminated
 
@@ -72,7 +78,7 @@ def _sigterm_raises() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _raised_by_us(error: BaseException) -> bool:

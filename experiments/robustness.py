@@ -62,7 +62,10 @@ def evaluate(arguments: Arguments, console: Console) -> dict[Path, Row]:
     _check(arguments, configs.values())
     old = [] if arguments.rows is None else jsonl.read(arguments.rows, ("examples", "by_corruption"))
     done = {(Config.from_json(row["config"]).digest, row["seed"]) for row in old}
-    configs = {folder: config for folder, config in configs.items() if (config.digest, config.seed) not in done}
+    asked, configs = configs, {f: config for f, config in configs.items() if (config.digest, config.seed) not in done}
+    if len(configs) < len(asked):
+        there = f"{len(asked) - len(configs)} runs have their rows in {arguments.rows} already"
+        console.print(f"{there}, of {old[0]['examples']} images.", soft_wrap=True)
     if not configs:
         return {}
     first = next(iter(configs.values()))
@@ -185,7 +188,7 @@ def write(file: Path) -> None:
     rows = jsonl.read(file)
     check(rows)
     first = rows[0]
-    config = first["config"]
+    config, command = first["config"], f"robustness RUN RUN ... --examples {first['examples']} --rows {file.name}"
     page = (
         f"# Robustness of sparse networks to corruptions, {config['dataset']}\n\n"
         f"{config['model']} of width {config['width']}, {config['method']} at {100 * config['sparsity']:g} %, "
@@ -193,7 +196,7 @@ def write(file: Path) -> None:
         f"first {first['examples']} test images, clean and under {len(first['by_corruption'])} corruptions at 5 "
         f"severities, computed here; missing: {', '.join(first['missing'])}. Means over seeds; gains over SGD "
         f"are paired by seed, with their 95 % interval.\n\n{table(rows)}\n\n"
-        f"{pages.source(rows, 'robustness', file.name)}, which holds config, versions and commit of each row.\n"
+        f"{pages.source(rows, command, file.name)}, which holds config, versions and commit of each row.\n"
     )
     files.write_text(file.with_suffix(".md"), page)
 

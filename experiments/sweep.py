@@ -113,10 +113,11 @@ def write(file: Path) -> None:
         "# Every method on digits, with SGD and with S2-SAM\n\n"
         "scikit-learn's digits (1437 training, 360 test images), ResNet-8 of width 8, 20 epochs, batch 64, SGD with "
         "momentum 0.9, cosine from 0.1, weight decay 5e-4 for both, rho 0.05, one mask update an epoch over three "
-        f"quarters of training; `lottery` and `lrr`: {ROUND_EPOCHS} epochs a round, {PRUNE_FRACTION:.0%} pruned a "
+        "quarters of training (`gmp` from a fifth on; `set`, `dsr`, `itop`, `chex` and `chase` from the second epoch); "
+        f"`lottery` and `lrr`: {ROUND_EPOCHS} epochs a round, {PRUNE_FRACTION:.0%} pruned a "
         "round, so more training in all. Accuracy on the test set after the last epoch, BatchNorm statistics "
         "recalibrated for both; one image is 0.28 points. Mean ± standard deviation over seeds.\n\n"
-        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags') or 'none'}`. Made by "
+        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags')}`. Made by "
         f"`python -m experiments.sweep`{_beside(rows)} from `{file.name}`, which holds config, versions and commit of "
         "each run.\n\n"
     )

@@ -168,7 +168,7 @@ def _head(rows: list[Row], file: Path) -> str:
     return (
         f"Ours: {size} (None is the model's own, or all).{small} After the last epoch, BatchNorm recalibrated; mean ± "
         f"standard deviation over seeds. Gains are over {_baselines(rows)}; ours are paired by seed.{best}\n\n"
-        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags') or 'none'}`; "
+        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags')}`; "
         f"versions: {', '.join(sorted(versions))}. {_effort(rows)}"
         f"Made by `python -m experiments.table {table} --scale {scale}{_tuned(rows)}` from `{file.name}`, which holds "
         "config, versions and commit of each run."
@@ -205,7 +205,8 @@ def main(arguments: Arguments) -> None:
     rows = run(arguments)
     write(file)
     title = file.stem.replace("_", ", ")
-    console.print(comparison.terminal(asked_for(arguments), title, console.width), soft_wrap=True)
+    if lines := asked_for(arguments):
+        console.print(comparison.terminal(lines, title, console.width), soft_wrap=True)
     there = sum(row in old for row in rows)
     console.print(f"{len(rows) - there} runs are new, {there} had their rows in {file} already.", soft_wrap=True)
     console.print(f"Files, of all rows and with all columns: {file.with_suffix('')}.*", soft_wrap=True)

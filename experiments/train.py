@@ -43,7 +43,7 @@ class Arguments:
     coordinator: str | None = None  # HOST:PORT of the first process.
     num_processes: int | None = None
     process_id: int | None = None
-    layers: bool = False  # FLOPs of every layer, not only in all, and of several runs its zeros too.
+    layers: bool = False  # FLOPs of every layer, not only in all, and, of several runs, the zeros of every layer.
     debug: bool = False  # Check masks, gradients and states at every step; a fault ends the run and is named.
     tensorboard: bool = False  # Event files in the run's folder as well; needs tensorboardX.
 
@@ -106,11 +106,11 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
     console.print(_title(arguments), soft_wrap=True)
     finals = {name: rows[name][-1] for name in rows}
-    console.print(display.result_table(finals))
+    console.print(display.result_table(finals), soft_wrap=True)
     if (arguments.layers or len(finals) == 1) and any(row["layers"] for row in finals.values()):
-        console.print(display.layer_table(finals))
+        console.print(display.layer_table(finals), soft_wrap=True)
     if len(set(arguments.seeds)) > 1:
-        console.print(display.seeds_table(list(finals.values())))
+        console.print(display.seeds_table(list(finals.values())), soft_wrap=True)
     if len(fresh) < len(configs):
         console.print("Shown from stored runs where they exist; add --overwrite to train anew.")
     for folder in folders.values():
@@ -207,9 +207,12 @@ def _start(config: Config) -> TrainState | None:
             )
     if other.method != "dense" and in_library(config.method)[0] in RANDOM:
         kept = "magnitude-global" if other.structure == "unstructured" else f"magnitude --structure {other.structure}"
+        if other.distribution is not None:
+            kept += f" --distribution {other.distribution}"
+        share = "and its share of zeros as --sparsity" if other.method == "chex" else f"--sparsity {other.sparsity}"
         raise ValueError(
             f"--init-from {config.init_from} is sparse, and --method {config.method} draws its first masks at random: "
-            f"most of the weights would be lost. To go on with those, use --method {kept} --sparsity {other.sparsity}."
+            f"most of the weights would be lost. To go on with those, use --method {kept} {share}."
         )
     return runs.restore(config.init_from)
 

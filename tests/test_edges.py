@@ -72,12 +72,15 @@ def test_a_first_step_without_eps_moves_nothing(adaptive, compat):
     np.testing.assert_array_equal(perturb(weights, by_momentum.init(weights)), 1)
     wrapped = s2sam_wrapper(optax.sgd(0.1), eps=0.0)
     np.testing.assert_array_equal(wrapped.update(jnp.zeros(2), wrapped.init(weights), weights)[0], 0)
+    for tx in (optax.chain(s2sam(0.1, eps=0.0, adaptive=adaptive, compat=compat), optax.sgd(0.1)), by_momentum):
+        checked(tx).update(weights, tx.init(weights), weights)  # raises at a fault
 
 
 def test_gradients_whose_squares_vanish_are_no_direction():
     tx, weights = s2sam(0.1, eps=1e-30), jnp.ones(2)
     _, state = tx.update(jnp.full(2, 1e-25), tx.init(weights), weights)
     np.testing.assert_allclose(perturb(weights, state), 1)
+    checked(tx).update(weights, state, weights)
 
 
 def test_a_nan_in_the_last_gradient_is_not_hidden():

@@ -76,11 +76,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 KNOWN = "Network, data and sparsity (paper)."
 UNKNOWN = (
     "All of the training: here 100 epochs, batch 256, SGD with Nesterov momentum 0.9, 0.1 after 5 epochs of warm-up, "
-    "then a cosine to 0, weight decay 1e-4 for all, label smoothing 0.1, rho 0.05; RigL and SET with RigL's clock, "
-    "every 100 steps of 4096 images up to 25/32; MEST every 5 epochs, its extra zeros as on CIFAR (none from 130/160 "
-    "on), 100 and 170 epochs for 1x and 1.7x (MEST's own take about 150 and 250); SNIP and GraSP scored on the first "
-    "batch at temperature 1; LT with whole runs as rounds, from the start; RigL, SET and MEST uniform unless ERK is "
-    "said; every kernel is pruned."
+    "then a cosine to 0, weight decay 1e-4 for all, label smoothing 0.1, rho 0.05; RigL and SET with RigL's clock "
+    "(SET's an interval later), every 100 steps of 4096 images up to 25/32; MEST every 5 epochs, its extra zeros as "
+    "on CIFAR (none from 130/160 on), 100 and 170 epochs for 1x and 1.7x (MEST's own take about 150 and 250); SNIP "
+    "and GraSP scored on the first batch at temperature 1; LT with whole runs as rounds, from the start; RigL, SET "
+    "and MEST uniform unless ERK is said; every kernel is pruned."
 )
 SPEED_UNKNOWN = "The device, the batch, the network (the accuracies are those of ResNet-50)."
 

@@ -2,8 +2,10 @@
 
     python -m experiments.reliability.narrow_steps
 
-A network keeps its class and depth; width, images, vocabulary, sentences and batch are small. Each row is stored as
-soon as it is there, and what has a row is skipped, so that the same command goes on after an interruption.
+Masks change at the first for RigL and MEST; the methods that wait an interval (SET, DSR, CHEX, Chase) take two
+ordinary steps. A network keeps its class and depth; width, images, vocabulary, sentences and batch are small. Each
+row is stored as soon as it is there, and what has a row is skipped, so that the same command goes on after an
+interruption.
 """
 
 import dataclasses

@@ -12,8 +12,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---
 
 
 def values(rows: Iterable[Row], field: str) -> str:
-    """All that rows have as a field, once each and in order."""
-    return ", ".join(sorted({str(row[field]) for row in rows}))
+    """All that rows have as a field, once each and in order; ``none`` for an empty text."""
+    return ", ".join(sorted({str(row[field]) or "none" for row in rows}))
 
 
 def source(rows: Iterable[Row], command: str, name: str) -> str:

@@ -45,7 +45,7 @@ class ProgressBar:
 
 def result_table(finals: Mapping[str, Row]) -> Table:
     """A line a run: accuracy, also with BatchNorm's running statistics, speed, and the zeros of all kernels."""
-    columns = ("test accuracy", "with running stats", "training loss", "seconds", "images/s", "zeros")
+    columns = ("test\naccuracy", "running\nstats", "training\nloss", "seconds", "images/s", "zeros")
     table = _table(*columns)
     for name, row in finals.items():
         counts = [sum(column) for column in zip(*row["layers"].values(), strict=True)]
@@ -58,7 +58,7 @@ def result_table(finals: Mapping[str, Row]) -> Table:
             _speed(row),
             _fraction(counts) if counts else "dense",
         )
-    return table
+    return _whole(table)
 
 
 def layer_table(finals: Mapping[str, Row]) -> Table:
@@ -70,7 +70,7 @@ def layer_table(finals: Mapping[str, Row]) -> Table:
     table = _table(*layers)
     for kernel in dict.fromkeys(kernel for counts in layers.values() for kernel in counts):
         table.add_row(kernel, *(_fraction(counts.get(kernel)) for counts in layers.values()))
-    return table
+    return _whole(table)
 
 
 def seeds_table(finals: Sequence[Row]) -> Table:
@@ -86,15 +86,23 @@ def seeds_table(finals: Sequence[Row]) -> Table:
         table.add_row(
             optimizer, spread.figure(*spread.mean(mine.values())), str(len(mine)), *([gain] if others else [])
         )
-    return table
+    return _whole(table)
 
 
 def _table(*columns: str) -> Table:
-    """Names on the left, which are not cut, and figures."""
+    """Names on the left, and figures."""
     table = Table()
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for column in columns:
         table.add_column(column, justify="right")
+    return table
+
+
+def _whole(table: Table) -> Table:
+    """Wider than the terminal, if need be, but with nothing cut."""
+    for column in table.columns:
+        texts = [str(column.header), *map(str, column.cells)]
+        column.min_width = max(len(line) for text in texts for line in text.split("\n"))
     return table
 
 

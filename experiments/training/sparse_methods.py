@@ -33,7 +33,8 @@ CIFAR_RECIPES = {
     "gmp-global": (2.56, 0.77),
 }
 ELSEWHERE = (1.0, 0.75)
-# RigL and MEST change masks at the very first step. These compare weights or scales that have been trained.
+# RigL and MEST change masks at the very first step. These compare weights or scales that have been trained, so that
+# they wait an interval, or half of a training that is shorter than two.
 AFTER_AN_INTERVAL = ("set", "dsr", "itop", "chex", "chase")
 GMP_BEGINS = 0.205  # Of training: at 20,000 of 97,656 steps in RigL's comparison on CIFAR.
 OPTIONS = ("drop_fraction", "prune_fraction", "rounds", "channel_sparsity", "explore")
@@ -65,8 +66,10 @@ def clock(config: Config, steps_per_epoch: int) -> Every | None:
     every = steps(config.update_every or every, steps_per_epoch)
     end = end if config.update_end is None else config.update_end
     total = config.epochs * steps_per_epoch
-    begins = {"gmp": int(GMP_BEGINS * total)} | dict.fromkeys(AFTER_AN_INTERVAL, every)
-    start = begins.get(in_library(config.method)[0], 0) // every * every
+    begins = {"gmp": int(GMP_BEGINS * total) // every * every} | dict.fromkeys(
+        AFTER_AN_INTERVAL, min(every, total // 2)
+    )
+    start = begins.get(in_library(config.method)[0], 0)
     return Every(start, every, max(start, min(int(end * total), total - 1) // every * every))
 
 

@@ -1,4 +1,4 @@
-"""When masks and perturbations are renewed: a clock that counts calls of update, and its state."""
+"""When masks and perturbations are renewed: a clock that counts calls of update, and one tick of it."""
 
 import dataclasses
 import operator

@@ -110,7 +110,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     states = sparse_states(opt_state, "set_masks")
     covered = {path: mask for state in states for path, mask in by_name(state.masks).items()}
     given = by_name(masks)
-    if any(hides_leaves(state.masks) for state in states):  # each covers a part of the parameters
+    if len(states) > 1 or any(hides_leaves(state.masks) for state in states):  # each covers a part of the parameters
         given = {path: mask for path, mask in given.items() if path in covered}
     check_same_named(given, covered, "masks", "the masks in opt_state")
 

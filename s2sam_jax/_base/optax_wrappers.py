@@ -1,4 +1,4 @@
-"""What has to be known of optax's wrappers: which hold gradients back, pass arguments on, or hide leaves."""
+"""What has to be known of optax: whose state one is, and which wrappers hold gradients back or hide leaves."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -34,7 +34,7 @@ def hides_leaves(tree: Any) -> bool:
 
 
 def check_nothing_hidden(params: Any, caller: str, advice: str) -> None:
-    """Raises a ``TypeError`` where ``optax.masked`` and the like hide leaves from one who takes a gradient at all."""
+    """Raises a ``TypeError`` where ``optax.masked`` and the like hide leaves from one that needs all of them."""
     if hides_leaves(params):
         raise TypeError(
             f"{caller} takes a gradient at all parameters, and optax.masked or multi_transform hides some from it; "

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from s2sam_jax._base.arguments import check_sparsity
@@ -94,7 +93,7 @@ def sparsify(
     """
     check_sparsity(sparsity, "sparsity")
     if isinstance(sparsity, jax.Array):  # which would be traced with the update
-        sparsity = np.asarray(sparsity)[()]
+        sparsity = sparsity.dtype.type(sparsity)
     check_structure(structure)
     check_method(method)
     when = _clock(method, when)

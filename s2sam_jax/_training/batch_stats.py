@@ -88,12 +88,13 @@ def _momentum(forward: Callable[[list[jax.Array]], list[jax.Array]], old: list[j
     """The momentum of each moving average; NaN for what does not move like one.
 
     From zero ``r`` moves to ``(1 - mu) s``, so from any other value to ``mu r`` more. The second look is from values on
-    the scale of what was seen, so that the difference does not cancel; the third, from between the two, is the test.
+    the scale of what was seen, so that the difference does not cancel; the third, from the old ones and a
+    share of those, is the test.
     """
     seen = forward([jnp.zeros_like(x) for x in old])
     probes = [jnp.full_like(x, 1 + jnp.max(jnp.abs(x), initial=0)) for x in seen]
-    between = np.random.default_rng(0).uniform(0.2, 0.8, len(old)).tolist()  # for each leaf another, lest they agree
-    test = [x + u * p for x, u, p in zip(old, between, probes, strict=True)]
+    shares = np.random.default_rng(0).uniform(0.2, 0.8, len(old)).tolist()  # for each leaf another, lest they agree
+    test = [x + u * p for x, u, p in zip(old, shares, probes, strict=True)]
     found = []
     for zero, moved, probe, again, x in zip(seen, forward(probes), probes, forward(test), test, strict=True):
         mu = jnp.median((moved - zero) / probe)

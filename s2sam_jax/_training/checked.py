@@ -150,9 +150,10 @@ def _lengths(opt_state: Any, params: Params) -> Iterator[Fault]:
         scales = {path: jnp.ones(()) for path in directions}
         if isinstance(state, S2SAMState) and state.eta is not None:
             scales = {path: jnp.abs(at_least_f32(weights[path])) + scalar(state.eta) for path in directions}
-        direction = _long_norm([scales[path] * at_least_f32(g) for path, g in directions.items()])
+        scaled = [scales[path] * at_least_f32(g) for path, g in directions.items()]
+        direction = _long_norm(scaled)
         length = _long_norm([e / jnp.where(scales[path] > 0, scales[path], 1.0) for path, e in epsilon.items()])
-        wanted = scalar(state.rho) * direction / (direction + scalar(state.eps))
+        wanted = scalar(state.rho) * direction / jnp.where(norm(scaled) == 0, 1, direction + scalar(state.eps))
         name = f"{type(state).__name__} of {', '.join(directions)}"
         text = "its perturbation has norm {}, not {}; rho has to be a number >= 0, and the last gradient in range"
         yield Fault(name, text, length, wanted)

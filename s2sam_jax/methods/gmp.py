@@ -35,8 +35,8 @@ def gmp(scope: Scope = "leaf") -> SparseMethod:
         the total, and a leaf may lose all it has.
 
     Returns:
-      A method that needs ``when`` with an ``end``. In RigL's comparison: ``Every(10_000, 1_000, 25_000)`` of 32 000
-      steps.
+      A method that needs ``when`` with an ``end``. In RigL's comparison on ImageNet: ``Every(10_000, 1_000,
+      25_000)`` of 32 000 steps.
 
     Raises:
       ValueError: for another scope, or a clock without an end.
