@@ -66,10 +66,11 @@ def clock(config: Config, steps_per_epoch: int) -> Every | None:
     every = steps(config.update_every or every, steps_per_epoch)
     end = end if config.update_end is None else config.update_end
     total = config.epochs * steps_per_epoch
-    begins = {"gmp": int(GMP_BEGINS * total) // every * every} | dict.fromkeys(
-        AFTER_AN_INTERVAL, min(every, total // 2)
-    )
-    start = begins.get(in_library(config.method)[0], 0)
+    family, start = in_library(config.method)[0], 0
+    if family == "gmp":
+        start = int(GMP_BEGINS * total) // every * every
+    elif family in AFTER_AN_INTERVAL:
+        start = min(every, total // 2)
     return Every(start, every, max(start, min(int(end * total), total - 1) // every * every))
 
 
