@@ -101,7 +101,7 @@ def test_cell_says_what_it_expects(text):
 
 def test_pairs_differ_in_the_optimizer_alone():
     for recipe in ALL:
-        if recipe.baseline is None or recipe.table.startswith(("ssam", "causes", "overfit", "label-noise")):
+        if recipe.baseline is None or recipe.table.startswith(("ssam", "causes", "overfit", "length", "label-noise")):
             continue
         other = recipes.get(recipe.baseline).config
         same = {"optimizer": other.optimizer}
@@ -264,6 +264,18 @@ def test_overfitting_has_a_dense_control():
         base = recipes.get(recipe.baseline or recipe.name)
         assert dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05) == base.config
         assert base.name.endswith("-sgd")
+
+
+def test_lengths_differ_in_the_epochs_alone():
+    found = recipes.of_table("length")
+    assert [recipe.config.epochs for recipe in found] == [10] * 8 + [30] * 8 + [100] * 8
+    for recipe in found:
+        base = recipes.get(recipe.baseline or recipe.name)
+        assert dataclasses.replace(recipe.config, optimizer="sgd", rho=0.05) == base.config
+        name = recipe.name.replace(f"length.{recipe.config.epochs}-", "length.10-")
+        once = {"epochs": 10, "eval_every": 10, "checkpoint_every": 10, "update_every": 0.5}
+        assert dataclasses.replace(recipe.config, **once) == recipes.get(name).config
+        assert recipe.config.update_every == recipe.config.epochs / 20
 
 
 def test_label_noise_differs_in_optimizer_and_radius_alone():

@@ -14,6 +14,7 @@ from experiments.recipes import (
     dense,
     imagenet,
     label_noise,
+    length,
     overfit,
     rebuttal,
     sparsities,
@@ -34,6 +35,7 @@ _SOURCES = (
     sparsities,
     causes,
     overfit,
+    length,
     label_noise,
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for source in _SOURCES for recipe in source.recipes()}
