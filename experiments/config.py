@@ -22,8 +22,8 @@ ModelName = Literal[
     "mobilenet-v2-cifar", "efficientnet-b0", "vit-small-cifar", "vit-small", "transformer-base",
 ]  # fmt: skip
 OptimizerName = Literal[
-    "sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam", "s2sam-released", "s2sam-opposite", "msam", "looksam", "gsam",
-    "esam",
+    "sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam", "s2sam-adaptive", "s2sam-released", "s2sam-opposite", "msam",
+    "looksam", "gsam", "esam",
 ]  # fmt: skip
 ScheduleName = Literal["constant", "warmup", "learning-rate"]
 DistributionName = Literal["uniform", "er", "erk"]
@@ -74,7 +74,7 @@ class Config:
     rho: float = 0.05  # Radius of the perturbation.
     rho_schedule: ScheduleName = "constant"  # Or a rise over the first third; or as the learning rate.
     sharpness_parts: int = 1  # Parts of a batch that sam and its variants perturb for, each along its own gradient.
-    eta: float = 0.01  # The constant of asam.
+    eta: float = 0.01  # The constant of asam and s2sam-adaptive.
     ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.
     ssam_update_every: float = 1.0  # Epochs between two perturbation masks of ssam.
     looksam_every: int = 5  # Steps between two second gradients of looksam.

@@ -287,12 +287,13 @@ def test_radius_over_training(schedule, expected):
 
 
 def test_variants_of_s2sam_perturb_as_they_say():
-    """After one gradient g at w: rho g / |g| downhill; as released rho g^3 / |w g|, on pruned weights too."""
+    """After one gradient g at w: rho g / |g|, or downhill; adaptive rho T^2 g / |T g|, with T = |w| + eta; as released
+    rho g^3 / |w g|, on pruned weights too."""
     params = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]])}
     grads = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
     moved = {}
     momentum = {}
-    for optimizer in ("s2sam", "s2sam-opposite", "s2sam-released"):
+    for optimizer in ("s2sam", "s2sam-adaptive", "s2sam-opposite", "s2sam-released"):
         config = Config(optimizer=optimizer, method="static", sparsity=0.5, rho=0.1, learning_rate=0.0)
         tx = optimizers.make(config, steps_per_epoch=4)
         state = tx.init(params)
@@ -308,6 +309,9 @@ def test_variants_of_s2sam_perturb_as_they_say():
     expected = 0.1 * g * live / np.linalg.norm(g * live)
     np.testing.assert_allclose(moved["s2sam"], expected, rtol=1e-5)
     np.testing.assert_allclose(moved["s2sam-opposite"], -expected, rtol=1e-5)
+    scale = np.abs(np.asarray(held["kernel"])) + Config.eta
+    adaptive = 0.1 * scale**2 * g * live / np.linalg.norm(scale * g * live)
+    np.testing.assert_allclose(moved["s2sam-adaptive"], adaptive, rtol=1e-5)
     np.testing.assert_allclose(
         moved["s2sam-released"], 0.1 * g**3 / np.linalg.norm(np.asarray(held["kernel"]) * g), rtol=1e-4
     )

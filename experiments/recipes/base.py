@@ -15,8 +15,8 @@ OURS: dict[str, Any] = {"paper": "none: ours", "known": "Nothing: the comparison
 
 LABELS = {
     "sgd": "SGD", "sam": "SAM", "asam": "ASAM", "ssam-f": "SSAM-F", "ssam-d": "SSAM-D", "s2sam": "S2-SAM",
-    "s2sam-released": "S2-SAM as released", "s2sam-opposite": "S2-SAM, downhill", "msam": "MSAM",
-    "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM",
+    "s2sam-adaptive": "S2-SAM, adaptive", "s2sam-released": "S2-SAM as released", "s2sam-opposite": "S2-SAM, downhill",
+    "msam": "MSAM", "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM",
 }  # fmt: skip
 
 

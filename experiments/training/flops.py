@@ -109,7 +109,7 @@ def table(entries: Sequence[Entry], *, layers: bool = False) -> Table:
 def gradient_evaluations(config: Config) -> float:
     """A step's, in those of SGD."""
     match config.optimizer:
-        case "sgd" | "s2sam" | "s2sam-released" | "s2sam-opposite" | "msam":
+        case "sgd" | "s2sam" | "s2sam-adaptive" | "s2sam-released" | "s2sam-opposite" | "msam":
             return 1.0
         case "sam" | "asam" | "gsam":
             return 2.0

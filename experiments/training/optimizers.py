@@ -96,6 +96,8 @@ def _sharpness(config: Config, steps_per_epoch: int, total_steps: int) -> optax.
             return sam(rho, adaptive=True, eta=config.eta)
         case "s2sam":
             return s2sam(rho)
+        case "s2sam-adaptive":
+            return s2sam(rho, adaptive=True, eta=config.eta)
         case "s2sam-released":
             return s2sam(rho, adaptive=True, compat="authors", perturb_pruned=True)
         case "s2sam-opposite":  # downhill, for comparison: no paper has it

@@ -31,7 +31,7 @@ READ_BY: tuple[tuple[Readers, tuple[str, ...]], ...] = (
     (Readers("dataset", ("imagenet2012",)), ("image_size",)),
     (Readers("optimizer", ("sgd",), others=True), ("rho", "rho_schedule")),
     (Readers("optimizer", ("sam", "asam", "ssam-f", "ssam-d", "looksam", "gsam", "esam")), ("sharpness_parts",)),
-    (Readers("optimizer", ("asam",)), ("eta",)),
+    (Readers("optimizer", ("asam", "s2sam-adaptive")), ("eta",)),
     (Readers("optimizer", ("ssam-f", "ssam-d")), ("ssam_sparsity", "ssam_update_every")),
     (Readers("optimizer", ("looksam",)), ("looksam_every",)),
     (Readers("optimizer", ("looksam", "gsam")), ("alpha",)),
