@@ -23,7 +23,7 @@ from experiments.rows import files, jsonl, missing, pages
 from experiments.solution import Solution
 from experiments.training import loop, runs
 from experiments.training.record import Last, Row
-from s2sam_jax import S2SAMState, perturb, sharpness_metrics, stochastic_round
+from s2sam_jax import perturb, sharpness_metrics, stochastic_round
 
 FORMATS, ROUNDINGS = {"tensorfloat32": 10, "bfloat16": 7}, ("nearest", "random")  # With their bits of mantissa.
 COLUMNS = {
@@ -47,18 +47,6 @@ class Arguments:
     draws: int = 4  # Of rounding at random.
     rows: Path = jsonl.RESULTS / "precision.jsonl"
     cache: Path = cli.COMPILED
-
-
-def with_radius(opt_state: Any, rho: float) -> Any:
-    """The state, with another radius for the next perturbation."""
-
-    def is_state(node: Any) -> bool:
-        return isinstance(node, S2SAMState)
-
-    def change(node: Any) -> Any:
-        return node._replace(rho=jnp.asarray(rho, node.rho.dtype)) if is_state(node) else node
-
-    return jax.tree.map(change, opt_state, is_leaf=is_state)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -105,7 +93,7 @@ def measure(found: Solution, opt_state: Any, arguments: Arguments) -> list[Row]:
         params = rounded(found.params, dtype, None) if stored == "format" else found.params
         clean = gradient(params)
         for rho in arguments.radii:
-            state = with_radius(opt_state, rho)
+            state = optax.tree.set(opt_state, rho=jnp.asarray(rho))
             point = perturbed(params, state)
             there, metrics = gradient(point), telemetry(params, state, compute_dtype=dtype)
             common = {"dtype": dtype, "stored": stored, "rho_measured": rho}

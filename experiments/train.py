@@ -158,7 +158,7 @@ def _groups(configs: list[Config], vmap: bool) -> list[list[Config]]:
 
 def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> Table:
     """Trains them, and returns what they cost."""
-    made = [tasks.make(config, loaded, sharding.parse(arguments.mesh)) for config in configs]
+    made = [tasks.make(config, loaded, sharding.make_mesh(arguments.mesh)) for config in configs]
     steps = made[0].steps_per_epoch
     for config, task in zip(configs, made, strict=True):
         optimizers.make(config, steps, task.network.groups)  # what it refuses leaves no folder

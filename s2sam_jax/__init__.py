@@ -18,7 +18,7 @@ from s2sam_jax._base.types import MaskUpdate as MaskUpdate
 from s2sam_jax._base.types import SparseMethod as SparseMethod
 from s2sam_jax._sharpness.esam import ESAMState as ESAMState
 from s2sam_jax._sharpness.esam import esam as esam
-from s2sam_jax._sharpness.esam import sharpest as sharpest
+from s2sam_jax._sharpness.esam import sharpest_examples as sharpest_examples
 from s2sam_jax._sharpness.gsam import gsam as gsam
 from s2sam_jax._sharpness.gsam import rho_from_learning_rate as rho_from_learning_rate
 from s2sam_jax._sharpness.looksam import LookSAMState as LookSAMState
@@ -41,8 +41,8 @@ from s2sam_jax._sharpness.ssam import empirical_fisher as empirical_fisher
 from s2sam_jax._sharpness.ssam import ssam as ssam
 from s2sam_jax._sharpness.trajectory import TrajectoryBuffer as TrajectoryBuffer
 from s2sam_jax._sharpness.trajectory import trajectory_loss as trajectory_loss
+from s2sam_jax._sparsity.channels import ChannelAxis as ChannelAxis
 from s2sam_jax._sparsity.channels import ChannelGroup as ChannelGroup
-from s2sam_jax._sparsity.channels import Slice as Slice
 from s2sam_jax._sparsity.channels import channel_masks as channel_masks
 from s2sam_jax._sparsity.distributions import erdos_renyi as erdos_renyi
 from s2sam_jax._sparsity.distributions import erdos_renyi_kernel as erdos_renyi_kernel

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from s2sam_jax import ChannelGroup, Slice, methods
+from s2sam_jax import ChannelAxis, ChannelGroup, methods
 
 
 class Golden(NamedTuple):
@@ -27,7 +27,7 @@ def bits(text):
 
 
 GROUPS = [
-    ChannelGroup(name, filters=(Slice(f"{name}/kernel", -1),), scales=(Slice(f"norm/{name}", 0),))
+    ChannelGroup(name, filters=(ChannelAxis(f"{name}/kernel", -1),), scales=(ChannelAxis(f"norm/{name}", 0),))
     for name in ("conv", "head")
 ]
 

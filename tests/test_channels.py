@@ -5,18 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s2sam_jax import ChannelGroup, Slice, channel_masks
+from s2sam_jax import ChannelAxis, ChannelGroup, channel_masks
 from s2sam_jax._sparsity.channels import group_sizes
 
 FIRST = ChannelGroup(
     "first",
-    filters=(Slice("conv1/kernel", -1),),
-    scales=(Slice("norm/scale", 0),),
-    biases=(Slice("norm/bias", 0),),
-    inputs=(Slice("conv2/kernel", -2),),
-    statistics=(Slice("norm/mean", 0),),
+    filters=(ChannelAxis("conv1/kernel", -1),),
+    scales=(ChannelAxis("norm/scale", 0),),
+    biases=(ChannelAxis("norm/bias", 0),),
+    inputs=(ChannelAxis("conv2/kernel", -2),),
+    statistics=(ChannelAxis("norm/mean", 0),),
 )
-SECOND = ChannelGroup("second", filters=(Slice("conv2/kernel", 3),), inputs=(Slice("head", 0),))
+SECOND = ChannelGroup("second", filters=(ChannelAxis("conv2/kernel", 3),), inputs=(ChannelAxis("head", 0),))
 
 
 def make_params():
@@ -65,9 +65,9 @@ def test_sizes():
     ("groups", "message"),
     [
         ([ChannelGroup("empty", filters=())], "empty: has no filters"),
-        ([FIRST._replace(inputs=(Slice("conv3/kernel", -2),))], "first: no leaf 'conv3/kernel' with an axis -2"),
-        ([FIRST._replace(scales=(Slice("norm/scale", 1),))], "first: no leaf 'norm/scale' with an axis 1"),
-        ([FIRST._replace(inputs=(Slice("head", 0),))], "first: 'head' has 5 on axis 0, not 4"),
+        ([FIRST._replace(inputs=(ChannelAxis("conv3/kernel", -2),))], "first: no leaf 'conv3/kernel' with an axis -2"),
+        ([FIRST._replace(scales=(ChannelAxis("norm/scale", 1),))], "first: no leaf 'norm/scale' with an axis 1"),
+        ([FIRST._replace(inputs=(ChannelAxis("head", 0),))], "first: 'head' has 5 on axis 0, not 4"),
         ([FIRST], "first: 'norm/mean' has 3 on axis 0, not 4"),
         ([SECOND, SECOND], "second: named twice"),
     ],

@@ -47,27 +47,27 @@ def assert_close_runs(folder, reference):
 
 
 def test_a_mesh_is_read_from_a_text():
-    assert dict(sharding.parse("data=4,fsdp=2").shape) == {"data": 4, "fsdp": 2}
-    assert dict(sharding.parse("fsdp=8").shape) == {"data": 1, "fsdp": 8}
-    assert dict(sharding.parse().shape) == {"data": 1, "fsdp": 1}
+    assert dict(sharding.make_mesh("data=4,fsdp=2").shape) == {"data": 4, "fsdp": 2}
+    assert dict(sharding.make_mesh("fsdp=8").shape) == {"data": 1, "fsdp": 8}
+    assert dict(sharding.make_mesh().shape) == {"data": 1, "fsdp": 1}
 
 
 @pytest.mark.parametrize("text", ["", "data", "data=0", "data=-2", "data=2,data=2", "model=2", "data=2;fsdp=2"])
 def test_a_mesh_that_cannot_be_read(text):
     with pytest.raises(ValueError, match=r"A mesh looks like data=4,fsdp=2, .* got "):
-        sharding.parse(text)
+        sharding.make_mesh(text)
 
 
 def test_a_mesh_must_fit_the_devices_and_the_batch(toy, tmp_path):
     with pytest.raises(ValueError, match="The mesh data=3,fsdp=3 needs 9 devices; there are 8"):
-        sharding.parse("data=3,fsdp=3")
+        sharding.make_mesh("data=3,fsdp=3")
     with pytest.raises(SystemExit, match="batch_size=64 does not divide among the 3 devices of the mesh"):
         start(tmp_path, "--mesh", "data=3")
     assert not list(tmp_path.iterdir())
 
 
 def test_large_leaves_are_cut_along_their_largest_dimension_that_divides():
-    mesh = sharding.parse("data=2,fsdp=4")
+    mesh = sharding.make_mesh("data=2,fsdp=4")
     shapes = {
         "conv": (3, 3, 32, 64), "head": (4096, 10), "odd": (63, 4095), "small": (64, 10), "scalar": (),
         "first": (64, 64),
@@ -105,7 +105,7 @@ def test_the_state_lies_where_it_should_throughout(toy, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(record, "stop_if_bad", lambda state: seen.append(jax.tree.map(lambda x: x.sharding, state)))
     config = Config(subset=256, epochs=3, out=tmp_path)
-    task = tasks.make(config, tasks.load(config), sharding.parse("data=2,fsdp=4"))
+    task = tasks.make(config, tasks.load(config), sharding.make_mesh("data=2,fsdp=4"))
     state = train.loop.train(config, task, Silent())
     assert len(seen) == 3
     for (path, leaf), *found in zip(jax.tree.leaves_with_path(state), *map(jax.tree.leaves, seen), strict=True):
@@ -139,7 +139,7 @@ def test_an_epoch_in_one_program(toy, monkeypatch):
     for text, backend in ((None, "cpu"), ("data=2,fsdp=2", "gpu")):
         with monkeypatch.context() as patch:
             patch.setattr(jax, "default_backend", lambda backend=backend: backend)
-            task = tasks.make(config, tasks.load(config), sharding.parse(text))
+            task = tasks.make(config, tasks.load(config), sharding.make_mesh(text))
             results.append(train.loop.train(config, task, Silent()))
     a, b = (state.params for state in results)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), a, b)

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 from s2sam_jax import (
+    ChannelAxis,
     ChannelGroup,
     Every,
-    Slice,
     TrainState,
     apply_masks,
     checked,
@@ -185,8 +185,12 @@ def test_channels_that_two_groups_name():
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3)), "gamma": jnp.ones(3), "delta": jnp.ones(3)}
     masks = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
     groups = [
-        ChannelGroup("g1", (Slice("a", -1),), scales=(Slice("gamma", 0),), statistics=(Slice("m", 0),)),
-        ChannelGroup("g2", (Slice("b", -1),), scales=(Slice("delta", 0),), statistics=(Slice("m", -1),)),
+        ChannelGroup(
+            "g1", (ChannelAxis("a", -1),), scales=(ChannelAxis("gamma", 0),), statistics=(ChannelAxis("m", 0),)
+        ),
+        ChannelGroup(
+            "g2", (ChannelAxis("b", -1),), scales=(ChannelAxis("delta", 0),), statistics=(ChannelAxis("m", -1),)
+        ),
     ]
     with pytest.raises(ValueError, match="m: axis 0 is in two groups, g1 and g2"):
         materialize(params, {"m": jnp.ones(3)}, groups, masks)
@@ -194,7 +198,7 @@ def test_channels_that_two_groups_name():
 
 def test_an_axis_that_a_group_names_twice_is_cut_once():
     params = {"a": jnp.array([[1.0, 0.0, 3.0]])}
-    group = ChannelGroup("g", (Slice("a", -1), Slice("a", 1)))
+    group = ChannelGroup("g", (ChannelAxis("a", -1), ChannelAxis("a", 1)))
     small = materialize(params, None, [group], {"a": params["a"] != 0})
     np.testing.assert_array_equal(small.params["a"], [[1.0, 3.0]])
 

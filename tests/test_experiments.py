@@ -33,9 +33,9 @@ from experiments.training import (
     variants,
 )
 from s2sam_jax import (
+    ChannelAxis,
     ChannelGroup,
     Every,
-    Slice,
     TrainState,
     apply_masks,
     get_masks,
@@ -190,7 +190,7 @@ def test_every_test_row_is_counted_once(digits):
     def apply(params, model_state, images, train):
         return jax.nn.one_hot(jnp.zeros(len(images), jnp.int32), 10), model_state
 
-    task = arrays.Task(Config(), models.Network((), (), apply), digits, sharding.parse())
+    task = arrays.Task(Config(), models.Network((), (), apply), digits, sharding.make_mesh())
     accuracy = task.evaluate((), ())["test_accuracy"]
     assert accuracy == np.mean(np.asarray(digits.test_labels) == 0)
     labels = np.concatenate([y for _, y in data.eval_batches(digits.test_images, digits.test_labels, 100)])
@@ -260,7 +260,7 @@ def test_wide_resnet32_has_the_published_size():
 @pytest.mark.parametrize("method", ["dense", *methods.available()])
 @pytest.mark.parametrize("optimizer", get_args(OptimizerName))
 def test_every_optimizer_goes_with_every_method(optimizer, method):
-    group = ChannelGroup("all", filters=(Slice("kernel", -1),), scales=(Slice("bias", 0),))
+    group = ChannelGroup("all", filters=(ChannelAxis("kernel", -1),), scales=(ChannelAxis("bias", 0),))
     tx = optimizers.make(Config(optimizer=optimizer, method=method), 10, [group])
     state = jax.eval_shape(lambda: TrainState.create({"kernel": jnp.ones((20, 20)), "bias": jnp.ones(20)}, tx))
     assert state.params["kernel"].shape == (20, 20)
@@ -344,7 +344,7 @@ def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_a_task_runs_the_step_and_tells_the_reporter_that_it_is_given(backend, monkeypatch, digits):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    task = arrays.Task(Config(batch_size=700), models.Network((), (), lambda *_: None), digits, sharding.parse())
+    task = arrays.Task(Config(batch_size=700), models.Network((), (), lambda *_: None), digits, sharding.make_mesh())
     seen = []
     for amount in (1, 10):
         reporter = SimpleNamespace(steps=lambda count, amount=amount: seen.append((amount, count)))
@@ -551,7 +551,7 @@ def test_magnitude_prunes_the_run_it_starts_from(run_dir):
 def test_methods_of_random_first_masks_are_known(method):
     """Others keep the largest of the given weights, or all (chex the best channels), so that those of a run count."""
     params = {"kernel": jnp.zeros((100, 100)).at[::4].set(1.0), "bias": jnp.ones(100)}
-    group = ChannelGroup("all", filters=(Slice("kernel", -1),), scales=(Slice("bias", 0),))
+    group = ChannelGroup("all", filters=(ChannelAxis("kernel", -1),), scales=(ChannelAxis("bias", 0),))
     tx = optimizers.make(Config(method=method, sparsity=0.75, epochs=160), 10, [group])
     kept = int((params["kernel"] * get_masks(tx.init(params))["kernel"]).sum())
     assert (kept == 2500) == (variants.in_library(method)[0] not in variants.RANDOM)

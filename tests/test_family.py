@@ -36,7 +36,7 @@ from s2sam_jax import (
     s2sam,
     sam,
     set_masks,
-    sharpest,
+    sharpest_examples,
     sparsify,
 )
 
@@ -162,17 +162,17 @@ def test_gsam_radius_moves_with_the_learning_rate():
 
 def test_sharpest():
     before, after = np.array([0.2, 1, 0.5, 0.7]), np.array([0.5, 1.05, 0.9, 1.4])
-    assert sharpest(before, after, 0.5).tolist() == [3, 2]
-    assert sharpest(before, after, 0.01).tolist() == [3], "at least one"
-    assert sharpest(before, after, 1.0).tolist() == [3, 2, 0, 1]
-    ties = jax.jit(sharpest, static_argnums=2)(jnp.zeros(7), jnp.array([1.0, 0, 1, 2, 1, 0, 1]), 0.6)
+    assert sharpest_examples(before, after, 0.5).tolist() == [3, 2]
+    assert sharpest_examples(before, after, 0.01).tolist() == [3], "at least one"
+    assert sharpest_examples(before, after, 1.0).tolist() == [3, 2, 0, 1]
+    ties = jax.jit(sharpest_examples, static_argnums=2)(jnp.zeros(7), jnp.array([1.0, 0, 1, 2, 1, 0, 1]), 0.6)
     assert ties.tolist() == [3, 0, 2, 4]
     assert ties.dtype == jnp.int32
-    assert len(sharpest(jnp.zeros(100), jnp.zeros(100), 0.29)) == 29, "0.29 * 100 is a little less than 29"
+    assert len(sharpest_examples(jnp.zeros(100), jnp.zeros(100), 0.29)) == 29, "0.29 * 100 is a little less than 29"
     draw = np.random.default_rng(0)
     for _ in range(20):
         before, after = draw.integers(0, 4, size=(2, 12)).astype(float)
-        assert sharpest(before, after, 0.5).tolist() == oracles_family.sharpest(before, after, 6)
+        assert sharpest_examples(before, after, 0.5).tolist() == oracles_family.sharpest(before, after, 6)
 
 
 REDUCTIONS = {
@@ -259,11 +259,16 @@ ERRORS = {
     ),
     "esam_rho": (lambda: esam(-1.0), ValueError, r"rho must be .* got -1\.0"),
     "esam_beta": (lambda: esam(beta=0.0), ValueError, r"esam's beta .* must lie in \(0, 1\]; got 0\.0"),
-    "sharpest_fraction": (lambda: sharpest(jnp.ones(3), jnp.ones(3), 1.5), ValueError, r"lie in \(0, 1\]; got 1\.5"),
-    "sharpest_shape": (
-        lambda: sharpest(jnp.ones(3), jnp.ones(2), 0.5), ValueError, r"one loss for each .* shapes \(3,\) and \(2,\)"
+    "sharpest_fraction": (
+        lambda: sharpest_examples(jnp.ones(3), jnp.ones(3), 1.5), ValueError, r"lie in \(0, 1\]; got 1\.5"
     ),
-    "sharpest_mean": (lambda: sharpest(jnp.ones(()), jnp.ones(()), 0.5), ValueError, r"got shapes \(\) and \(\)"),
+    "sharpest_shape": (
+        lambda: sharpest_examples(jnp.ones(3), jnp.ones(2), 0.5),
+        ValueError, r"one loss for each .* shapes \(3,\) and \(2,\)",
+    ),
+    "sharpest_mean": (
+        lambda: sharpest_examples(jnp.ones(()), jnp.ones(()), 0.5), ValueError, r"got shapes \(\) and \(\)"
+    ),
     **{
         f"{build.__name__}_no_params": (
             lambda b=build: climb(b, None, grad_fn=jnp.sin), ValueError, f"{build.__name__} needs params"

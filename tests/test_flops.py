@@ -16,7 +16,7 @@ from rich.console import Console
 from experiments import tasks
 from experiments.config import Config
 from experiments.training import flops, sparse_methods
-from s2sam_jax import ChannelGroup, Slice, apply_masks, sparsify
+from s2sam_jax import ChannelAxis, ChannelGroup, apply_masks, sparsify
 from s2sam_jax.analysis import layer_flops, masked_flops, training_flops
 
 
@@ -441,7 +441,10 @@ def test_planned_zeros_are_those_of_the_masks(method):
 
 
 def test_a_density_that_nobody_planned_must_be_recorded():
-    group, config = ChannelGroup("hidden", filters=(Slice("kernel", -1),)), dataclasses.replace(DIGITS, method="chase")
+    group, config = (
+        ChannelGroup("hidden", filters=(ChannelAxis("kernel", -1),)),
+        dataclasses.replace(DIGITS, method="chase"),
+    )
     assert flops.pruned_share(config, 10, [group]) is None
     with pytest.raises(ValueError, match=r"chase needs a sparsity an epoch, 10; got 3"):
         flops.pruned_share(config, 10, [group], [0.0, 0.3, 0.6])

@@ -17,19 +17,22 @@ from experiments.benchmarks import inference
 from experiments.config import Config
 from experiments.models import resnet, resnet_imagenet, transformer
 from experiments.training import checkpoint, optimizers
-from s2sam_jax import ChannelGroup, Slice, TrainState, channel_masks, materialize
+from s2sam_jax import ChannelAxis, ChannelGroup, TrainState, channel_masks, materialize
 from s2sam_jax._sparsity.channels import group_sizes
 
 NORMED = ChannelGroup(
     "normed",
-    filters=(Slice("first", -1),),
-    scales=(Slice("scale", 0),),
-    biases=(Slice("bias", 0),),
-    inputs=(Slice("second", -2),),
-    statistics=(Slice("mean", 0), Slice("var", 0)),
+    filters=(ChannelAxis("first", -1),),
+    scales=(ChannelAxis("scale", 0),),
+    biases=(ChannelAxis("bias", 0),),
+    inputs=(ChannelAxis("second", -2),),
+    statistics=(ChannelAxis("mean", 0), ChannelAxis("var", 0)),
 )
 PLAIN = ChannelGroup(
-    "plain", filters=(Slice("second", -1),), biases=(Slice("offset", 0),), inputs=(Slice("third", -2),)
+    "plain",
+    filters=(ChannelAxis("second", -1),),
+    biases=(ChannelAxis("offset", 0),),
+    inputs=(ChannelAxis("third", -2),),
 )
 GROUPS = [NORMED, PLAIN]
 
@@ -129,7 +132,9 @@ def test_nothing_to_remove_is_the_identity():
 def test_one_leaf_on_both_axes():
     """The weights of a recurrence compute the channels and read them."""
     params = {"inputs": jnp.ones((2, 3)), "again": jnp.arange(9.0).reshape(3, 3)}
-    group = ChannelGroup("hidden", (Slice("inputs", -1), Slice("again", -1)), inputs=(Slice("again", 0),))
+    group = ChannelGroup(
+        "hidden", (ChannelAxis("inputs", -1), ChannelAxis("again", -1)), inputs=(ChannelAxis("again", 0),)
+    )
     masks = channel_masks(params, [group], {"hidden": jnp.array([True, False, True])})
     small = materialize(masked(params, masks), None, [group], masks)
     np.testing.assert_array_equal(small.params["again"], [[0, 2], [6, 8]])
@@ -139,7 +144,9 @@ def test_one_leaf_on_both_axes():
 def test_types_and_wrappers_are_kept():
     module = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     params = {"a": nnx.state(module), "b": np.ones((3, 2), ml_dtypes.bfloat16)}
-    group = ChannelGroup("a", (Slice("a/kernel", -1),), biases=(Slice("a/bias", 0),), inputs=(Slice("b", 0),))
+    group = ChannelGroup(
+        "a", (ChannelAxis("a/kernel", -1),), biases=(ChannelAxis("a/bias", 0),), inputs=(ChannelAxis("b", 0),)
+    )
     masks = channel_masks(params, [group], {"a": jnp.array([False, True, True])})
     params = masked(params, masks) | {"b": np.where(np.asarray(masks["b"]), params["b"], 0)}
     small = materialize(params, (), [group], masks).params
@@ -158,8 +165,8 @@ def changed(**leaves):
 @pytest.mark.parametrize(
     ("groups", "masks", "message"),
     [
-        ([NORMED._replace(inputs=(Slice("third", 0),))], changed(), "normed: 'third' has 5 on axis 0, not 6"),
-        ([NORMED._replace(statistics=(Slice("std", 0),))], changed(), "normed: no leaf 'std' with an axis 0"),
+        ([NORMED._replace(inputs=(ChannelAxis("third", 0),))], changed(), "normed: 'third' has 5 on axis 0, not 6"),
+        ([NORMED._replace(statistics=(ChannelAxis("std", 0),))], changed(), "normed: no leaf 'std' with an axis 0"),
         ([PLAIN, PLAIN._replace(name="again")], changed(), "third: axis 0 is in two groups, plain and again"),
         (
             [NORMED._replace(scales=(), biases=())],

@@ -10,7 +10,7 @@ import oracles_channels as oracle
 import pytest
 from common import run
 
-from s2sam_jax import ChannelGroup, Every, Slice, check_masks, methods, s2sam, set_masks, sparsify
+from s2sam_jax import ChannelAxis, ChannelGroup, Every, check_masks, methods, s2sam, set_masks, sparsify
 from s2sam_jax._base.schedules import cosine
 from s2sam_jax._base.select import keep_best, random_scores
 from s2sam_jax._sparsity.exploration import leverage_scores, residuals, sample, shares
@@ -26,10 +26,10 @@ KERNELS = ("conv1", "conv2", "conv3")
 def group(number):
     return ChannelGroup(
         f"channels{number}",
-        filters=(Slice(f"conv{number}", -1),),
-        scales=(Slice(f"norm{number}/scale", 0),),
-        biases=(Slice(f"norm{number}/bias", 0),),
-        inputs=(Slice(f"conv{number + 1}", -2),),
+        filters=(ChannelAxis(f"conv{number}", -1),),
+        scales=(ChannelAxis(f"norm{number}/scale", 0),),
+        biases=(ChannelAxis(f"norm{number}/bias", 0),),
+        inputs=(ChannelAxis(f"conv{number + 1}", -2),),
     )
 
 
@@ -221,7 +221,7 @@ def chex_widths(compat, scales, explore=0.0, sparsity=0.5, alive=None):
     """Widths of two groups after an update in the first step of a long clock."""
     params = {"a": jnp.eye(12, len(scales[0])), "b": jnp.eye(12, len(scales[1])),
               "sa": jnp.asarray(scales[0], float), "sb": jnp.asarray(scales[1], float)}  # fmt: skip
-    groups = [ChannelGroup(n, filters=(Slice(n, 1),), scales=(Slice(f"s{n}", 0),)) for n in "ab"]
+    groups = [ChannelGroup(n, filters=(ChannelAxis(n, 1),), scales=(ChannelAxis(f"s{n}", 0),)) for n in "ab"]
     tx = optimizer(methods.chex(groups, explore=explore, compat=compat), sparsity=sparsity, when=Every(0, 1, 1000))
     dense = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
     state = set_masks(tx.init(params), dense if alive is None else alive(dense))
@@ -258,7 +258,7 @@ def test_chex_authors_widths_only_shrink():
 def test_chex_first_masks_are_exact_where_the_authors_cut():
     """Of 15 + 15 channels 21 live at first; each half of 10.5 is cut to 10 by the code."""
     params = {"a": jnp.ones((8, 15)), "b": jnp.ones((8, 15)), "s": jnp.ones(15), "t": jnp.ones(15)}
-    groups = [ChannelGroup(n, filters=(Slice(n, 1),), scales=(Slice(s, 0),)) for n, s in ("as", "bt")]
+    groups = [ChannelGroup(n, filters=(ChannelAxis(n, 1),), scales=(ChannelAxis(s, 0),)) for n, s in ("as", "bt")]
     first = {
         compat: optimizer(methods.chex(groups, compat=compat)).init(params).masks for compat in ("paper", "authors")
     }
@@ -329,7 +329,7 @@ def test_chase_density_follows_the_printed_cosine():
     """.15, .1427, .125, .1073 and .1 of 10 000 weights."""
     params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(100, 100)), jnp.float32)}
     method = methods.chase(
-        [ChannelGroup("all", filters=(Slice("kernel", 1),))], channel_sparsity=0.0, exploration_end=1.0
+        [ChannelGroup("all", filters=(ChannelAxis("kernel", 1),))], channel_sparsity=0.0, exploration_end=1.0
     )
     tx = sparsify(optax.sgd(0.0), method, sparsity=0.9, when=Every(0, 1, 1000))
     first, update = tx.init(params), jax.jit(functools.partial(tx.update, refresh_masks=True))
@@ -344,7 +344,7 @@ def test_chase_removal_follows_the_printed_cubic():
         "kernel": jnp.asarray(np.random.default_rng(0).normal(size=(2, 1024)), jnp.float32),
         "bias": jnp.ones(1024),
     }
-    groups = [ChannelGroup("all", filters=(Slice("kernel", 1),), biases=(Slice("bias", 0),))]
+    groups = [ChannelGroup("all", filters=(ChannelAxis("kernel", 1),), biases=(ChannelAxis("bias", 0),))]
     method = methods.chase(groups, channel_every=5, removal_end=0.82)
     tx = sparsify(optax.sgd(0.0), method, sparsity=0.5, when=Every(0, 10, 250))
     first, update = tx.init(params), jax.jit(functools.partial(tx.update, refresh_masks=True))
@@ -356,7 +356,7 @@ def test_chase_removal_follows_the_printed_cubic():
 def test_chase_never_brings_a_channel_back_even_where_all_weights_are_zero():
     """The first channels go, the smallest: 0, 2, 3, 3, 4. When all are equal, ties would prefer the first."""
     params = {"kernel": jnp.arange(1.0, 17.0).reshape(2, 8), "bias": jnp.ones(8)}
-    groups = [ChannelGroup("all", filters=(Slice("kernel", 1),), biases=(Slice("bias", 0),))]
+    groups = [ChannelGroup("all", filters=(ChannelAxis("kernel", 1),), biases=(ChannelAxis("bias", 0),))]
     tx = sparsify(optax.sgd(0.0), methods.chase(groups, removal_end=0.4), sparsity=0.1, when=Every(0, 1, 10))
     state, update, alive = tx.init(params), jax.jit(tx.update), []
     for step in range(6):
@@ -370,7 +370,7 @@ def chase_step(compat, step=0, extra=0.25):
     weights = jnp.array([[0.5, 0.1, 0.4, 0.3, 0.2, 0.0, 0.0, 0.0]])
     grads = jnp.array([[0.0, 0.0, 0.0, 0.0, 0.0, 3.0, 2.0, 1.0]])
     params = {"kernel": weights}
-    groups = [ChannelGroup("all", filters=(Slice("kernel", 1),))]
+    groups = [ChannelGroup("all", filters=(ChannelAxis("kernel", 1),))]
     method = methods.chase(groups, channel_sparsity=0.0, extra=extra, compat=compat)
     tx = sparsify(optax.sgd(0.0), method, sparsity=0.5, when=Every(0, 1, 1000))
     state = set_masks(tx.init(params), {"kernel": weights != 0})
@@ -443,7 +443,7 @@ def started(method, sparsity=0.5, when=WHEN, **kwargs):
     return lambda: optimizer(method(), sparsity, when, **kwargs).init(tree(0))
 
 
-BARE = ChannelGroup("bare", filters=(Slice("conv1", -1),))
+BARE = ChannelGroup("bare", filters=(ChannelAxis("conv1", -1),))
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,10 @@ BARE = ChannelGroup("bare", filters=(Slice("conv1", -1),))
         ),
         (started(lambda: methods.chex(GROUPS), distribution="erk"), "Use distribution='uniform'"),
         (started(lambda: methods.chex(GROUPS), when=Every()), "chex follows the clock to its end: give when="),
-        (started(lambda: methods.chex([BARE._replace(scales=(Slice("conv1", 0),))])), "Channel groups do not fit"),
+        (
+            started(lambda: methods.chex([BARE._replace(scales=(ChannelAxis("conv1", 0),))])),
+            "Channel groups do not fit",
+        ),
         (lambda: methods.chase(GROUPS, channel_sparsity=1.0), r"channel_sparsity is the fraction of zeros"),
         (lambda: methods.chase(GROUPS, min_width=1.5), "chase needs 0 <= min_width <= 1; got 1.5"),
         (lambda: methods.chase(GROUPS, drop_fraction=-1), "chase needs 0 <= drop_fraction <= 1; got -1"),

@@ -118,7 +118,7 @@ def test_each_part_costs_two_gradients():
 
 
 def test_with_a_batch_cut_up_each_device_has_its_own_part():
-    mesh = sharding.parse("data=4")
+    mesh = sharding.make_mesh("data=4")
     params = {"kernel": jnp.asarray(START, jnp.float32)}
     state = {"mean": jnp.zeros(3), "calls": jnp.int32(0)}
 

@@ -17,7 +17,7 @@ from experiments.recipes import base
 from experiments.recipes.ssam import DOUBTFUL
 from experiments.rows import comparison
 from experiments.training import runs, sparse_methods
-from s2sam_jax import ChannelGroup, Every, Slice
+from s2sam_jax import ChannelAxis, ChannelGroup, Every
 
 ALL = list(recipes.RECIPES.values())
 
@@ -137,7 +137,9 @@ def test_distributions_and_rounds():
 def test_methods_and_clocks_can_be_made():
     for recipe in ALL:
         if recipe.config.method != "dense":
-            method = sparse_methods.make(recipe.config, [ChannelGroup("hidden", (Slice("a", -1),), (Slice("b", 0),))])
+            method = sparse_methods.make(
+                recipe.config, [ChannelGroup("hidden", (ChannelAxis("a", -1),), (ChannelAxis("b", 0),))]
+            )
             clock = sparse_methods.clock(recipe.config, steps_per_epoch=100)
             assert method.update is None or (clock or method.when) is not None, recipe.name
 

@@ -9,7 +9,7 @@ import oracles
 import pytest
 
 from s2sam_jax import Every, erdos_renyi, erdos_renyi_kernel, methods, sparsify, uniform
-from s2sam_jax._sparsity.distributions import kernels
+from s2sam_jax._sparsity.distributions import is_kernel
 
 
 def shapes_tree(shapes):
@@ -79,7 +79,7 @@ def test_er_uses_the_last_two_dimensions():
 def test_uniform_gives_every_leaf_the_same_and_leaves_vectors_dense():
     params = shapes_tree({"kernel": (8, 8), "bias": (8,), "scalar": ()})
     assert uniform(params, 0.75) == {"kernel": 0.75, "bias": 0.0, "scalar": 0.0}
-    assert not kernels("", jnp.zeros((0, 4)))
+    assert not is_kernel("", jnp.zeros((0, 4)))
 
 
 def test_overrides_stay_outside_the_budget():

@@ -91,7 +91,7 @@ def test_learning_rates():
 
 def test_label_noise_replaces_its_share_by_other_classes_and_leaves_the_evaluation_right():
     clean = data.load("digits")
-    task = arrays.Task(Config(validation=437, label_noise=0.4), tasks.build(Config()), clean, sharding.parse())
+    task = arrays.Task(Config(validation=437, label_noise=0.4), tasks.build(Config()), clean, sharding.make_mesh())
     noisy, held = task._dataset, data.hold_out(clean, 437)
     wrong = np.flatnonzero(np.asarray(noisy.train_labels) != np.asarray(held.train_labels))
     assert len(wrong) == 400

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments.models import layers
-from s2sam_jax import ChannelGroup, Slice
+from s2sam_jax import ChannelAxis, ChannelGroup
 
 
 def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -69,4 +69,4 @@ class FeedForward(nnx.Module):
     def groups(self) -> tuple[ChannelGroup, ...]:
         """The hidden features, which no norm follows."""
         group = layers.channel_group(f"{self.name}/inner", norms=[], readers=[f"{self.name}/outer"])
-        return (group._replace(biases=(Slice(f"{self.name}/inner/bias", 0),)),)
+        return (group._replace(biases=(ChannelAxis(f"{self.name}/inner/bias", 0),)),)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments.models import layers
-from s2sam_jax import ChannelGroup, Slice
+from s2sam_jax import ChannelAxis, ChannelGroup
 
 _WIDTH = 32
 # At that width: expansion, kernel size, channels, blocks, and the stride of the first block.
@@ -99,7 +99,7 @@ class Block(nnx.Module):
             for layer in ("conv1", "conv2", "conv3", "norm1", "norm2", "attention/squeeze", "attention/excite")
         )
         group = layers.channel_group(conv1, conv2, excite, norms=[norm1, norm2], readers=[squeeze, conv3])
-        return (group._replace(biases=(*group.biases, Slice(f"{excite}/bias", 0))),)
+        return (group._replace(biases=(*group.biases, ChannelAxis(f"{excite}/bias", 0))),)
 
 
 class EfficientNetB0(nnx.Module):

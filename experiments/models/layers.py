@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from s2sam_jax import ChannelGroup, Slice
+from s2sam_jax import ChannelAxis, ChannelGroup
 
 HE_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's own for convolutions and linear layers.
@@ -114,9 +114,9 @@ def channel_group(*layers: str, norms: Sequence[str], readers: Sequence[str]) ->
     """
     return ChannelGroup(
         layers[0],
-        filters=tuple(Slice(f"{layer}/kernel", -1) for layer in layers),
-        scales=tuple(Slice(f"{norm}/scale", 0) for norm in norms),
-        biases=tuple(Slice(f"{norm}/bias", 0) for norm in norms),
-        inputs=tuple(Slice(f"{reader}/kernel", -2) for reader in readers),
-        statistics=tuple(Slice(f"{norm}/{moment}", 0) for norm in norms for moment in ("mean", "var")),
+        filters=tuple(ChannelAxis(f"{layer}/kernel", -1) for layer in layers),
+        scales=tuple(ChannelAxis(f"{norm}/scale", 0) for norm in norms),
+        biases=tuple(ChannelAxis(f"{norm}/bias", 0) for norm in norms),
+        inputs=tuple(ChannelAxis(f"{reader}/kernel", -2) for reader in readers),
+        statistics=tuple(ChannelAxis(f"{norm}/{moment}", 0) for norm in norms for moment in ("mean", "var")),
     )

@@ -129,20 +129,20 @@ def by_radius(
 ) -> Iterator[Recipe]:
     """A comparison of our own: SGD, and optimizers at several radii beside it."""
     for optimizer, rho in radii:
-        config, plain = dataclasses.replace(base, optimizer=optimizer, rho=rho), optimizer == "sgd"
+        plain = optimizer == "sgd"
         key = f"{stem}-sgd" if plain else f"{stem}-{optimizer}-{rho:g}"
-        row = f"{label}, {LABELS[optimizer]}" + ("" if plain else f", rho {rho:g}")
-        found = recipe(
-            table,
-            key,
-            row,
-            config,
-            Printed(),
+        yield Recipe(
+            name=f"{table}.{key}",
+            table=table,
+            key=key,
+            row=f"{label}, {LABELS[optimizer]}" + ("" if plain else f", rho {rho:g}"),
+            config=dataclasses.replace(base, optimizer=optimizer, rho=rho),
+            printed=Printed(),
+            metric=ACCURACY,
             unknown=unknown,
+            baseline=None if plain else f"{table}.{stem}-sgd",
             **OURS,
         )
-        baseline = None if plain else f"{table}.{stem}-sgd"
-        yield dataclasses.replace(found, name=f"{table}.{key}", row=row, baseline=baseline)
 
 
 def cell(text: str) -> Printed:

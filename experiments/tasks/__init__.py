@@ -123,7 +123,7 @@ def load(config: Config) -> Any:
 
 def make(config: Config, loaded: Any, mesh: Mesh | None = None) -> Task:
     """The task of a config on the data that :func:`load` gave; by default on one device."""
-    mesh = mesh or sharding.parse()
+    mesh = mesh or sharding.make_mesh()
     sharding.check_batch(mesh, config.batch_size)
     return _module(config).Task(config, build(config), loaded, mesh)
 

@@ -37,7 +37,7 @@ class Task:
         if config.label_noise:
             classes = data.KINDS[config.dataset].classes
             dataset = data.with_label_noise(dataset, config.label_noise, classes, config.seed)
-        self._dataset = dataset = sharding.put(dataset, sharding.everywhere(mesh))
+        self._dataset = dataset = sharding.put(dataset, sharding.replicated(mesh))
         examples = len(dataset.train_labels)
         if examples < config.batch_size:
             raise ValueError(f"batch_size={config.batch_size} is more than the {examples} training rows.")
@@ -78,7 +78,7 @@ def _take(images: jax.Array, labels: jax.Array, rows: jax.Array) -> tuple[jax.Ar
 
 def epoch_runner(step: Step, dataset: Dataset, reporter: Reporter, mesh: Mesh | None = None) -> OrderedEpoch:
     """An epoch as one program; on CPU, where XLA is slow at convolution gradients inside loops, as one a step."""
-    mesh = mesh or sharding.parse()
+    mesh = mesh or sharding.make_mesh()
 
     def stepwise(state, order):
         return run_epoch(step, state, batches_of(dataset, order, mesh), reporter)

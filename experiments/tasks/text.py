@@ -81,7 +81,7 @@ class Task(Streamed):
         return metrics["train_accuracy"], jnp.sum(batch["targets"] != wmt.PAD)
 
     def _bleu(self, params: Any, model_state: Any) -> float:
-        everywhere = sharding.everywhere(self.mesh)
+        everywhere = sharding.replicated(self.mesh)
         compiled = partial(jax.jit(self._search, out_shardings=everywhere), params, model_state)
         length = self._config.max_length
         english, german = zip(*self._loaded.test_pairs, strict=True)

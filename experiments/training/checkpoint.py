@@ -119,7 +119,7 @@ def restore(folder: Path, like: TrainState) -> TrainState:
             raise ValueError("it does not say what is in it")
     _check_fields(folder, stored, like)
     alone = jax.process_count() == 1
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if alone else sharding.everywhere(sharding.parse())
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if alone else sharding.replicated(sharding.make_mesh())
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), like)
     with _reading(folder):
         return ocp.load(str(folder.resolve()), target)

@@ -32,9 +32,9 @@ def initial_state(
     def create(params: Any, model_state: Any) -> TrainState:
         return TrainState.create(params, tx, model_state=model_state, seed=config.key("train"))
 
-    mesh = mesh or sharding.parse()
+    mesh = mesh or sharding.make_mesh()
     shardings = sharding.of_state(mesh, jax.eval_shape(create, *weights))
-    return jax.jit(create, out_shardings=shardings)(*sharding.put(weights, sharding.everywhere(mesh)))
+    return jax.jit(create, out_shardings=shardings)(*sharding.put(weights, sharding.replicated(mesh)))
 
 
 def train_step(config: Config, losses: Losses, tx: optax.GradientTransformation, **options: Any) -> Any:

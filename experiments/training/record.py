@@ -137,8 +137,8 @@ def layer_sparsity(config: Config, state: TrainState) -> dict[str, list[int]]:
 def stop_if_bad(state: TrainState) -> None:
     if (bad := int(state.first_bad_step)) >= 0:
         raise FloatingPointError(
-            f"Training broke down at step {bad}: the loss, a gradient or an update was not finite. Try a lower "
-            "learning_rate or rho."
+            f"Training broke down at step {bad}: the loss or the update was not finite. Try a lower learning_rate or "
+            "rho."
         )
 
 

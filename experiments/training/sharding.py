@@ -41,7 +41,7 @@ def leave(error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def parse(text: str | None = None) -> Mesh:
+def make_mesh(text: str | None = None) -> Mesh:
     """A mesh from ``data=4,fsdp=2``; without a text one device, or all of them where there are several processes.
 
     Raises:
@@ -74,7 +74,7 @@ def of_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES))
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -88,7 +88,7 @@ def of_state(mesh: Mesh, state: Any) -> Any:
         size = mesh.shape["fsdp"]
         divisible = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
         if size == 1 or leaf.size < SMALL or not divisible:
-            return everywhere(mesh)
+            return replicated(mesh)
         axis = max(divisible, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
 

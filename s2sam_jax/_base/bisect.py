@@ -61,7 +61,10 @@ def largest(stacks: list[jax.Array], counts: jax.Array, first_places: list[jax.A
 
 
 def _search(stacks: list[jax.Array], counts: jax.Array, bits: int, reached: jax.Array) -> _Found:
-    """The largest threshold of so many bits that ``counts`` entries reach; none is sought where ``reached`` fits."""
+    """Per row, the largest threshold of so many bits that at least ``counts`` entries reach.
+
+    ``reached`` is how many reach the threshold 0; where that is ``counts``, nothing is searched.
+    """
     dtype = stacks[0].dtype
     digits = jnp.arange(1, 2**BITS_A_PASS, dtype=dtype)
 

@@ -68,7 +68,8 @@ def tick(
 ) -> tuple[bool | jax.Array, jax.Array, jax.Array]:
     """Whether this call fires, and ``step`` and ``next_update`` of the state after it.
 
-    The caller decides where it gave ``refresh``. What was planned before is done first, also under another clock.
+    ``refresh``, where the caller gives it, decides; else the ``next_update`` of the state does, also where the clock
+    has been exchanged since it was planned.
     """
     step = increment(state.step)
     if clock is None:

@@ -13,7 +13,9 @@ HOLDING_BACK = ((optax.MultiStepsState, "optax.MultiSteps"), (optax.ApplyIfFinit
 
 
 def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """As optax's own, which would keep them from an ``optax.MultiSteps`` that is passed as the object it is."""
+    """As optax's own, which would keep them from a bare ``optax.MultiSteps``: its update takes them, but it is no
+    ``GradientTransformationExtraArgs``.
+    """
     if isinstance(tx, optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)

@@ -11,6 +11,8 @@ from s2sam_jax._base.structure import UNSTRUCTURED, Structure
 Params = Any  # a pytree of floating arrays
 Masks = Any  # bool arrays, exactly the treedef of the parameters; True where a weight lives
 GradFn = Callable[[Params], Params]
+BatchLoss = Callable[[Params, Any], jax.Array]
+Progress = Callable[[int], None]  # called with how many more of something are done
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 Compat = Literal["paper", "authors"]
 Invariant = Literal["per_layer", "total", "monotone", "bounded"]
@@ -76,8 +78,9 @@ class SparseMethod(NamedTuple):
       update: ``(MaskInputs, state) -> MaskUpdate``, called when the clock fires; ``None`` for masks that
         never change.
       invariant: what every mask update preserves: ``"per_layer"`` (each leaf keeps its count), ``"total"`` (the sum
-        of counts is kept), ``"monotone"`` (masks only shrink, which ``sparsify`` relies on) or ``"bounded"``. Under
-        ``jax.experimental.checkify`` an update that breaks it is an error (counts not where a structure pads).
+        of counts is kept), ``"monotone"`` (masks only shrink, which ``sparsify`` relies on) or ``"bounded"`` (counts
+        rise and fall as the method plans, and nothing is checked). Under ``jax.experimental.checkify`` an update that
+        breaks it is an error (counts not where a structure pads).
       ranks: whether it spends the sparsity ``"leaf"`` by leaf, or over all leaves together (``"global"``).
       when: the clock, if the method brings its own; ``sparsify(when=...)`` takes precedence.
       structured: whether it works under ``sparsify(structure=...)``: it ranks within leaves, by magnitudes, and

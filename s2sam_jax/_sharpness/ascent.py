@@ -11,7 +11,7 @@ from s2sam_jax._base.types import Params
 
 def ascent(
     grads: Sequence[jax.Array],
-    params: Sequence[jax.Array],
+    params: Sequence[jax.Array] = (),
     *,
     rho: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
@@ -19,7 +19,7 @@ def ascent(
 ) -> list[jax.Array]:
     """``rho * g / (||g|| + eps)``, or with ``eta`` ASAM's ``rho * T**2 g / (||T g|| + eps)``, ``T = |w| + eta``.
 
-    One norm over all leaves, in float32 or wider; the vectors come back in that precision.
+    ASAM alone needs ``params``. One norm over all leaves, in float32 or wider; the vectors come back in that precision.
     A zero gradient gives a zero vector.
     """
     grads = [at_least_f32(g) for g in grads]

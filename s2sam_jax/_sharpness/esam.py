@@ -41,7 +41,7 @@ def esam(
 
     Leaves are drawn anew at every step, the first included (the released code has all of them there). The other half
     of the method, the second gradient on the sharpest examples alone, is ``make_train_step(..., sharpest_fraction=0.5,
-    example_loss_fn=...)``, or :func:`sharpest` in a loop of your own; it is what saves time here.
+    example_loss_fn=...)``, or :func:`sharpest_examples` in a loop of your own; it is what saves time here.
 
     Args:
       rho: radius of the perturbation (L2 over the leaves drawn, before the division by beta), or a schedule.
@@ -101,7 +101,7 @@ def _drawn(grads: Params, key: jax.Array, beta: float) -> Params:
     return treedef.unflatten([jnp.where(b, g, jnp.zeros((), g.dtype)) for b, g in zip(chosen, leaves, strict=True)])
 
 
-def sharpest(before: jax.Array, after: jax.Array, fraction: float) -> jax.Array:
+def sharpest_examples(before: jax.Array, after: jax.Array, fraction: float) -> jax.Array:
     r"""Sharpness-sensitive data selection: the examples whose loss the perturbation raises most.
 
     .. math:: \text{the } \max(1, \lfloor \gamma B \rfloor) \text{ largest of } \ell_i(w + \epsilon) - \ell_i(w)
@@ -124,14 +124,14 @@ def sharpest(before: jax.Array, after: jax.Array, fraction: float) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from s2sam_jax import sharpest
-      >>> print(sharpest(jnp.array([0.2, 1.0, 0.5, 0.7]), jnp.array([0.5, 1.05, 0.9, 1.4]), 0.5))
+      >>> from s2sam_jax import sharpest_examples
+      >>> print(sharpest_examples(jnp.array([0.2, 1.0, 0.5, 0.7]), jnp.array([0.5, 1.05, 0.9, 1.4]), 0.5))
       [3 2]
     """
     check_sharpest_fraction(fraction)
     if jnp.ndim(before) != 1 or jnp.shape(before) != jnp.shape(after) or not len(before):
         raise ValueError(
-            "sharpest needs one loss for each example of a batch, before and after; got shapes "
+            "sharpest_examples needs one loss for each example of a batch, before and after; got shapes "
             f"{jnp.shape(before)} and {jnp.shape(after)}."
         )
     count = max(1, rounded_down(len(before) * fraction))

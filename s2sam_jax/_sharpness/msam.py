@@ -83,9 +83,9 @@ def msam(rho: ScalarOrSchedule = 0.3, *, eps: float = 1e-12) -> optax.GradientTr
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def epsilon(state: MSAMState, momentum: list[jax.Array], params: list[jax.Array]) -> list[jax.Array]:
+def epsilon(state: MSAMState, momentum: list[jax.Array]) -> list[jax.Array]:
     """The perturbation of the next gradient: against the momentum."""
-    return ascent(momentum, params, rho=-scalar(state.rho), eps=scalar(state.eps))
+    return ascent(momentum, rho=-scalar(state.rho), eps=scalar(state.eps))
 
 
 def momenta(opt_state: Any, leaves: Set[str] | None) -> Iterator[tuple[MSAMState, dict[str, jax.Array]]]:

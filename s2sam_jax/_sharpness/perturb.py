@@ -79,11 +79,10 @@ def perturbations(
                 both = f"two {name}s" if owners[path] == name else f"{owners[path]} and {name}"
                 raise ValueError(f"perturb: {both} claim the leaf {path}; use one s2sam() or msam() per leaf.")
             owners[path] = name
-        weights = [clean[path] for path in directions]
         if isinstance(state, S2SAMState):
-            epsilon = s2sam.epsilon(state, weights)
+            epsilon = s2sam.epsilon(state, [clean[path] for path in directions])
         else:
-            epsilon = msam.epsilon(state, list(directions.values()), weights)
+            epsilon = msam.epsilon(state, list(directions.values()))
         yield state, directions, dict(zip(directions, epsilon, strict=True))
 
 

@@ -14,7 +14,7 @@ from s2sam_jax._base.select import random_scores
 from s2sam_jax._base.structure import NM, UNSTRUCTURED, Unstructured, same
 from s2sam_jax._base.tree import align, at_least_f32, cond, copy_key
 from s2sam_jax._base.types import Compat, Masks, Params, ScalarOrSchedule
-from s2sam_jax._sharpness.ascent import add, ascent
+from s2sam_jax._sharpness.ascent import ascent_point
 from s2sam_jax._sharpness.sam import second_gradient
 from s2sam_jax._sharpness.ssam_masks import move, move_as_released, move_in_groups, top, top_in_groups
 
@@ -149,15 +149,15 @@ def ssam(
         gradient_at = second_gradient("ssam", params, updates, grad_fn, second_grad_fn)
         live = None if masks is None else align(masks, params)
         due, step, next_update = tick(clock, state, refresh_perturbation)
+        old, radius = state.perturb_masks, rho_at(state.step)
+        new = cond(due, lambda: refreshed(updates, state, params, live, fisher_fn), lambda: old)
+        acting = old if authors and mask == "dynamic" else new
 
-        def change():
-            return refreshed(updates, state, params, live, fisher_fn)
+        def point(grads):
+            moved = ascent_point(params, grads, rho=radius, eps=eps)
+            return jax.tree.map(jnp.where, acting, moved, params)
 
-        new = cond(due, change, lambda: state.perturb_masks)
-        acting = state.perturb_masks if authors and mask == "dynamic" else new
-        radius = rho_at(state.step)
-        grads = gradient_at(lambda grads: _masked_ascent(params, grads, acting, radius, eps))
-        return grads, SSAMState(step, next_update, radius, new, state.key)
+        return gradient_at(point), SSAMState(step, next_update, radius, new, state.key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -204,13 +204,6 @@ def empirical_fisher(
         return total
 
     return fisher
-
-
-def _masked_ascent(params: Params, grads: Params, masks: Masks, rho: jax.Array, eps: float) -> Params:
-    leaves, treedef = jax.tree.flatten(params)
-    epsilon = ascent(treedef.flatten_up_to(grads), leaves, rho=rho, eps=eps)
-    moved = zip(leaves, epsilon, treedef.flatten_up_to(masks), strict=True)
-    return treedef.unflatten([jnp.where(m, add(w, e), w) for w, e, m in moved])
 
 
 def _fisher(fisher_fn: Callable[[Params], Params] | None, params: Params) -> Params:

@@ -10,8 +10,8 @@ from s2sam_jax._base.tree import by_name, map_named
 from s2sam_jax._base.types import Masks, Params
 
 
-class Slice(NamedTuple):
-    """One index of an axis of a leaf, by the leaf's path: ``Slice("conv1/kernel", -1)`` are the filters of a kernel."""
+class ChannelAxis(NamedTuple):
+    """An axis of a leaf that runs over channels: ``ChannelAxis("conv1/kernel", -1)`` are the filters of that kernel."""
 
     path: str
     axis: int
@@ -36,28 +36,28 @@ class ChannelGroup(NamedTuple):
       statistics: leaves of the model state with one entry a channel: running means and variances.
 
     Example:
-      >>> from s2sam_jax import ChannelGroup, Slice
+      >>> from s2sam_jax import ChannelGroup, ChannelAxis
       >>> group = ChannelGroup(
       ...     "conv1",
-      ...     filters=(Slice("conv1/kernel", -1),),
-      ...     scales=(Slice("norm1/scale", 0),),
-      ...     biases=(Slice("norm1/bias", 0),),
-      ...     inputs=(Slice("conv2/kernel", -2),),
-      ...     statistics=(Slice("norm1/mean", 0), Slice("norm1/var", 0)),
+      ...     filters=(ChannelAxis("conv1/kernel", -1),),
+      ...     scales=(ChannelAxis("norm1/scale", 0),),
+      ...     biases=(ChannelAxis("norm1/bias", 0),),
+      ...     inputs=(ChannelAxis("conv2/kernel", -2),),
+      ...     statistics=(ChannelAxis("norm1/mean", 0), ChannelAxis("norm1/var", 0)),
       ... )
       >>> group.parameters[1]
-      Slice(path='norm1/scale', axis=0)
+      ChannelAxis(path='norm1/scale', axis=0)
     """
 
     name: str
-    filters: tuple[Slice, ...]
-    scales: tuple[Slice, ...] = ()
-    biases: tuple[Slice, ...] = ()
-    inputs: tuple[Slice, ...] = ()
-    statistics: tuple[Slice, ...] = ()
+    filters: tuple[ChannelAxis, ...]
+    scales: tuple[ChannelAxis, ...] = ()
+    biases: tuple[ChannelAxis, ...] = ()
+    inputs: tuple[ChannelAxis, ...] = ()
+    statistics: tuple[ChannelAxis, ...] = ()
 
     @property
-    def parameters(self) -> tuple[Slice, ...]:
+    def parameters(self) -> tuple[ChannelAxis, ...]:
         return (*self.filters, *self.scales, *self.biases, *self.inputs)
 
 
@@ -110,9 +110,9 @@ def channel_masks(params: Params, groups: Sequence[ChannelGroup], alive: Mapping
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from s2sam_jax import ChannelGroup, Slice, channel_masks
+      >>> from s2sam_jax import ChannelGroup, ChannelAxis, channel_masks
       >>> params = {"a": jnp.ones((1, 2)), "b": jnp.ones((2, 1))}
-      >>> group = ChannelGroup("hidden", filters=(Slice("a", -1),), inputs=(Slice("b", -2),))
+      >>> group = ChannelGroup("hidden", filters=(ChannelAxis("a", -1),), inputs=(ChannelAxis("b", -2),))
       >>> masks = channel_masks(params, [group], {"hidden": jnp.array([True, False])})
       >>> print(masks["a"], masks["b"].T)
       [[ True False]] [[ True False]]
@@ -136,6 +136,6 @@ def channel_masks(params: Params, groups: Sequence[ChannelGroup], alive: Mapping
     return map_named(mask, params)
 
 
-def _length(part: Slice, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def _length(part: ChannelAxis, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     shape = shapes.get(part.path, ())
     return shape[part.axis] if -len(shape) <= part.axis < len(shape) else None

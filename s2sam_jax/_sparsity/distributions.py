@@ -21,7 +21,7 @@ Distribution = Callable[..., Any]
 NO_KERNELS = ("bias", "scale", "offset", "beta", "gamma")
 
 
-def kernels(path: str, leaf: Any) -> bool:
+def is_kernel(path: str, leaf: Any) -> bool:
     """The default ``prunable``: floating leaves of two or more dimensions, but for those named as biases and scales."""
     name = path.rpartition("/")[2].lower()
     if name in NO_KERNELS or name.endswith(("_bias", "_scale")):
@@ -30,7 +30,7 @@ def kernels(path: str, leaf: Any) -> bool:
 
 
 def uniform(
-    params: Params, sparsity: float, *, prunable: Prunable = kernels, overrides: Mapping[str, float] | None = None
+    params: Params, sparsity: float, *, prunable: Prunable = is_kernel, overrides: Mapping[str, float] | None = None
 ) -> Any:
     r"""The same sparsity in every prunable leaf.
 
@@ -59,11 +59,11 @@ def uniform(
       >>> uniform({"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}, 0.75)
       {'bias': 0.0, 'kernel': 0.75}
     """
-    return _distribute(params, sparsity, prunable, overrides, lambda shapes: dict.fromkeys(shapes, 1.0), capped=False)
+    return _distribute(params, sparsity, prunable, overrides)
 
 
 def erdos_renyi(
-    params: Params, sparsity: float, *, prunable: Prunable = kernels, overrides: Mapping[str, float] | None = None
+    params: Params, sparsity: float, *, prunable: Prunable = is_kernel, overrides: Mapping[str, float] | None = None
 ) -> Any:
     r"""Sparsity by the fan-in and fan-out of each layer: large layers become sparser.
 
@@ -97,11 +97,11 @@ def erdos_renyi(
     def density(shape: tuple[int, ...]) -> float:
         return max(sum(shape[-2:]), 1) / math.prod(shape[-2:])
 
-    return _distribute(params, sparsity, prunable, overrides, lambda shapes: {k: density(s) for k, s in shapes.items()})
+    return _distribute(params, sparsity, prunable, overrides, density)
 
 
 def erdos_renyi_kernel(
-    params: Params, sparsity: float, *, prunable: Prunable = kernels, overrides: Mapping[str, float] | None = None
+    params: Params, sparsity: float, *, prunable: Prunable = is_kernel, overrides: Mapping[str, float] | None = None
 ) -> Any:
     r"""Erdős–Rényi with kernel sizes (ERK), the distribution of the strongest RigL results.
 
@@ -131,36 +131,35 @@ def erdos_renyi_kernel(
       >>> {name: round(1 - s, 6) for name, s in erdos_renyi_kernel(shapes, 0.5).items()}
       {'a': 0.777778, 'b': 0.291667, 'c': 1.0}
     """
-    return _distribute(
-        params,
-        sparsity,
-        prunable,
-        overrides,
-        lambda shapes: {k: max(sum(s), 1) / math.prod(s) for k, s in shapes.items()},
-    )
+
+    def density(shape: tuple[int, ...]) -> float:
+        return max(sum(shape), 1) / math.prod(shape)
+
+    return _distribute(params, sparsity, prunable, overrides, density)
 
 
-DISTRIBUTIONS: dict[str, Distribution] = {
-    "uniform": uniform,
-    "er": erdos_renyi,
-    "erdos_renyi": erdos_renyi,
-    "erk": erdos_renyi_kernel,
-    "erdos_renyi_kernel": erdos_renyi_kernel,
-}
+DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "er": erdos_renyi, "erk": erdos_renyi_kernel}
 
 
-def _distribute(params, sparsity, prunable, overrides, raw_densities, *, capped=True) -> Any:
+def _distribute(
+    params: Params,
+    sparsity: float,
+    prunable: Prunable,
+    overrides: Mapping[str, float] | None,
+    density: Callable[[tuple[int, ...]], float] | None = None,
+) -> Any:
+    """By a density for each shape, scaled to the budget; without it the same sparsity everywhere."""
     check_sparsity(sparsity, "sparsity")
     shapes = _prunable_shapes(params, prunable)
     chosen = _overridden(shapes, overrides or {})
     free = {name: shape for name, shape in shapes.items() if name not in chosen}
     _check_reachable(free, sparsity)
-    densities = raw_densities(free)
-    if capped and sparsity > 0:
-        densities = _solve(densities, {name: math.prod(shape) for name, shape in free.items()}, sparsity)
-        chosen |= {name: 1.0 - density for name, density in densities.items()}
-    else:
+    if density is None or not sparsity:
         chosen |= dict.fromkeys(free, float(sparsity))
+    else:
+        raw = {name: density(shape) for name, shape in free.items()}
+        densities = _solve(raw, {name: math.prod(shape) for name, shape in free.items()}, sparsity)
+        chosen |= {name: 1.0 - solved for name, solved in densities.items()}
     return map_named(lambda name, _: chosen.get(name, 0.0), params)
 
 

@@ -15,10 +15,10 @@ from s2sam_jax._base.counts import kept
 from s2sam_jax._base.select import ones, random_scores, select
 from s2sam_jax._base.tree import at_least_f32, by_name
 from s2sam_jax._base.types import Masks, Params
-from s2sam_jax._sparsity.channels import ChannelGroup, Slice, channel_masks, group_sizes
+from s2sam_jax._sparsity.channels import ChannelAxis, ChannelGroup, channel_masks, group_sizes
 
 
-def channels(tree: Any, parts: Sequence[Slice]) -> list[jax.Array]:
+def channels(tree: Any, parts: Sequence[ChannelAxis]) -> list[jax.Array]:
     """Each slice's leaf as a matrix, one row a channel."""
     leaves = by_name(tree)
     rows = [jnp.moveaxis(leaves[part.path], part.axis, 0) for part in parts]

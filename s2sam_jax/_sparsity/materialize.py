@@ -10,7 +10,7 @@ from jax.core import Tracer
 
 from s2sam_jax._base.tree import by_name, check_same_leaves, map_named
 from s2sam_jax._base.types import Masks, Params
-from s2sam_jax._sparsity.channels import ChannelGroup, Slice, group_sizes
+from s2sam_jax._sparsity.channels import ChannelAxis, ChannelGroup, group_sizes
 
 Cuts = dict[str, dict[int, np.ndarray]]  # by path and axis, the indices to keep
 Shapes = Mapping[str, tuple[int, ...]]
@@ -64,9 +64,9 @@ def materialize(params: Params, model_state: Any, groups: Sequence[ChannelGroup]
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from s2sam_jax import ChannelGroup, Slice, materialize
+      >>> from s2sam_jax import ChannelGroup, ChannelAxis, materialize
       >>> params = {"a": jnp.array([[1.0, 0.0, 3.0]]), "b": jnp.array([[1.0], [2.0], [0.0]])}
-      >>> group = ChannelGroup("hidden", filters=(Slice("a", -1),), inputs=(Slice("b", -2),))
+      >>> group = ChannelGroup("hidden", filters=(ChannelAxis("a", -1),), inputs=(ChannelAxis("b", -2),))
       >>> masks = {"a": jnp.array([[True, False, True]]), "b": jnp.array([[True], [True], [False]])}
       >>> small = materialize(params, None, [group], masks)
       >>> print(small.params["a"], small.params["b"].T, small.masks["b"].T, small.widths)
@@ -98,7 +98,7 @@ def _kept(group: ChannelGroup, masks: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.flatnonzero(alive) if alive.any() else np.zeros(1, int)
 
 
-def _cuts(parts: Iterator[tuple[Slice, np.ndarray]], shapes: Shapes) -> Cuts:
+def _cuts(parts: Iterator[tuple[ChannelAxis, np.ndarray]], shapes: Shapes) -> Cuts:
     found: Cuts = {}
     for part, indices in parts:
         found.setdefault(part.path, {})[part.axis % len(shapes[part.path])] = indices

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from s2sam_jax._base.select import keep_best
 from s2sam_jax._base.tree import by_name
 from s2sam_jax._base.types import MaskInputs, Masks, MaskUpdate
-from s2sam_jax._sparsity.distributions import Prunable, kernels, same_everywhere
+from s2sam_jax._sparsity.distributions import Prunable, is_kernel, same_everywhere
 from s2sam_jax._sparsity.growth import global_count, replace_sparse, sparse_leaves
 
 
@@ -38,7 +38,7 @@ def one_shot_skip(x: MaskInputs, masks: Masks) -> bool | jax.Array:
     return jnp.any(jnp.array(jax.tree.leaves(lost)))
 
 
-def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = kernels, keep_at_least: int = 0) -> Masks:
+def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = is_kernel, keep_at_least: int = 0) -> Masks:
     r"""One-shot masks from scores, the largest kept, ranked over all prunable leaves together.
 
     .. math:: m = \mathrm{top}_\kappa(s), \qquad \kappa = N - \lfloor S N \rfloor

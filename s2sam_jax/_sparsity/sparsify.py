@@ -18,7 +18,7 @@ from s2sam_jax._base.tree import check_same_leaves, copy_key, find_states, map_s
 from s2sam_jax._base.types import GradFn, MaskInputs, Masks, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
-from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, Prunable, kernels
+from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, Prunable, is_kernel
 from s2sam_jax._sparsity.method_checks import check_invariant, check_method, check_returned, check_state
 from s2sam_jax._sparsity.units import fit_plan, structured
 
@@ -30,7 +30,7 @@ def sparsify(
     sparsity: float,
     distribution: str | Distribution | None = None,
     when: Every | None = None,
-    prunable: Prunable = kernels,
+    prunable: Prunable = is_kernel,
     overrides: Mapping[str, float] | None = None,
     structure: Structure = UNSTRUCTURED,
     seed: int | jax.Array = 0,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._base.tree import find_states
 from s2sam_jax._base.types import Params
-from s2sam_jax._sharpness.esam import sharpest
+from s2sam_jax._sharpness.esam import sharpest_examples
 from s2sam_jax._sharpness.trajectory import TrajectoryBuffer
 from s2sam_jax._training.batches import Batch, replicated, shard_like, split_batch, take_examples
 
@@ -115,7 +115,8 @@ def gradient_of_sharpest(
 
     def gradient(params):
         before, after = (example_loss_fn(at, model_state, batch, key) for at in (clean, params))
-        part = take_examples(batch, sharpest(replicated(before), replicated(after), fraction), "sharpest_fraction")
+        chosen = sharpest_examples(replicated(before), replicated(after), fraction)
+        part = take_examples(batch, chosen, "sharpest_fraction")
         return averaged_gradient(loss_fn, model_state, part, key, 1)(params).grads
 
     return gradient

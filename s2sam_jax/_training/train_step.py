@@ -72,7 +72,7 @@ def make_train_step(
         part along its own gradient, and average the gradients at those points. With the batch sharded over devices and
         one part per device, that is the per-device perturbation of SAM's authors. Memory: one gradient per part.
       sharpest_fraction: share of the batch that ``sam`` and its variants take their second gradient on, as in ESAM: the
-        examples whose loss the perturbation raises most (:func:`sharpest`).
+        examples whose loss the perturbation raises most (:func:`sharpest_examples`).
       example_loss_fn: ``(params, model_state, batch, key) -> losses[B]``, for that choice: it is called twice, forward
         only. Both calls and the smaller batch get the ``key`` of the step. If noise (dropout, augmentation) is to be
         the same for an example in all three, derive its key from the example, such as an index in the batch, not from
@@ -114,12 +114,21 @@ def make_train_step(
     fisher = _fisher_of(fisher_loss_fn or loss_fn)
 
     def gradient_fn(state: TrainState, batch: Batch) -> Callable[[Params], Gradient]:
-        key = jax.random.fold_in(state.key, state.step)
-        return averaged_gradient(loss_fn, state.model_state, batch, key, accumulate)
+        return averaged_gradient(loss_fn, state.model_state, batch, _key(state), accumulate)
 
     def by_part(state: TrainState, batch: Batch) -> Callable[..., Gradient]:
-        key = jax.random.fold_in(state.key, state.step)
-        return gradient_by_part(loss_fn, state.model_state, batch, key, sharpness_parts)
+        return gradient_by_part(loss_fn, state.model_state, batch, _key(state), sharpness_parts)
+
+    def second_grad_fn(state: TrainState, gradient: Gradient, batch: Batch) -> dict[str, Any]:
+        """In place of grad_fn, which sparse methods use too, where SAM's second gradient is not the whole batch's."""
+        if gradient.by_part is not None:
+            return {"second_grad_fn": lambda point: by_part(state, batch)(point, gradient.by_part).grads}
+        if example_loss_fn is None or sharpest_fraction == 1:
+            return {}
+        of_sharpest = gradient_of_sharpest(
+            loss_fn, example_loss_fn, state.model_state, batch, _key(state), sharpest_fraction, state.params
+        )
+        return {"second_grad_fn": lambda point: of_sharpest(point(gradient.grads))}
 
     def differentiate(state: TrainState, batch: Batch) -> Gradient:
         check_state(tx, state)
@@ -130,16 +139,8 @@ def make_train_step(
         return gradient_fn(state, batch)(point)
 
     def update(state: TrainState, gradient: Gradient, batch: Batch, flags: Flags) -> tuple[TrainState, Metrics]:
-        grads, loss, model_state, metrics, grads_by_part = gradient
-        key = jax.random.fold_in(state.key, state.step)
-        extra: dict[str, Any] = dict(flags)
-        if grads_by_part is not None:
-            extra["second_grad_fn"] = lambda point: by_part(state, batch)(point, grads_by_part).grads
-        if example_loss_fn is not None and sharpest_fraction < 1:  # not as grad_fn, which sparse methods use too
-            of_sharpest = gradient_of_sharpest(
-                loss_fn, example_loss_fn, state.model_state, batch, key, sharpest_fraction, state.params
-            )
-            extra["second_grad_fn"] = lambda point: of_sharpest(point(grads))
+        grads, loss, model_state, metrics, _ = gradient
+        key = _key(state)
         updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
@@ -147,7 +148,8 @@ def make_train_step(
             value=loss,
             grad_fn=lambda params: gradient_fn(state, batch)(params).grads,
             fisher_fn=lambda params: fisher(params, state.model_state, first_examples(batch, fisher_examples), key),
-            **extra,
+            **dict(flags),
+            **second_grad_fn(state, gradient, batch),
         )
         update_norm = norm(updates)
         proposal = (optax.apply_updates(state.params, updates), model_state, opt_state)
@@ -177,6 +179,11 @@ def make_train_step(
         return one(state, batch) if traced else jitted(state, batch)
 
     return train_step
+
+
+def _key(state: TrainState) -> jax.Array:
+    """Of this step."""
+    return jax.random.fold_in(state.key, state.step)
 
 
 def _two_programs(differentiate: Callable[..., Gradient], update: Callable[..., Any]) -> TrainStep:
@@ -228,8 +235,8 @@ def _freeze_if_bad(
 ) -> TrainState:
     """Takes the step, unless its loss or update, or that of an earlier one, was not finite.
 
-    Not the gradient: what it holds behind a mask does not matter. Where tx itself passes over bad steps a bad loss does
-    not either, but for the statistics that come with it.
+    Not the gradient: what it holds behind a mask does not matter. Where a wrapper of ``tx`` skips bad steps, a bad loss
+    does not freeze the run either; only the model state of that step is thrown away.
     """
     passed_over = _passes_over(state.opt_state)
     finite = jnp.isfinite(update_norm) & (passed_over | jnp.isfinite(loss))

@@ -14,9 +14,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked
-from s2sam_jax._base.types import Masks, Params
+from s2sam_jax._base.types import BatchLoss, Masks, Params, Progress
 from s2sam_jax.analysis._lanczos import Product, ritz
-from s2sam_jax.analysis._loss import BatchLoss, Progress
 
 
 def hvp(loss_fn: BatchLoss, params: Params, vector: Params, batch: Any, *, masks: Masks | None = None) -> Params:

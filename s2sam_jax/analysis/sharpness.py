@@ -10,9 +10,8 @@ import jax.numpy as jnp
 
 from s2sam_jax._base.arguments import check_non_negative
 from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked, norm
-from s2sam_jax._base.types import Masks, Params
+from s2sam_jax._base.types import BatchLoss, Masks, Params
 from s2sam_jax._sharpness.ascent import add, ascent
-from s2sam_jax.analysis._loss import BatchLoss
 
 
 def gradient_difference_ratio(grads: Params, sam_grads: Params, *, masks: Masks | None = None) -> Params:
@@ -136,7 +135,7 @@ def _finite(name: str, value: Any, rho: float) -> float:
 def _ascend(epsilon: Params, grads: Params, *, rho: float, length: float) -> Params:
     """A step of that length along the gradient, and back onto the sphere if it leads out of it."""
     leaves, treedef = jax.tree.flatten(grads)
-    step = treedef.unflatten(ascent(leaves, leaves, rho=length, eps=1e-12))
+    step = treedef.unflatten(ascent(leaves, rho=length, eps=1e-12))
     moved = jax.tree.map(jnp.add, epsilon, step)
     shrink = jnp.minimum(1.0, rho / jnp.maximum(norm(moved), 1e-12))
     return jax.tree.map(lambda e: shrink * e, moved)

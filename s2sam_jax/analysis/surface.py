@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from s2sam_jax._base.tree import at_least_f32, check_same_leaves
-from s2sam_jax._base.types import Masks, Params
-from s2sam_jax.analysis._loss import BatchLoss, Progress
+from s2sam_jax._base.types import BatchLoss, Masks, Params, Progress
 
 EPS = 1e-10  # of the published normalisation
 

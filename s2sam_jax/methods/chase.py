@@ -100,8 +100,8 @@ def chase(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from s2sam_jax import ChannelGroup, Every, Slice, methods, sparsify
-      >>> group = ChannelGroup("conv", filters=(Slice("kernel", -1),))
+      >>> from s2sam_jax import ChannelGroup, Every, ChannelAxis, methods, sparsify
+      >>> group = ChannelGroup("conv", filters=(ChannelAxis("kernel", -1),))
       >>> tx = sparsify(optax.sgd(0.1), methods.chase([group]), sparsity=0.9, when=Every(0, 1000, 80_000))
       >>> print(tx.init({"kernel": jnp.ones((3, 3, 4, 10))}).nnz)
       [36]

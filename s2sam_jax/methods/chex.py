@@ -69,8 +69,8 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from s2sam_jax import ChannelGroup, Every, Slice, methods, sparsify
-      >>> group = ChannelGroup("conv", filters=(Slice("kernel", -1),), scales=(Slice("scale", 0),))
+      >>> from s2sam_jax import ChannelGroup, Every, ChannelAxis, methods, sparsify
+      >>> group = ChannelGroup("conv", filters=(ChannelAxis("kernel", -1),), scales=(ChannelAxis("scale", 0),))
       >>> tx = sparsify(optax.sgd(0.1), methods.chex([group]), sparsity=0.5, when=Every(2, 2, 180))
       >>> state = tx.init({"kernel": jnp.ones((3, 3, 4, 10)), "scale": jnp.ones(10)})
       >>> int(state.masks["scale"].sum())  # 5 for good, and 2 to explore

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._base.tree import masked
 from s2sam_jax._base.types import MaskInputs, Masks, Params, SparseMethod
-from s2sam_jax._sparsity.distributions import Prunable, kernels, same_everywhere
+from s2sam_jax._sparsity.distributions import Prunable, is_kernel, same_everywhere
 from s2sam_jax._sparsity.growth import global_count, sparse_size
 from s2sam_jax._sparsity.pruning import keep_largest
 from s2sam_jax._sparsity.rewind import remaining_weights, rewinding
@@ -75,7 +75,7 @@ def lottery_rounds(
     sparsity: float,
     prune_fraction: float = 0.2,
     rewind: bool = True,
-    prunable: Prunable = kernels,
+    prunable: Prunable = is_kernel,
 ) -> Iterator[Round]:
     """The rounds of :func:`lottery` (or ``lrr``) for those who drive, and save, each round themselves.
 

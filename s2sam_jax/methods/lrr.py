@@ -24,7 +24,7 @@ def lrr(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMeth
       A method that needs ``when``. It keeps a copy of the optimizer state.
 
     Raises:
-      ValueError: for a fraction out of range, or rounds that disagree with the sparsity.
+      ValueError: for a fraction out of range, rounds that disagree with the sparsity, or a clock that ends before them.
 
     Reference:
       Renda et al., "Comparing Rewinding and Fine-tuning in Neural Network Pruning", ICLR 2020. Its code prunes
