@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from jax.core import Tracer
 
 NUMBERS = (int, float, np.integer, np.floating)
 
@@ -20,6 +21,8 @@ def check_fractions(caller: str, **fractions: Any) -> None:
 
 
 def check_sparsity(value: Any, name: str) -> None:
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} must be a number, as it decides about shapes and counts; got a traced {value.aval}.")
     if not 0 <= value < 1:
         raise ValueError(f"{name} is the fraction of zeros and must lie in [0, 1); got {value}.")
 

@@ -12,7 +12,7 @@ from s2sam_jax._base.masks import SparseState, get_masks
 from s2sam_jax._base.state_rule import Unmasked
 from s2sam_jax._base.tree import at_least_f32, by_name, check_same_leaves, find_states, norm
 from s2sam_jax._base.types import Params
-from s2sam_jax._sharpness.perturb import perturb
+from s2sam_jax._sharpness.perturb import perturb, perturbing
 from s2sam_jax._sharpness.rounding import FORMATS, round_to_nearest
 from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
 
@@ -77,6 +77,11 @@ def sharpness_metrics(
         raise ValueError(f"compute_dtype must be one of {', '.join(FORMATS)}; got {compute_dtype!r}.")
     clean = jax.tree.map(at_least_f32, params)
     if perturbed is None:
+        if not perturbing(opt_state):
+            raise ValueError(
+                "sharpness_metrics found no state of s2sam() or msam() in opt_state, which would say where the "
+                "gradient is taken. For sam and its variants, and under s2sam_wrapper, give perturbed=."
+            )
         point = perturb(clean, opt_state)
     else:
         check_same_leaves(perturbed, params, "perturbed", "params")

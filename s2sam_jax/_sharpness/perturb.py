@@ -9,6 +9,7 @@ import optax
 
 from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.optax_wrappers import HOLDING_BACK
+from s2sam_jax._base.state_rule import map_mirrored
 from s2sam_jax._base.tree import by_name, find_states, map_named
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness import msam, s2sam
@@ -36,8 +37,8 @@ def perturb(params: Params, opt_state: Any) -> Params:
 
     Raises:
       ValueError: when there is no such state (silence would mean plain SGD), two states claim one leaf, a state belongs
-        to another model, ``s2sam`` or ``msam`` stands outside ``sparsify`` or beside
-        ``MultiSteps`` or ``apply_if_finite``, or ``msam`` finds no momentum.
+        to another model, ``s2sam`` stands behind an optimizer in its chain, ``s2sam`` or ``msam`` stands outside
+        ``sparsify`` or beside ``MultiSteps`` or ``apply_if_finite``, or ``msam`` finds no momentum.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,8 +51,8 @@ def perturb(params: Params, opt_state: Any) -> Params:
     if not perturbing(opt_state):
         raise ValueError(
             f"perturb found no S2SAMState or MSAMState in opt_state (a {type(opt_state).__name__}). Put s2sam() or "
-            "msam() into the optimizer chain; if the state comes from a checkpoint, restore it into the structure of "
-            "tx.init(params)."
+            "msam() into the optimizer chain (sam and its variants perturb inside their update); if the state comes "
+            "from a checkpoint, restore it into the structure of tx.init(params)."
         )
     moved: dict[str, jax.Array] = {}
     for _, _, epsilon in perturbations(by_name(params), opt_state):
@@ -97,6 +98,7 @@ def _directions(opt_state: Any, clean: dict[str, Any]) -> Iterator[tuple[S2SAMSt
 def _check_order(opt_state: Any) -> None:
     """An s2sam around sparsify would remember dense gradients, around these wrappers gradients that they hold back."""
     _check_inside_sparsify(opt_state)
+    _check_first(opt_state)
     for kind, name in HOLDING_BACK:
         outer = find_states(opt_state, (S2SAMState, kind, optax.transforms.PartitionState))
         if {type(state) for state in outer} >= {S2SAMState, kind}:
@@ -104,6 +106,40 @@ def _check_order(opt_state: Any) -> None:
                 f"perturb: s2sam() stands beside {name}(...), and would perturb along gradients that it holds back; "
                 f"put {name} around both: {name}(chain(s2sam(), ...), ...)."
             )
+
+
+def _check_first(opt_state: Any) -> None:
+    """An s2sam behind an optimizer would remember updates in place of gradients. Clipping and decay leave no trace."""
+    for chain in _chains(opt_state):
+        states = [find_states(part, S2SAMState) for part in chain]
+        place = next((i for i, found in enumerate(states) if found), 0)
+        for state in states[place] if place else ():
+            if _mirrors(s2sam.last_gradient(state), chain[:place]):
+                raise ValueError(
+                    "perturb: s2sam() stands behind an optimizer that keeps momentum or other moments, and would "
+                    "remember its updates in place of gradients; put s2sam() first: optax.chain(s2sam(), ...)."
+                )
+
+
+def _chains(tree: Any) -> Iterator[tuple[Any, ...]]:
+    """The states of every ``optax.chain``, which are plain tuples in its order."""
+    if type(tree) is tuple:
+        yield tree
+    for node in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree and type(x) is tuple):
+        if type(node) is tuple:
+            yield from _chains(node)
+
+
+def _mirrors(params: Params, state: Any) -> bool:
+    """Whether a state has floating leaves of the parameters' paths and shapes."""
+    found: list[jax.Array] = []
+
+    def note(_, leaf):
+        found.append(leaf)
+        return leaf
+
+    map_mirrored(note, params, state)
+    return any(jnp.ndim(leaf) > 0 for leaf in found)
 
 
 def _check_inside_sparsify(opt_state: Any) -> None:

@@ -72,7 +72,8 @@ def ssam(
       drop_fraction: :math:`\alpha` in ``[0, 1]``; ``"dynamic"`` alone.
       seed: integer or PRNG key, possibly traced.
       structure: ``NM(2, 4)`` perturbs 2 of every 4 entries of each leaf along its axis, which says the sparsity too
-        (give ``1 - n / m``, the default for 2:4). Leaves without that axis, such as biases, are perturbed whole.
+        (give ``1 - n / m``, the default for 2:4). Biases, and other leaves of one dimension or without that axis, are
+        perturbed whole.
       eps: added to the norm (the released code: 1e-7).
       compat: ``"authors"`` follows the released code where it leaves the paper. Fisher: the first step has an empty
         mask, and refreshes come one step later, at the updated weights. Dynamic: a new mask acts from the next step

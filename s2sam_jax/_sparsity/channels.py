@@ -31,8 +31,9 @@ class ChannelGroup(NamedTuple):
       filters: what computes the channels, the first kernel leading: kernels along their output axis, and depthwise
         ones in between.
       scales: scales of the norms that follow, with statistics per channel; may be empty.
-      biases: biases of the norms, or of the layers where there is no norm; may be empty.
-      inputs: kernels that read the channels, along their input axis.
+      biases: biases of the norms, and of the layers before them; may be empty.
+      inputs: kernels that read the channels, along their input axis. Behind a flatten that axis runs over positions
+        too, which no group can name: pool globally instead.
       statistics: leaves of the model state with one entry a channel: running means and variances.
 
     Example:

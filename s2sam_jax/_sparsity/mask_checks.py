@@ -41,7 +41,8 @@ def check_masks(params: Params, opt_state: Any) -> None:
 
     Checked per leaf: structure and shape of the masks, their count against the one recorded at the last mask update,
     exact zeros off the mask in the parameters and in the gradient that :func:`s2sam` remembers, and finite weights.
-    Momenta are not: :func:`sparsify` zeroes them before they are used, and some optimizers leave tiny numbers there.
+    Where such weights come back at every step, something outside of :func:`sparsify` changes its updates. Momenta are
+    not checked: they are zeroed before they are used, and some optimizers leave tiny numbers there.
 
     Args:
       params: clean parameters.

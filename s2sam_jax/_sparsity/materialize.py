@@ -1,5 +1,6 @@
 """From a network with masked channels to a smaller one without them."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,6 +56,10 @@ def materialize(params: Params, model_state: Any, groups: Sequence[ChannelGroup]
     Returns:
       The small network's :class:`Materialized` parameters, state, widths and masks.
 
+    Warns:
+      UserWarning: naming leaves that look as if a group had forgotten them: as long as its channels, and in one module
+        with its filters or scales.
+
     Raises:
       ValueError: naming leaf and group where groups do not fit, overlap, or have a norm without scales; where masks
         have other leaves or are not bool; where weights are not zero off their masks; and for traced arrays.
@@ -78,6 +83,12 @@ def materialize(params: Params, model_state: Any, groups: Sequence[ChannelGroup]
     shapes, of_statistics = _shapes(params), _shapes(model_state)
     if problems := [*_group_problems(groups, shapes, of_statistics), *_mask_problems(params, masks)]:
         raise ValueError("materialize cannot remove channels:\n  " + "\n  ".join(problems))
+    if forgotten := list(_forgotten(groups, shapes, of_statistics)):
+        warnings.warn(
+            "materialize leaves these whole, as no ChannelGroup names them, and they look as if they had an entry a "
+            "channel:\n  " + "\n  ".join(forgotten),
+            stacklevel=2,
+        )
     live = {name: np.asarray(mask) for name, mask in by_name(masks).items()}
     kept = {group.name: _kept(group, live) for group in groups}
     of_params = _cuts(((part, kept[group.name]) for group in groups for part in group.parameters), shapes)
@@ -141,6 +152,24 @@ def _group_problems(groups: Sequence[ChannelGroup], shapes: Shapes, of_statistic
             owner = owners.setdefault((lengths is shapes, part.path, axis), group.name)
             if owner != group.name:
                 yield f"{part.path}: axis {axis} is in two groups, {owner} and {group.name}"
+
+
+def _forgotten(groups: Sequence[ChannelGroup], shapes: Shapes, of_statistics: Shapes) -> Iterator[str]:
+    """Leaves without a group beside a filter or a scale, in one module, that are as long as the channels."""
+    named = {part.path for group in groups for part in (*group.parameters, *group.statistics)}
+    for group in groups:
+        modules = {_module(part.path) for part in (*group.filters, *group.scales)} - {""}
+        first = group.filters[0]
+        size = shapes[first.path][first.axis]
+        for name, shape in (*shapes.items(), *of_statistics.items()):
+            # Statistics may lie in a collection of their own, as batch_stats/norm/mean.
+            beside = any(f"/{_module(name)}".endswith(f"/{module}") for module in modules)
+            if name not in named and shape == (size,) and beside:
+                yield f"{name}, beside the group {group.name}"
+
+
+def _module(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _mask_problems(params: Params, masks: Masks) -> Iterator[str]:

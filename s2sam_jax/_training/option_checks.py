@@ -10,6 +10,7 @@ from s2sam_jax._base.optax_wrappers import check_state_of_tx
 from s2sam_jax._base.tree import find_states
 from s2sam_jax._sharpness.esam import ESAMState, check_sharpest_fraction
 from s2sam_jax._sharpness.looksam import LookSAMState
+from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.sam import SAMState
 from s2sam_jax._sharpness.ssam import SSAMState
 from s2sam_jax._training.train_state import TrainState
@@ -72,6 +73,10 @@ def check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
             f"{NAMES} outside sparsify would perturb pruned weights, along their dense gradients; put it inside: "
             "sparsify(chain(sam(), ...))."
         )
+    outermost = find_states(expected, (S2SAMState, *SECOND_GRADIENT, optax.transforms.PartitionState))
+    kinds = {type(state) for state in outermost}
+    if S2SAMState in kinds and kinds & set(SECOND_GRADIENT):
+        raise ValueError(f"tx has s2sam() and one of {NAMES}, and would perturb twice; take one of them.")
     if any(taking_second_gradients(outer) for outer in find_states(expected, optax.MultiStepsState)):
         raise ValueError(
             f"{NAMES} inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.masks import SparseState, apply_masks
+from s2sam_jax._base.masks import SparseState, apply_masks, set_masks
 from s2sam_jax._base.tree import by_name, copy_key, find_states
-from s2sam_jax._base.types import Params
+from s2sam_jax._base.types import Masks, Params
 from s2sam_jax._training.gradient import ModelState
 
 
@@ -40,6 +40,7 @@ class TrainState(NamedTuple):
         *,
         model_state: ModelState = (),
         seed: int | jax.Array = 0,
+        masks: Masks | None = None,
     ) -> "TrainState":
         """Initialises the optimizer and, where there are masks, applies them to the parameters.
 
@@ -48,12 +49,14 @@ class TrainState(NamedTuple):
           tx: the optimizer.
           model_state: initial model state; copied.
           seed: integer or PRNG key for dropout and the like.
+          masks: to begin with, in place of the method's own, as by :func:`set_masks`.
 
         Returns:
           The state to start from.
 
         Raises:
-          TypeError: for complex parameters.
+          TypeError: for complex parameters, or what :func:`set_masks` raises.
+          ValueError: the same.
 
         Example:
           >>> import jax.numpy as jnp, optax
@@ -71,6 +74,8 @@ class TrainState(NamedTuple):
         params, model_state = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), (params, model_state))
         # Some optimizers keep the parameters themselves; a buffer cannot be donated twice.
         opt_state = jax.tree.map(jnp.array, tx.init(params))
+        if masks is not None:
+            opt_state = set_masks(opt_state, masks)
         if find_states(opt_state, SparseState):
             params = apply_masks(params, opt_state)
         zero = jnp.zeros((), jnp.int32)

@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked
 from s2sam_jax._base.types import BatchLoss, Masks, Params, Progress
+from s2sam_jax.analysis._batches import listed
 from s2sam_jax.analysis._lanczos import Product, ritz
 
 
@@ -237,7 +238,7 @@ def _product(
     loss_fn: BatchLoss, params: Params, batches: Iterable[Any], masks: Masks | None, progress: Progress | None
 ) -> tuple[Product, int, jax.Array]:
     """Products of flat vectors with the Hessian, the number of weights that count, and ones where they are."""
-    batches = list(batches)
+    batches = listed(batches, "The Hessian of a mean loss")
     if not batches:
         raise ValueError("The Hessian of a loss needs batches; got none.")
     params = jax.tree.map(at_least_f32, params)  # in bfloat16 Lanczos would soon see nothing new beside an outlier

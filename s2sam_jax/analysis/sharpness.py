@@ -12,6 +12,7 @@ from s2sam_jax._base.arguments import check_non_negative
 from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked, norm
 from s2sam_jax._base.types import BatchLoss, Masks, Params
 from s2sam_jax._sharpness.ascent import add, ascent
+from s2sam_jax.analysis._batches import listed
 
 
 def gradient_difference_ratio(grads: Params, sam_grads: Params, *, masks: Masks | None = None) -> Params:
@@ -96,7 +97,7 @@ def sam_sharpness(
       11.0
     """
     check_non_negative(rho, "rho")
-    rho, batches = float(rho), list(batches)
+    rho, batches = float(rho), listed(batches, "sam_sharpness")
     if steps < 1 or not batches:
         raise ValueError(f"sam_sharpness needs steps >= 1 and batches; got {steps} and {len(batches)} batches.")
     if masks is not None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from s2sam_jax._base.tree import at_least_f32, check_same_leaves
 from s2sam_jax._base.types import BatchLoss, Masks, Params, Progress
+from s2sam_jax.analysis._batches import listed
 
 EPS = 1e-10  # of the published normalisation
 
@@ -121,7 +122,7 @@ def loss_surface(
       >>> print(loss_surface(loss_fn, jnp.zeros(2), [jnp.array([1.0, 0.0])], [jnp.ones(2), 3 * jnp.ones(2)], n=3))
       [2. 0. 2.]
     """
-    batches = list(batches)
+    batches = listed(batches, "loss_surface")
     for index, direction in enumerate(directions):
         check_same_leaves(direction, params, f"directions[{index}]", "params")
     if not batches or not directions or n < 2:
@@ -231,7 +232,7 @@ def error_barrier(
       1.0
     """
     check_same_leaves(second, first, "second", "first")
-    batches = list(batches)
+    batches = listed(batches, "error_barrier")
     if n < 2 or not batches:
         raise ValueError(f"error_barrier needs n >= 2 and batches; got n={n} and {len(batches)} batches.")
     losses, share = _losses_along(loss_fn, None), np.linspace(0.0, 1.0, n)
