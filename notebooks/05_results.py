@@ -121,13 +121,15 @@ if rows:
     plt.show()
 
 # %% [markdown]
-# ## Tables of the papers, and the family of optimizers
+# ## Tables of the papers, the family of optimizers, and when they gain
 #
 # Rows that were trained on CIFAR at the small scale (a quarter of the width, 10,000 images, few epochs) or on digits,
 # beside what the papers print for theirs, if they have them. The two columns cannot be compared; gains within ours can.
+# Below them are the questions of our own: what causes what, images learnt by heart, wrong labels, short trainings.
 
 # %%
-tables = ("table*", "ssam-table*", "budget_digits", "budget_cpu", "budget-gradients_digits")
+papers = ("table*", "ssam-table*", "budget_digits", "budget_cpu", "budget-gradients_digits", "sparsities*")
+tables = (*papers, "causes*", "overfit*", "label-noise*", "length*")
 for file in itertools.chain.from_iterable(sorted(jsonl.RESULTS.glob(f"{name}.jsonl")) for name in tables):
     display(
         Markdown(

@@ -1,5 +1,6 @@
 """The notebooks: every source runs as it stands, and the stored form has its cells and no error."""
 
+import re
 import runpy
 import tempfile
 from pathlib import Path
@@ -9,6 +10,8 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from jupytext.compare import compare_notebooks
+
+from experiments.rows import jsonl
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
@@ -42,6 +45,15 @@ def test_both_forms_are_in_step(source):
     compare_notebooks(stored, jupytext.read(source), fmt="py:percent", compare_outputs=False)
     for form in (stored, jupytext.read(source)):
         assert form.metadata["jupytext"]["formats"] == "ipynb,py:percent"
+
+
+def test_stored_results_are_those_of_today():
+    """Of the committed rows; after new ones, run ``python notebooks/execute.py 05_results``."""
+    cells = nbformat.read(FOLDER / "05_results.ipynb", as_version=4).cells
+    text = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
+    counts = dict(re.findall(r"(\S+\.jsonl): (\d+) rows", text))
+    assert len(counts) > 10
+    assert counts == {name: str(len(jsonl.read(jsonl.RESULTS / name))) for name in counts}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=name)
