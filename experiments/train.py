@@ -172,6 +172,9 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
         say = functools.partial(console.print, soft_wrap=True)
         folders = [runs.begin(config, arguments.overwrite, say) for config in configs]
         checkpoints = [stack.enter_context(Checkpoints(folder / runs.CHECKPOINTS)) for folder in folders]
+        done = seeds.common_epoch(configs, checkpoints) or 0
+        if 0 < done < configs[0].epochs:
+            say(f"{configs[0].optimizer} goes on from epoch {done + 1}")
         bars = itertools.chain([bar], itertools.repeat(None))
         recorders = [_Recorder(*of_one, arguments) for of_one in zip(configs, folders, bars, strict=False)]
         for recorder in recorders:
