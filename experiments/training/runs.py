@@ -70,7 +70,7 @@ def claim(config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def says_what_goes_on(configs: Sequence[Config]) -> Iterator[None]:
-    """Notes on Ctrl-C, and on what is like it, where the runs that are under way have got to."""
+    """Notes on Ctrl-C, and on what is like it, which unfinished runs there are, of this command or one before it."""
     try:
         yield
     except KeyboardInterrupt as stop:
