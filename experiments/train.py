@@ -35,7 +35,7 @@ class Arguments:
 
     config: tyro.conf.OmitArgPrefixes[Config] = dataclasses.field(default_factory=Config)
     compare: tuple[OptimizerName, ...] = ()  # Train with each of these optimizers, from the same seed.
-    seeds: tuple[int, ...] = ()  # Train with each of these seeds, one after another, or
+    seeds: tuple[int, ...] = ()  # Which seeds, not how many: train with each of them, one after another, or
     vmap: bool = False  # side by side as one program on one device; for accelerators.
     overwrite: bool = False  # Train anew, even if the result is there or an interrupted run could go on.
     mesh: str | None = None  # Devices to train on, as data=8 or data=4,fsdp=2; default: one.
