@@ -134,8 +134,8 @@ def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
     sizes = [10**power for power in range(5, 10) if 10**power <= arguments.largest]
     points = list(masks.growth(sizes, arguments.rounds))
     file = arguments.out / f"bench_select_{_device()}.jsonl"
-    file.unlink(missing_ok=True)
-    jsonl.append(file, *points)
+    provenance = runs.environment() | {"bench": {"rounds": arguments.rounds}}
+    jsonl.write(file, [provenance | point for point in points])
     draw_growth(file)
     console.print(f"Growth: {file.with_suffix('.png')}", soft_wrap=True)
     largest = {point["way"]: point["seconds"] for point in points[-3:]}

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import linecache
+import os
 import signal
 import sys
 import textwrap
@@ -50,7 +51,7 @@ def one_line() -> Iterator[None]:
     to itself.)
     """
     try:
-        with _sigterm_raises():
+        with _sigterm_raises(), _none_is_lost():
             yield
     except KeyboardInterrupt as stop:
         print("; ".join(["stopped", *getattr(stop, "__notes__", ())]), file=sys.stderr)
@@ -79,6 +80,25 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _none_is_lost() -> Iterator[None]:
+    """Sends a signal to stop again where Python has ignored what it raised, as in JAX's callback of the collector."""
+    before = sys.unraisablehook
+
+    def again(ignored: Any) -> None:
+        if isinstance(ignored.exc_value, KeyboardInterrupt):
+            number = signal.SIGTERM if isinstance(ignored.exc_value, Terminated) else signal.SIGINT
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        else:
+            before(ignored)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _raised_by_us(error: BaseException) -> bool:

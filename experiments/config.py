@@ -228,8 +228,9 @@ def _check(holds: bool, field: str, expected: str, value: Any) -> None:
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)} | {"out": "runs"}
 # The values of every field whose type lists them.
-_LISTED: dict[str, list[str | None]] = {}
-for _name, _kind in get_type_hints(Config).items():
-    for _part in (_kind, *get_args(_kind)):
-        if get_origin(_part) is Literal:
-            _LISTED[_name] = [*get_args(_part), *([None] if NoneType in get_args(_kind) else [])]
+_LISTED: dict[str, list[str | None]] = {
+    name: [*get_args(part), *([None] if NoneType in get_args(kind) else [])]
+    for name, kind in get_type_hints(Config).items()
+    for part in (kind, *get_args(kind))
+    if get_origin(part) is Literal
+}

@@ -30,7 +30,7 @@ class Arguments:
 
     radii: tuple[float, ...] = (0.075, 0.5)  # The first is below what the Sparse SAM paper asks for, G eta / 2.
     steps: int = 100_000
-    seeds: int = 8
+    seeds: int = 8  # How many.
     sizes: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)  # Of training sets.
     sets: int = 200  # Training sets drawn of each size.
     risk_radii: tuple[float, ...] = (0.0, 0.1, 1.0)  # 0 is SGD.

@@ -36,7 +36,7 @@ class Arguments:
     methods: tuple[str, ...] = ("static", "rigl", "mest-em")
     optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)  # Which ones, not how many.
     runs: tuple[Path, ...] = ()  # Folders of finished runs, to be looked at in place of all that.
     data: Path | None = None  # Where their data set lies, if no longer where it was.
     examples: int = 512  # Training images that the loss is the mean of.

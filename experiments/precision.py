@@ -40,7 +40,7 @@ class Arguments:
     """Which runs, how they are measured, and where the rows go."""
 
     methods: tuple[str, ...] = ("dense", "rigl")
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1)  # Which ones, not how many.
     radii: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.5)
     epochs: int = 20
     examples: int = 256  # Training images that gradients are the mean of.

@@ -17,7 +17,7 @@ from rich.console import Console
 from experiments import cli, tasks
 from experiments.config import Config
 from experiments.models import Network
-from experiments.training import runs
+from experiments.training import checkpoint, flops, runs
 from s2sam_jax import eval_params, get_masks, materialize
 
 SMALL, CHECKPOINT, WIDTHS = "small", "checkpoint", "widths.json"
@@ -42,6 +42,8 @@ class Comparison(NamedTuple):
       small_accuracy: with channels removed.
       masked_parameters: zeros included.
       small_parameters: those that are left.
+      masked_flops: of a forward pass on a sample, zeros included.
+      small_flops: those that are left.
     """
 
     difference: float
@@ -50,6 +52,8 @@ class Comparison(NamedTuple):
     small_accuracy: float
     masked_parameters: int
     small_parameters: int
+    masked_flops: int
+    small_flops: int
 
 
 @cli.command
@@ -68,7 +72,8 @@ def shrink(arguments: Arguments, console: Console) -> Comparison:
     masked, small, widths = _networks(folder, config)
     found = compare(config, masked, small)
     console.print(
-        f"parameters {found.masked_parameters:,} -> {found.small_parameters:,}, test accuracy "
+        f"parameters {found.masked_parameters:,} -> {found.small_parameters:,}, FLOPs {found.masked_flops:.3g} -> "
+        f"{found.small_flops:.3g}, test accuracy "
         f"{found.masked_accuracy:.2%} -> {found.small_accuracy:.2%}, largest difference of outputs "
         f"{found.difference:.3g} (largest output {found.largest:.3g})",
         soft_wrap=True,
@@ -77,7 +82,7 @@ def shrink(arguments: Arguments, console: Console) -> Comparison:
         raise ValueError(
             f"The small network of {folder} does not compute what the masked one does; nothing is written."
         )
-    _save(folder / SMALL, small, widths)
+    _save(folder / SMALL, config, small, widths)
     console.print(f"Files: {folder / SMALL}", soft_wrap=True)
     return found
 
@@ -115,7 +120,8 @@ def compare(config: Config, masked: Network, small: Network) -> Comparison:
     difference, largest = (max(float(x) for x in column) for column in zip(*(f["largest"] for f in found), strict=True))
     *right, rows = (sum(int(x) for x in column) for column in zip(*(f["sums"] for f in found), strict=True))
     sizes = [sum(x.size for x in jax.tree.leaves(network.params)) for network in (masked, small)]
-    return Comparison(difference, largest, right[0] / rows, right[1] / rows, *sizes)
+    costs = [flops.forward_flops(config, network) for network in (masked, small)]
+    return Comparison(difference, largest, right[0] / rows, right[1] / rows, *sizes, *costs)
 
 
 def _networks(folder: Path, config: Config) -> tuple[Network, Network, dict[str, int]]:
@@ -136,7 +142,7 @@ def _networks(folder: Path, config: Config) -> tuple[Network, Network, dict[str,
     return masked, small, left.widths
 
 
-def _save(folder: Path, network: Network, widths: Mapping[str, int]) -> None:
+def _save(folder: Path, config: Config, network: Network, widths: Mapping[str, int]) -> None:
     """Between two renamings there is only the old folder, as ``small.old``."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -144,6 +150,8 @@ def _save(folder: Path, network: Network, widths: Mapping[str, int]) -> None:
     arrays = {"params": network.params, "model_state": network.model_state}
     ocp.save(str((partial / CHECKPOINT).resolve()), arrays)
     (partial / WIDTHS).write_text(json.dumps(widths, indent=2) + "\n")
+    metadata = runs.metadata(config) | {"widths": json.dumps(widths)}
+    checkpoint.export(partial / runs.WEIGHTS, network.params, None, network.model_state, metadata)
     if folder.exists():
         old = folder.with_suffix(".old")
         shutil.rmtree(old, ignore_errors=True)

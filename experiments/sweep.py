@@ -37,7 +37,7 @@ class Arguments:
     methods: tuple[str, ...] = METHODS
     optimizers: tuple[Literal["sgd", "s2sam"], ...] = ("sgd", "s2sam")
     sparsities: tuple[float, ...] = (0.9, 0.95)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)  # Which ones, not how many.
     rows: Path = jsonl.RESULTS / "methods_digits.jsonl"
     cache: Path = cli.COMPILED  # Compiled programs: the seeds of a cell share them.
 

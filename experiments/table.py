@@ -32,7 +32,7 @@ OTHERWISE = "Pass --tuned if it was made so, give another folder as --results, o
 class Arguments(Selection):
     """Which rows of which table, and how large."""
 
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)  # Which ones, not how many.
     # full: as in the paper. cpu: narrower, fewer images. smoke: it runs. These need --data; digits, another data set,
     # does not.
     scale: Scale = "full"

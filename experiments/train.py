@@ -35,7 +35,7 @@ class Arguments:
 
     config: tyro.conf.OmitArgPrefixes[Config] = dataclasses.field(default_factory=Config)
     compare: tuple[OptimizerName, ...] = ()  # Train with each of these optimizers, from the same seed.
-    seeds: tuple[int, ...] = ()  # Train with each of these seeds, one after another, or
+    seeds: tuple[int, ...] = ()  # Which seeds, not how many: train with each of them, one after another, or
     vmap: bool = False  # side by side as one program on one device; for accelerators.
     overwrite: bool = False  # Train anew, even if the result is there or an interrupted run could go on.
     mesh: str | None = None  # Devices to train on, as data=8 or data=4,fsdp=2; default: one.
@@ -90,18 +90,8 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     fresh = [config for config in configs.values() if arguments.overwrite or not runs.finished(config)]
     for config in configs.values():
         runs.tidy(config.run_dir)
-    if fresh:
-        loaded = tasks.load(arguments.config)
-        start = _start(arguments.config)
-        costs: dict[str, tuple[Table, list[str]]] = {}  # by their figures, as many runs cost the same
-        for group in _groups(fresh, arguments.vmap):
-            with runs.says_what_goes_on(group):
-                cost = _run(group, loaded, start, console, arguments)
-            figures = str([list(column.cells) for column in cost.columns])
-            costs.setdefault(figures, (cost, []))[1].append(group[0].optimizer)
-        for cost, names in costs.values():
-            cost.title = f"{cost.title}: {', '.join(dict.fromkeys(names))}"
-            console.print(cost)
+    with runs.says_what_goes_on(fresh):
+        _train(fresh, console, arguments)
     folders = {name: config.run_dir for name, config in configs.items()}
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
     console.print(_title(arguments), soft_wrap=True)
@@ -120,6 +110,21 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
         training.draw(rows, _title(arguments), file)
         console.print(f"Curves: {file}", soft_wrap=True)
     return folders
+
+
+def _train(fresh: list[Config], console: Console, arguments: Arguments) -> None:
+    """Trains them, and prints what they cost."""
+    if not fresh:
+        return
+    loaded, start = tasks.load(arguments.config), _start(arguments.config)
+    costs: dict[str, tuple[Table, list[str]]] = {}  # by their figures, as many runs cost the same
+    for group in _groups(fresh, arguments.vmap):
+        cost = _run(group, loaded, start, console, arguments)
+        figures = str([list(column.cells) for column in cost.columns])
+        costs.setdefault(figures, (cost, []))[1].append(group[0].optimizer)
+    for cost, names in costs.values():
+        cost.title = f"{cost.title}: {', '.join(dict.fromkeys(names))}"
+        console.print(cost)
 
 
 def _curves_name(configs: Sequence[Config]) -> str:
@@ -172,6 +177,9 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
         say = functools.partial(console.print, soft_wrap=True)
         folders = [runs.begin(config, arguments.overwrite, say) for config in configs]
         checkpoints = [stack.enter_context(Checkpoints(folder / runs.CHECKPOINTS)) for folder in folders]
+        done = seeds.common_epoch(configs, checkpoints) or 0
+        if 0 < done < configs[0].epochs:
+            say(f"{configs[0].optimizer} goes on from epoch {done + 1}")
         bars = itertools.chain([bar], itertools.repeat(None))
         recorders = [_Recorder(*of_one, arguments) for of_one in zip(configs, folders, bars, strict=False)]
         for recorder in recorders:

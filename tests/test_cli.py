@@ -1,10 +1,12 @@
 """A user's mistake ends in one line and exit code 1; a bug keeps its traceback."""
 
 import dataclasses
+import gc
 import json
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import jax
@@ -23,6 +25,7 @@ from experiments import (
     report,
     sweep,
     table,
+    tasks,
     train,
     tune,
 )
@@ -290,6 +293,33 @@ def test_where_a_run_goes_on_is_said_by_either_way_to_stop_it(number, code, tmp_
         f"stopped; the same command goes on from {folder}\n",
     )
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_so_is_it_while_the_data_are_loaded(tmp_path, monkeypatch, capsys):
+    folder = runs.begin(Config(out=tmp_path))
+    monkeypatch.setattr(tasks, "load", lambda config: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert (stop.value.code, said) == (143, f"stopped; the same command goes on from {folder}\n")
+
+
+def test_a_signal_is_not_lost_where_python_ignores_exceptions(capsys):
+    """JAX calls back from the garbage collector, where a long run spends much of its time."""
+
+    def collecting(*_):
+        gc.callbacks.remove(collecting)
+        signal.raise_signal(signal.SIGTERM)
+
+    @cli.one_line()
+    def main():
+        gc.callbacks.append(collecting)
+        gc.collect()
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert (stop.value.code, capsys.readouterr().err) == (143, "stopped\n")
 
 
 def test_claims_are_of_cells_that_have_sgd_beside():

@@ -406,7 +406,7 @@ def test_evaluation_from_the_folder_equals_the_record(run_dir, capsys):
 
 def test_evaluation_says_how_its_accuracy_came_about(toy, tmp_path, capsys):
     """The best epoch has been chosen by what it is judged by, here on held-out images."""
-    folder = train.main([*TINY, "--validation", "64", "--out", str(tmp_path)])["s2sam"]
+    folder = train.main([*TINY, "--method", "static", "--validation", "64", "--out", str(tmp_path)])["s2sam"]
     capsys.readouterr()
     accuracy, _ = evaluate.main([str(folder), "--which", "best"])
     start = f"accuracy on held-out images {accuracy:.2%} (running BatchNorm statistics; of the epoch that is best by"

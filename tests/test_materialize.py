@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from prepared import encoded, image_features, write_tfds
+from safetensors import safe_open
 
 from experiments import models, shrink, tasks, train
 from experiments.benchmarks import inference
@@ -266,13 +267,35 @@ def test_a_run_shrinks(run_dir, capsys):
     assert f"parameters {found.masked_parameters:,} -> {found.small_parameters:,}" in printed
     assert f"accuracy {found.masked_accuracy:.2%} -> {found.small_accuracy:.2%}" in printed
 
-    assert sorted(path.name for path in (folder / "small").iterdir()) == ["checkpoint", "widths.json"]
+    assert sorted(path.name for path in (folder / "small").iterdir()) == [
+        "checkpoint",
+        "weights.safetensors",
+        "widths.json",
+    ]
     network = shrink.load_small(folder)
     kernels = [named_leaf(params, "blocks/1/conv1/kernel") for params in (network.params, state.params)]
     np.testing.assert_array_equal(kernels[0], kernels[1][..., :4])
     assert named_leaf(network.params, "blocks/0/conv1/kernel")[0, 0, 0, 0] == 0, "sparse inside"
     variances = [named_leaf(s, "blocks/2/norm1/var") for s in (network.model_state, state.model_state)]
     np.testing.assert_array_equal(variances[0], variances[1][:8])
+    with safe_open(folder / "small" / "weights.safetensors", "numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor("blocks/1/conv1/kernel"), kernels[0])
+        np.testing.assert_array_equal(file.get_tensor("model_state/blocks/2/norm1/var"), variances[0])
+        assert len(file.keys()) == len(jax.tree.leaves(network[:2]))
+        metadata = file.metadata()
+    assert (metadata["model"], metadata["width"], json.loads(metadata["widths"])["blocks/0/conv1"]) == (
+        "resnet8",
+        "4",
+        2,
+    )
+    # Three blocks' convolutions on 8x8, 4x4 and 2x2 pixels lose a half of what they read or put out.
+    saved = sum(
+        2 * 9 * (inputs + hidden) * hidden // 2 * side**2
+        for (inputs, hidden), side in zip(blocks, (8, 4, 2), strict=True)
+    )
+    assert found.masked_flops - found.small_flops == saved
+    assert f"FLOPs {found.masked_flops:.3g} -> {found.small_flops:.3g}" in printed
+
     images = jnp.zeros((2, 8, 8, 1))
     logits, after = jax.eval_shape(lambda *weights: network.apply(*weights, images, True), *network[:2])
     assert logits.shape == (2, 10)

@@ -544,7 +544,7 @@ def test_convolutions_start_with_the_variance_of_he(size, groups, variance):
 
 @pytest.fixture(scope="module")
 def translator():
-    model = transformer.Transformer(2, 0.1, width=8, classes=11, widths={}, rngs=nnx.Rngs(0))
+    model = transformer.Transformer(2, 0.1, width=8, classes=11, widths={}, dtype=jnp.float32, rngs=nnx.Rngs(0))
     return jax.jit(partial(model, train=False))
 
 

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 
-from experiments import draw, ratio, spectrum, surface, tasks, train
+from experiments import bench, draw, ratio, spectrum, surface, tasks, train
 from experiments.config import Config
 from experiments.figures import curves, landscapes, masks
+from experiments.rows import jsonl
 from experiments.solution import Solution
-from experiments.training import churn, loop
+from experiments.training import churn, loop, runs
 
 RNG = np.random.default_rng(0)
 
@@ -190,3 +192,15 @@ def test_what_cannot_be_drawn_is_said_in_a_line(tmp_path):
         draw.main(["surfaces", str(tmp_path)])
     with pytest.raises(SystemExit, match="There are no rows in nothing"):
         draw.main(["curves"])
+
+
+def test_rows_of_how_selection_grows_say_where_they_were_made(tmp_path, monkeypatch):
+    figures = {"parameters": 10, "seconds": 1.0, "temporary_bytes": 8}
+    ways = [{"way": way, **figures} for way in ("select", "argsort", "top_k")]
+    monkeypatch.setattr(bench.masks, "growth", lambda sizes, rounds: iter(ways))
+    made = list(bench._growth(bench.Arguments(out=tmp_path / "new", rounds=3), Console(quiet=True)))
+    assert [row.value for row in made] == [1.0, 1.0]
+    (file,) = (tmp_path / "new").glob("bench_select_*.jsonl")
+    where = runs.environment() | {"bench": {"rounds": 3}}
+    assert jsonl.read(file) == [where | way for way in ways]
+    assert file.with_suffix(".png").is_file()

@@ -27,6 +27,7 @@ SHORT = ["--subset", "256", "--epochs", "5"]
 CASES = {
     "rigl-s2sam": ["--eval-every", "2"],
     "mest-ems-sam": ["--method", "mest-ems", "--optimizer", "sam", "--checkpoint-every", "2"],
+    "chex-sam": ["--method", "chex", "--sparsity", "0.5", "--optimizer", "sam"],
     "lottery-s2sam": ["--method", "lottery", "--rounds", "1", "--prune-fraction", "0.9", "--eval-every", "3"],
 }
 TIMES = ("seconds", "images_per_second")

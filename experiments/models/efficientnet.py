@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -112,7 +111,7 @@ class EfficientNetB0(nnx.Module):
         channels: int,
         classes: int,
         widths: Mapping[str, int],
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.stem = layers.conv(channels, width, 3, stride=2, dtype=dtype, rngs=rngs)

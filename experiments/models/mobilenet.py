@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -78,7 +77,7 @@ class MobileNetV2(nnx.Module):
         channels: int,
         classes: int,
         widths: Mapping[str, int],
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.stem = _conv(channels, width, 3, dtype=dtype, rngs=rngs)

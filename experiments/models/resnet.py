@@ -7,7 +7,6 @@ in the last layer.
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -65,7 +64,7 @@ class ResNet(nnx.Module):
         channels: int,
         classes: int,
         widths: Mapping[str, int],
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.stem = layers.conv(channels, width, 3, dtype=dtype, rngs=rngs)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -75,7 +74,7 @@ class ResNet(nnx.Module):
         channels: int,
         classes: int,
         widths: Mapping[str, int],
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.small_images = small_images

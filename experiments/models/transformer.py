@@ -90,7 +90,7 @@ class Transformer(nnx.Module):
         width: int,
         classes: int,
         widths: Mapping[str, int],
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         if width % 2:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -39,7 +38,7 @@ class VGG19(nnx.Module):
         channels: int,
         classes: int,
         widths: Mapping[str, int],
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.stages = nnx.List()

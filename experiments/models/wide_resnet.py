@@ -6,7 +6,6 @@ Initialised as in the code of SSAM: He by fan-out, the last layer by PyTorch's d
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -62,7 +61,7 @@ class WideResNet(nnx.Module):
         channels: int,
         classes: int,
         widths: Mapping[str, int],
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         inputs = max(1, width // factor)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from experiments.rows import spread
@@ -12,18 +12,22 @@ from experiments.training.record import Row
 
 
 class ProgressBar:
-    """Counts steps, and shows the newest row. A context manager."""
+    """Counts steps, and shows the newest row; where nothing can be drawn over, as in a file, every row on a line.
+
+    A context manager.
+    """
 
     def __init__(self, console: Console, title: str, epochs: int, steps_per_epoch: int):
-        self._epochs = epochs
+        self._console, self._title, self._total = console, title, epochs * steps_per_epoch
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=10),
+            BarColumn(bar_width=5),
+            MofNCompleteColumn(),
             TextColumn("{task.fields[news]}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=console)
-        self._task = self._progress.add_task(title, total=epochs * steps_per_epoch, news="compiling")
+        self._progress = Progress(*columns, console=console, disable=not console.is_interactive)
+        self._task = self._progress.add_task(title, total=self._total, news="compiling")
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()
@@ -37,15 +41,17 @@ class ProgressBar:
 
     def row(self, row: Row) -> None:
         news = (
-            f"{row['epoch']}/{self._epochs} loss {row['train_loss']:.3f} test {row['test_accuracy']:.1%} "
-            f"zeros {row['sparsity']:.0%} {_speed(row)} img/s"
+            f"epoch {row['epoch']} loss {row['train_loss']:.3f} test {row['test_accuracy']:.1%} "
+            f"zeros of all {row['sparsity']:.0%} {_speed(row)} img/s"
         )
         self._progress.update(self._task, news=news)
+        if not self._console.is_interactive:
+            self._console.print(f"{self._title} {row['step']}/{self._total} {news}", soft_wrap=True)
 
 
 def result_table(finals: Mapping[str, Row]) -> Table:
     """A line a run: accuracy, also with BatchNorm's running statistics, speed, and the zeros of all kernels."""
-    columns = ("test\naccuracy", "running\nstats", "training\nloss", "seconds", "images/s", "zeros")
+    columns = ("test\naccuracy", "running\nstats", "training\nloss", "seconds", "images/s", "zeros of\nkernels")
     table = _table(*columns)
     for name, row in finals.items():
         counts = [sum(column) for column in zip(*row["layers"].values(), strict=True)]

@@ -93,6 +93,11 @@ def ledger(
     ]
 
 
+def forward_flops(config: Config, network: Network) -> int:
+    """Of a dense forward pass on a sample."""
+    return sum(layer_flops(*_forward(config, network)).values())
+
+
 def table(entries: Sequence[Entry], *, layers: bool = False) -> Table:
     """The sums, and with ``layers`` every layer before them."""
     shown = entries if layers else entries[-4:]

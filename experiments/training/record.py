@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,9 +12,18 @@ from experiments.config import Config
 from experiments.tasks import Reporter, Task
 from experiments.training import churn, sharding
 from experiments.training.checkpoint import Checkpoints
-from s2sam_jax import TrainState, eval_params, recalibrate_batch_stats
+from s2sam_jax import (
+    MSAMState,
+    S2SAMState,
+    TrainState,
+    eval_params,
+    recalibrate_batch_stats,
+    sharpness_metrics,
+    warn_if_perturbation_lost,
+)
 
 RECALIBRATION_BATCHES = 20
+PERTURBING = (S2SAMState, MSAMState)  # What tells the perturbation of the next step; that of sam is inside its update.
 
 Row = dict[str, Any]
 
@@ -48,6 +58,7 @@ class Record:
         self._masks: Any = None  # after this epoch
         self._counts: churn.Counts = {}  # of the masks since the last row
         self._compiles = True  # in the next epoch, whose time is then no measure of speed
+        self._warns = True  # at the next row, if low precision takes the perturbation away
         self.epoch = 0
 
     def begin(self, create: Callable[[], TrainState], epoch: int | None = None) -> TrainState:
@@ -117,7 +128,15 @@ class Record:
             "final": self.epoch == self._config.epochs,
             "masks": self._counts,
         }
-        return row | (self._figures or {})
+        return row | self._perturbation(state) | (self._figures or {})
+
+    def _perturbation(self, state: TrainState) -> dict[str, float]:
+        metrics = perturbation(self._config, state)
+        # A radius that follows a schedule may be zero by plan.
+        if self._warns and metrics and (metrics["epsilon_norm"] or self._config.rho_schedule == "constant"):
+            warn_if_perturbation_lost(metrics)
+        self._warns = False
+        return metrics
 
     def _progress(self) -> dict[str, Any]:
         seconds = time.perf_counter() - self._begin
@@ -132,6 +151,20 @@ def layer_sparsity(config: Config, state: TrainState) -> dict[str, list[int]]:
     """Per kernel, by path: ``[zeros of the mask, size]``; empty for dense training."""
     masks = churn.masks_of(config, state)
     return {name: counts[:2] for name, counts in churn.count(masks, masks).items()}
+
+
+def perturbation(config: Config, state: TrainState) -> dict[str, float]:
+    """Its norm, and how well the format that products are computed in keeps its direction; empty where none is kept."""
+    leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, PERTURBING))
+    if not any(isinstance(leaf, PERTURBING) for leaf in leaves):
+        return {}
+    metrics = _sharpness_metrics(eval_params(state.params, state.opt_state), state.opt_state, config.compute)
+    return {name: float(metrics[name]) for name in ("epsilon_norm", "epsilon_cosine")}
+
+
+@partial(jax.jit, static_argnames="compute")
+def _sharpness_metrics(params: Any, opt_state: Any, compute: str) -> dict[str, jax.Array]:
+    return sharpness_metrics(params, opt_state, compute_dtype=compute)
 
 
 def stop_if_bad(state: TrainState) -> None:

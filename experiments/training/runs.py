@@ -70,7 +70,7 @@ def claim(config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def says_what_goes_on(configs: Sequence[Config]) -> Iterator[None]:
-    """Notes on Ctrl-C, and on what is like it, where the runs that are under way have got to."""
+    """Notes on Ctrl-C, and on what is like it, which unfinished runs there are, of this command or one before it."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -123,7 +123,7 @@ def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
     masks = None if config.method == "dense" else get_masks(state.opt_state, state.params)
     arrays = sharding.gather((eval_params(state.params, state.opt_state), masks, state.model_state))
     if sharding.writes():
-        checkpoint.export(folder / WEIGHTS, *arrays, metadata=_metadata(config))
+        checkpoint.export(folder / WEIGHTS, *arrays, metadata=metadata(config))
         training.draw({config.optimizer: rows(folder)}, config.name, folder / CURVES)
         shutil.rmtree(folder / BEST, ignore_errors=True)
         shutil.copytree(best, folder / BEST)
@@ -133,7 +133,7 @@ def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
     sharding.wait_for_all("finish")
 
 
-def _metadata(config: Config) -> dict[str, str]:
+def metadata(config: Config) -> dict[str, str]:
     """What the weights are of, where they are apart from their run's folder."""
     width = models.MODELS[config.model].width if config.width is None else config.width
     sparsity = 0.0 if config.method == "dense" else config.sparsity
