@@ -74,7 +74,7 @@ def _search(stacks: list[jax.Array], counts: jax.Array, bits: int, reached: jax.
 
     def next_digit(carry):
         shift, found = carry
-        hits = _count(stacks, found.at[:, None] + (digits << shift.astype(dtype)))
+        hits = _count(stacks, found.at[:, None] + (digits << shift.astype(dtype))[None, :])
         fits = hits >= counts[:, None]
         return shift - BITS_A_PASS, _Found(
             at=found.at + (fits.sum(axis=1).astype(dtype) << shift.astype(dtype)),

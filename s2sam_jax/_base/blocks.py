@@ -52,7 +52,8 @@ def best_of_groups(images: jax.Array, structure: NM, taken: jax.Array) -> jax.Ar
     room = structure.n - cut(taken, axis, structure.m, False).sum(axis=axis + 1, keepdims=True, dtype=jnp.int32)
     own, other = jnp.expand_dims(groups, axis + 2), jnp.expand_dims(groups, axis + 1)
     place = np.arange(structure.m)
-    earlier = np.expand_dims(place[None, :] < place[:, None], tuple(range(2, 1 + images.ndim - axis)))
+    others = [a for a in range(own.ndim) if a not in (axis + 1, axis + 2)]
+    earlier = np.expand_dims(place[None, :] < place[:, None], others)
     rank = ((other > own) | ((other == own) & earlier)).sum(axis=axis + 2, dtype=jnp.int32)
     return join((rank < room) & (groups > 0), axis, images.shape[axis])
 

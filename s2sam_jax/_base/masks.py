@@ -162,7 +162,8 @@ def update_masks(
     """One update that changes the masks whatever the clock says: the second program of a two-program loop.
 
     A loop that jits its ordinary step with ``refresh_masks=False`` and calls this every so often carries no mask
-    update in its hot path.
+    update in its hot path. With ``nnx.Optimizer``, whose state ``tx`` cannot read, call
+    ``optimizer.update(model, grads, refresh_masks=True)`` instead, the flag static under ``jit``.
 
     Args:
       tx: the optimizer, with :func:`sparsify` in it.
@@ -202,5 +203,10 @@ def sparse_states(opt_state: Any, caller: str) -> list[SparseState]:
         raise ValueError(
             f"{caller} found no SparseState in opt_state (a {type(opt_state).__name__}). Wrap the optimizer in "
             "sparsify(); if the state comes from a checkpoint, restore it into the structure of tx.init(params)."
+        )
+    names = [name for state in states for name in by_name(state.masks)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"{caller}: two sparsify have masks of {twice}, which would contradict each other; one is enough."
         )
     return states

@@ -80,6 +80,15 @@ def explicit_sharding(leaf: jax.Array) -> Any:
     return sharding if any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types) else None
 
 
+def check_real(params: Any, caller: str) -> None:
+    """Raises a ``TypeError`` that names the complex leaves."""
+    if wrong := [name for name, p in by_name(params).items() if jnp.iscomplexobj(p)]:
+        raise TypeError(
+            f"{caller}: these parameters are complex: {wrong}. Take their real and imaginary parts, as gradients of "
+            "complex parameters point the other way."
+        )
+
+
 def scalar(x: Any) -> jax.Array:
     """The one array inside ``x``: a bare one, or one that Flax NNX has wrapped in a variable."""
     return jax.tree.leaves(x)[0]

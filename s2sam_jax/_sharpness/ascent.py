@@ -56,7 +56,7 @@ def perpendicular(tree: Params, to: Params) -> Params:
     length = norm(to)
     length = jnp.where(length > 0, length, 1.0)  # nothing is along a zero vector
     unit = jax.tree.map(lambda x: at_least_f32(x) / length, to)
-    parts = jax.tree.map(lambda x, u: jnp.sum(at_least_f32(x) * u), tree, unit)
+    parts = jax.tree.map(lambda x, u: jnp.real(jnp.sum(at_least_f32(x) * jnp.conj(u))), tree, unit)
     along = sum(jax.tree.leaves(parts), jnp.zeros(()))
     return jax.tree.map(lambda x, u: at_least_f32(x) - along * u, tree, unit)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._base.masks import SparseState, get_masks
 from s2sam_jax._base.state_rule import Unmasked
-from s2sam_jax._base.tree import at_least_f32, by_name, check_same_leaves, find_states, norm
+from s2sam_jax._base.tree import at_least_f32, by_name, check_real, check_same_leaves, find_states, norm
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.perturb import perturb, perturbing
 from s2sam_jax._sharpness.rounding import FORMATS, round_to_nearest
@@ -94,6 +94,7 @@ def sharpness_metrics(
         stored = jax.tree.map(lambda p, q: q.astype(p.dtype), params, point)
         metrics["loss_increase"] = loss_fn(stored) - loss_fn(params)
     if compute_dtype is not None:
+        check_real(params, "sharpness_metrics(compute_dtype=...)")
         kept = jax.tree.map(lambda p, q: _rounded(q, compute_dtype) - _rounded(p, compute_dtype), clean, point)
         metrics["epsilon_kept"] = _ratio(norm(kept), metrics["epsilon_norm"])
         metrics["epsilon_cosine"] = _cosine(jax.tree.leaves(kept), jax.tree.leaves(epsilon))
@@ -166,7 +167,7 @@ def _cosine_last_gradient(grads: Params, params: Params, opt_state: Any) -> jax.
 def _cosine(a: Any, b: Any) -> jax.Array:
     """Between two sequences of arrays, each taken as one vector."""
     pairs = [(at_least_f32(x), at_least_f32(y)) for x, y in zip(a, b, strict=True)]
-    product = sum((jnp.sum(x * y) for x, y in pairs), jnp.zeros(()))
+    product = sum((jnp.real(jnp.sum(x * jnp.conj(y))) for x, y in pairs), jnp.zeros(()))
     return _ratio(product, norm(list(a)) * norm(list(b)))
 
 

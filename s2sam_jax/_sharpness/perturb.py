@@ -81,7 +81,8 @@ def perturbations(
                 raise ValueError(f"perturb: {both} claim the leaf {path}; use one s2sam() or msam() per leaf.")
             owners[path] = name
         if isinstance(state, S2SAMState):
-            epsilon = s2sam.epsilon(state, [clean[path] for path in directions])
+            weights = jax.lax.stop_gradient([clean[path] for path in directions])  # epsilon is a constant
+            epsilon = s2sam.epsilon(state, weights)
         else:
             epsilon = msam.epsilon(state, list(directions.values()))
         yield state, directions, dict(zip(directions, epsilon, strict=True))

@@ -54,7 +54,8 @@ def s2sam_wrapper(
 
     Args:
       inner: the optimizer, possibly sparsified.
-      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
+      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (Injected by
+        ``optax.inject_hyperparams`` it acts one step late.)
       clean_dtype: type of the clean copy, e.g. ``jnp.float32`` beside bfloat16 parameters; the parameters' own
         if ``None``.
       eps: added to the norm.
@@ -120,7 +121,7 @@ def eval_params(params: Params, opt_state: Any) -> Params:
       Clean parameters, in the structure and dtypes of ``params``.
 
     Raises:
-      ValueError: when two wrappers hold a copy.
+      ValueError: when two wrappers hold a copy, or a checkpoint was restored without the types of its states.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -131,6 +132,11 @@ def eval_params(params: Params, opt_state: Any) -> Params:
     """
     states = find_states(opt_state, S2SAMWrapperState)
     if not states:
+        if any(map(_is_untyped, jax.tree.leaves(opt_state, is_leaf=_is_untyped))):
+            raise ValueError(
+                "eval_params found the state of s2sam_wrapper as a plain dict, as a checkpoint restored without a "
+                "structure has it; restore it into that of tx.init(params)."
+            )
         return params
     if len(states) > 1 or find_states(states[0].inner_state, S2SAMWrapperState):
         raise ValueError("eval_params: s2sam_wrapper is in opt_state more than once; wrap the whole optimizer once.")
@@ -140,6 +146,10 @@ def eval_params(params: Params, opt_state: Any) -> Params:
 
     # optax.masked and the like may have kept some from the wrapper
     return map_named(lambda path, param: clean[path].astype(param.dtype) if path in clean else param, params)
+
+
+def _is_untyped(state: Any) -> bool:
+    return isinstance(state, dict) and set(S2SAMWrapperState._fields) <= state.keys()
 
 
 def _on_masks(inner_state: Any, tree: Any) -> Any:

@@ -230,6 +230,8 @@ def _check(mask, sparsity, update_every, total_steps, drop_fraction, structure, 
         raise ValueError(f"ssam's mask must be 'fisher' or 'dynamic'; got {mask!r}.")
     if update_every < 1:
         raise ValueError(f"ssam needs update_every >= 1; got {update_every}.")
+    if total_steps is not None and total_steps < 1:
+        raise ValueError(f"ssam needs total_steps >= 1; got {total_steps}.")
     if mask == "dynamic" and total_steps is None:
         raise ValueError("ssam(mask='dynamic') anneals its drop fraction: give total_steps.")
     check_fractions("ssam", drop_fraction=drop_fraction)

@@ -54,7 +54,7 @@ def recalibrate_batch_stats(
       4.0
     """
     # Compiled anew at each call, as a loss may close over values that have changed.
-    statistics = jax.jit(lambda *args: _floats(loss_fn(*args)[1][0]))
+    statistics = jax.jit(lambda *args: [x for x in jax.tree.leaves(loss_fn(*args)[1][0]) if _is_float(x)])
 
     def forward(values, batch, index):
         return statistics(params, at(values), batch, jax.random.fold_in(jax.random.key(seed), index))
@@ -75,7 +75,7 @@ def recalibrate_batch_stats(
             start = [jnp.where(a, 0, x) for a, x in zip(averaged, old, strict=True)]
             rest = [jnp.where(a, 1 - mu, 1) for a, mu in zip(averaged, momentum, strict=True)]
         seen = forward(start, batch, count)
-        total = [t + s for t, s in zip(total, seen, strict=True)]
+        total = [t + at_least_f32(s) for t, s in zip(total, seen, strict=True)]
         count += 1
     if count == 0:
         raise ValueError("recalibrate_batch_stats needs at least one batch; got none.")
@@ -91,16 +91,24 @@ def _momentum(forward: Callable[[list[jax.Array]], list[jax.Array]], old: list[j
     the scale of what was seen, so that the difference does not cancel; the third, from the old ones and a
     share of those, is the test.
     """
-    seen = forward([jnp.zeros_like(x) for x in old])
+    dtypes = [x.dtype for x in jax.eval_shape(forward, old)]
+
+    def wide(values):
+        return [at_least_f32(x) for x in forward(values)]
+
+    seen = wide([jnp.zeros_like(x) for x in old])
     probes = [jnp.full_like(x, 1 + jnp.max(jnp.abs(x), initial=0)) for x in seen]
     shares = np.random.default_rng(0).uniform(0.2, 0.8, len(old)).tolist()  # for each leaf another, lest they agree
     test = [x + u * p for x, u, p in zip(old, shares, probes, strict=True)]
     found = []
-    for zero, moved, probe, again, x in zip(seen, forward(probes), probes, forward(test), test, strict=True):
+    looks = zip(seen, wide(probes), probes, wide(test), test, dtypes, strict=True)
+    for zero, moved, probe, again, x, dtype in looks:
         mu = jnp.median((moved - zero) / probe)
         deviation = jnp.max(jnp.abs(again - (mu * x + zero)), initial=0)
         scale = jnp.max(jnp.abs(again), initial=0) + jnp.max(jnp.abs(mu * x), initial=0)
-        found.append(jnp.where(deviation <= 0.02 * scale, mu, jnp.nan))  # bfloat16 rounds by less
+        is_average = deviation <= 0.02 * scale  # bfloat16 rounds by less
+        known = 1 - mu >= 10 * jnp.finfo(dtype).eps  # else rounding of what is returned decides about 1 - mu
+        found.append(jnp.where(is_average & known, mu, jnp.nan))
     return found
 
 
@@ -110,8 +118,9 @@ def _warn_of_kept(averaged: list[jax.Array], model_state: ModelState) -> None:
     names = [name for name, x in by_name(model_state).items() if _is_float(x)]
     if kept := [name for name, a in zip(names, averaged, strict=True) if not a]:
         warnings.warn(
-            f"recalibrate_batch_stats kept {kept}: they are no moving averages of the batch alone (or nothing of it "
-            "gets in), as statistics that depend on each other or on a spectral norm.",
+            f"recalibrate_batch_stats kept {kept}: they are no moving averages of the batch alone, as statistics that "
+            "depend on each other or on a spectral norm; or too little of the batch gets in to be told from rounding, "
+            "as in bfloat16 with a momentum near 1.",
             stacklevel=3,
         )
 

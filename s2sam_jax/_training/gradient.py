@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._base.tree import find_states
+from s2sam_jax._base.tree import at_least_f32, find_states, leaf_name
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.esam import sharpest_examples
 from s2sam_jax._sharpness.trajectory import TrajectoryBuffer
@@ -60,7 +60,7 @@ def averaged_gradient(
             return (jax.tree.map(lambda t, x: t + x.astype(t.dtype) / parts, total, out), model_state), None
 
         # In float32 or wider: in bfloat16 many small parts would be lost beside their sum.
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), first)
+        zeros = jax.tree.map(lambda x: at_least_f32(jnp.zeros(x.shape, x.dtype)), first)
         # Unrolled on CPU, where XLA is slow at convolution gradients inside loops.
         unroll = parts if jax.default_backend() == "cpu" else 1
         (total, new), _ = jax.lax.scan(body, (zeros, model_state), (jnp.arange(parts), micro), unroll=unroll)
@@ -153,6 +153,13 @@ def _check_returned(out: Any, before: ModelState) -> None:
             f"loss_fn returns a model state {jax.tree.structure(new)}, but the train state holds "
             f"{jax.tree.structure(before)}; begin with one like it: TrainState.create(params, tx, model_state=...)."
         )
+    for (path, x), old in zip(jax.tree.leaves_with_path(new), jax.tree.leaves(before), strict=True):
+        got, want = jax.typeof(x), jax.typeof(old)
+        if (got.shape, got.dtype) != (want.shape, want.dtype):
+            raise ValueError(
+                f"loss_fn turns {leaf_name(path)!r} of the model state from {want.str_short()} into {got.str_short()}; "
+                "it must return the shapes and dtypes that it is given."
+            )
 
 
 def _mean(stacked: Any) -> Any:

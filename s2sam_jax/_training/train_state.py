@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.masks import SparseState, apply_masks, set_masks
-from s2sam_jax._base.tree import by_name, copy_key, find_states
+from s2sam_jax._base.tree import check_real, copy_key, find_states
 from s2sam_jax._base.types import Masks, Params
 from s2sam_jax._training.gradient import ModelState
 
@@ -65,11 +65,7 @@ class TrainState(NamedTuple):
           >>> print(TrainState.create({"kernel": jnp.ones((2, 2))}, tx).params["kernel"].sum())
           1.0
         """
-        if wrong := [name for name, p in by_name(params).items() if jnp.iscomplexobj(p)]:
-            raise TypeError(
-                f"TrainState.create: these parameters are complex: {wrong}. Train their real and imaginary parts, as "
-                "gradients of complex parameters point the other way."
-            )
+        check_real(params, "TrainState.create")
         # Copies, with types that are not weak, as steps return them; else the second step would be traced anew.
         params, model_state = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), (params, model_state))
         # Some optimizers keep the parameters themselves; a buffer cannot be donated twice.

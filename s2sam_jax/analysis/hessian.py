@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked
+from s2sam_jax._base.tree import at_least_f32, check_real, check_same_leaves, masked
 from s2sam_jax._base.types import BatchLoss, Masks, Params, Progress
 from s2sam_jax.analysis._batches import listed
 from s2sam_jax.analysis._lanczos import Product, ritz
@@ -241,6 +241,7 @@ def _product(
     batches = listed(batches, "The Hessian of a mean loss")
     if not batches:
         raise ValueError("The Hessian of a loss needs batches; got none.")
+    check_real(params, "The Hessian")
     params = jax.tree.map(at_least_f32, params)  # in bfloat16 Lanczos would soon see nothing new beside an outlier
     flat, _ = ravel_pytree(params)
     if masks is None:

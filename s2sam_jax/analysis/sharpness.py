@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.arguments import check_non_negative
-from s2sam_jax._base.tree import at_least_f32, check_same_leaves, masked, norm
+from s2sam_jax._base.tree import at_least_f32, check_real, check_same_leaves, masked, norm
 from s2sam_jax._base.types import BatchLoss, Masks, Params
 from s2sam_jax._sharpness.ascent import add, ascent
 from s2sam_jax.analysis._batches import listed
@@ -102,6 +102,7 @@ def sam_sharpness(
         raise ValueError(f"sam_sharpness needs steps >= 1 and batches; got {steps} and {len(batches)} batches.")
     if masks is not None:
         check_same_leaves(masks, params, "masks", "params")
+    check_real(params, "sam_sharpness")
     params = jax.tree.map(at_least_f32, params)  # a small perturbation would be lost in bfloat16
 
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn))

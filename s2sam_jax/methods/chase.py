@@ -1,5 +1,6 @@
 """Chase: dynamic sparse training over all leaves together that turns sparse channels into removed ones."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -158,7 +159,7 @@ def chase(
         """How many weights to prune to and to grow to."""
         _, last = first_and_last(x, "chase")
         budget = sum(planned_counts(x))
-        exploring = x.step < exploration_end * last
+        exploring = x.step < math.ceil(exploration_end * last)
         more = rounded_down(cosine(extra, x.step, round(exploration_end * last)) * sparse_size(x))
         fraction = cosine(drop_fraction, x.step, last, final_fraction)
         left = live - rounded_up(live.astype(jnp.float32) * fraction)
@@ -198,4 +199,5 @@ def _grow_above(slopes: list[jax.Array], count: jax.Array, free: list[jax.Array]
 
 
 def _smallest(scores: list[jax.Array], among: list[jax.Array]) -> jax.Array:
-    return jnp.min(jnp.stack([jnp.min(s, where=a, initial=jnp.inf) for s, a in zip(scores, among, strict=True)]))
+    smallest = [jnp.min(s, where=a, initial=jnp.inf) for s, a in zip(scores, among, strict=True)]
+    return jnp.min(jnp.array([jnp.inf, *smallest]))  # there may be no sparse leaf
