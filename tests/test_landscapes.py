@@ -72,7 +72,8 @@ def test_surface_of_a_run(folder):
     mean = runs.restore(folder).model_state["mean"]
     for pixels, _ in found.batches:
         inputs = (np.asarray(pixels, np.float64).reshape(len(pixels), -1) / 255 - 0.3054) / 0.3760
-        logits.append(np.tanh(inputs @ hidden["kernel"] - mean + hidden["bias"]) @ np.asarray(head, np.float64))
+        normed = (inputs @ hidden["kernel"] - mean) * hidden["scale"] + hidden["bias"]
+        logits.append(np.tanh(normed) @ np.asarray(head, np.float64))
     logits, labels = np.concatenate(logits), np.concatenate([labels for _, labels in found.batches])
     losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(64), labels]
     assert heights[1, 1] == pytest.approx(losses.mean(), rel=1e-5)
