@@ -24,7 +24,7 @@ ROWS: tuple[tuple[str, str, OptimizerName, dict[str, Any]], ...] = (
     ("s2sam", "S2-SAM, rho 0.05", "s2sam", {}),
     ("s2sam-warmup", "S2-SAM, rho rises to 0.05 over a third", "s2sam", {"rho_schedule": "warmup"}),
     ("s2sam-learning-rate", "S2-SAM, rho falls with the learning rate", "s2sam", {"rho_schedule": "learning-rate"}),
-    ("s2sam-adaptive", "S2-SAM, adaptive (by |w|), rho 0.5", "s2sam-adaptive", {"rho": 0.5}),
+    ("s2sam-adaptive", "S2-SAM, adaptive (by the weights), rho 0.5", "s2sam-adaptive", {"rho": 0.5}),
     ("s2sam-opposite", "S2-SAM, downhill", "s2sam-opposite", {}),
     ("s2sam-released", "S2-SAM as released", "s2sam-released", {}),
     ("sam", "SAM, rho 0.05", "sam", {}),
