@@ -35,8 +35,11 @@ def test_a_run_warns_once_if_low_precision_takes_the_perturbation_away(optimizer
     _, warned = lost([*options, "--compute", "bfloat16"], tmp_path)
     assert len(warned) == 1
     assert "Low precision takes the perturbation away" in warned[0]
+
+
+@pytest.mark.parametrize("options", [["--rho", "0.005"], ["--rho", "2", "--compute", "bfloat16"]])
+def test_a_run_whose_perturbation_is_kept_does_not_warn(options, toy, tmp_path):
     assert lost(options, tmp_path)[1] == []
-    assert lost(["--optimizer", optimizer, "--rho", "2", "--compute", "bfloat16"], tmp_path)[1] == []
 
 
 def test_what_a_row_says_of_the_perturbation_is_that_of_its_checkpoint(toy, tmp_path):

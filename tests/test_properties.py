@@ -32,7 +32,7 @@ from s2sam_jax import (
 )
 
 # Few shapes, as each is compiled.
-QUICK = hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+QUICK = hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 SHAPES = ((), (0, 3), (1,), (3, 5))
 
