@@ -1,5 +1,6 @@
 """Masks in an optimizer state: where they are kept, and how to read, set and apply them."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -204,8 +205,8 @@ def sparse_states(opt_state: Any, caller: str) -> list[SparseState]:
             f"{caller} found no SparseState in opt_state (a {type(opt_state).__name__}). Wrap the optimizer in "
             "sparsify(); if the state comes from a checkpoint, restore it into the structure of tx.init(params)."
         )
-    names = [name for state in states for name in by_name(state.masks)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(name for state in states for name in by_name(state.masks))
+    if twice := sorted(name for name, count in names.items() if count > 1):
         raise ValueError(
             f"{caller}: two sparsify have masks of {twice}, which would contradict each other; one is enough."
         )

@@ -55,8 +55,8 @@ class TrainState(NamedTuple):
           The state to start from.
 
         Raises:
-          TypeError: for complex parameters, or what :func:`set_masks` raises.
-          ValueError: the same.
+          TypeError: for complex parameters, or masks that are not bool.
+          ValueError: for masks that do not fit, or where ``tx`` is not sparse.
 
         Example:
           >>> import jax.numpy as jnp, optax
