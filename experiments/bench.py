@@ -12,11 +12,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, data
+from experiments import cli
 from experiments.benchmarks import inference, masks, steps, whole_loop
 from experiments.benchmarks.peers import Official
 from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import Config
+from experiments.datasets import in_memory
 from experiments.figures import selection
 from experiments.rows import jsonl
 from experiments.training import runs
@@ -107,7 +108,7 @@ def _sections(arguments: Arguments, config: Config, console: Console) -> dict[st
 
 def _loops(rounds: int) -> Iterator[Row]:
     digits = Config()
-    yield from whole_loop.throughput("digits, ResNet-8", digits, data.load("digits"), 22, rounds)
+    yield from whole_loop.throughput("digits, ResNet-8", digits, in_memory.load("digits"), 22, rounds)
     cifar = Config(dataset="cifar10", model="resnet32", width=8, batch_size=128)
     yield from whole_loop.throughput("ResNet-32 x8", cifar, whole_loop.noise_images(2560), 20, min(rounds, 3))
 

@@ -19,9 +19,9 @@ from rich.progress import track
 from experiments import cli
 from experiments.figures.convergence import RISKS, draw_bounds, label
 from experiments.rows import files, jsonl, missing, pages
+from experiments.rows.jsonl import Row
 from experiments.theory import nonconvex, stability
 from experiments.training import runs
-from experiments.training.record import Row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from experiments import cli, ratio, spectrum, surface
 from experiments.figures import curves, landscapes, masks
 from experiments.flatness import FIGURES
 from experiments.rows import jsonl
+from experiments.rows.jsonl import Row
 from experiments.training import runs
-from experiments.training.record import Row
 
 RUNS = Path("runs")  # Where figures go that nobody has named.
 ANALYSES = {"surfaces": surface.ANALYSIS, "spectra": spectrum.ANALYSIS, "ratios": ratio.ANALYSIS}

@@ -18,8 +18,9 @@ from experiments import cli, solution, spectrum, surface, sweep, tasks
 from experiments.config import Config, OptimizerName
 from experiments.figures import landscapes
 from experiments.rows import files, jsonl, missing, pages, spread
+from experiments.rows.jsonl import Row
 from experiments.training import loop, runs
-from experiments.training.record import Last, Row
+from experiments.training.record import Last
 
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
 FIGURES = (

@@ -20,9 +20,10 @@ from rich.progress import track
 from experiments import cli, solution, sweep, tasks
 from experiments.config import Config
 from experiments.rows import files, jsonl, missing, pages
+from experiments.rows.jsonl import Row
 from experiments.solution import Solution
 from experiments.training import loop, runs
-from experiments.training.record import Last, Row
+from experiments.training.record import Last
 from s2sam_jax import perturb, sharpness_metrics, stochastic_round
 
 FORMATS, ROUNDINGS = {"tensorfloat32": 10, "bfloat16": 7}, ("nearest", "random")  # With their bits of mantissa.

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from experiments import cli, solution
 from experiments.figures import landscapes
+from experiments.rows.jsonl import Row
 from experiments.solution import Solution
-from experiments.training.record import Row
 from s2sam_jax import analysis, sam
 
 EDGES = np.linspace(-12.0, 6.0, 73)  # what lies outside goes into the first and the last bin

@@ -18,15 +18,15 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, data, models, tasks
+from experiments import cli, models, tasks
 from experiments.config import Config, choices, differing
-from experiments.datasets import cifar_c, corruptions
+from experiments.datasets import cifar_c, corruptions, kinds
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
 from experiments.recipes.base import LABELS
 from experiments.rows import files, jsonl, pages, spread
+from experiments.rows.jsonl import Row
 from experiments.tasks import images
 from experiments.training import runs
-from experiments.training.record import Row
 from s2sam_jax import eval_params
 
 BATCH = 500
@@ -132,7 +132,7 @@ def _accuracies(
         task, state = tasks.make(dataclasses.replace(config, validation=0), loaded), runs.restore(folder)
         params, model_state = eval_params(state.params, state.opt_state), state.model_state
         clean[folder] = task.evaluate(params, model_state)["test_accuracy"]
-        predict = images.predictor(task.network, data.KINDS[config.dataset])
+        predict = images.predictor(task.network, kinds.KINDS[config.dataset])
         predictors[folder] = partial(predict, params, model_state)
     rows: dict[Path, list[Row]] = {folder: [] for folder in configs}
     for cell in track(cells, description="corruptions", total=None):

@@ -14,9 +14,9 @@ from rich.progress import Progress
 from experiments import tasks
 from experiments.config import Config
 from experiments.rows import jsonl
-from experiments.tasks import Task
+from experiments.rows.jsonl import Row
+from experiments.tasks.base import Task
 from experiments.training import runs
-from experiments.training.record import Row
 from s2sam_jax import TrainState, eval_params, get_masks
 
 

@@ -15,10 +15,10 @@ from rich.progress import track
 
 from experiments import cli, tasks
 from experiments.config import Config, OptimizerName
+from experiments.config.variants import ROUNDS
 from experiments.rows import files, jsonl, missing, pages, spread
 from experiments.training import loop, runs, sparse_methods
 from experiments.training.record import Last
-from experiments.training.variants import ROUNDS
 
 Cell = tuple[str, OptimizerName, float, int]
 CELL = ("method", "optimizer", "sparsity_asked", "seed")

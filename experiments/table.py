@@ -22,8 +22,8 @@ from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.recipes.scales import Scale, scaled
 from experiments.recipes.selection import Selection, chosen
 from experiments.rows import comparison, files, jsonl, missing, pages
+from experiments.rows.jsonl import Row
 from experiments.training import runs
-from experiments.training.record import Row
 
 OTHERWISE = "Pass --tuned if it was made so, give another folder as --results, or take the row out of the file."
 

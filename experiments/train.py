@@ -15,14 +15,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, recipes, tasks
+from experiments import cli, recipes, sharding, tasks
 from experiments.config import Config, OptimizerName, check_read
+from experiments.config.variants import RANDOM, in_library
 from experiments.figures import training
-from experiments.tasks import Task
-from experiments.training import display, flops, loop, optimizers, runs, seeds, sharding
+from experiments.rows.jsonl import Row
+from experiments.tasks.base import Task
+from experiments.training import display, flops, loop, optimizers, runs, seeds
 from experiments.training.checkpoint import Checkpoints
-from experiments.training.record import Row
-from experiments.training.variants import RANDOM, in_library
 from s2sam_jax import TrainState, get_masks
 
 

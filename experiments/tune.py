@@ -14,14 +14,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments import cli, data, recipes, tasks
+from experiments import cli, recipes, tasks
 from experiments.config import Config
+from experiments.datasets import in_memory
 from experiments.recipes import Recipe
 from experiments.recipes.scales import Scale, scaled
 from experiments.recipes.selection import Selection, chosen
 from experiments.rows import jsonl, missing
+from experiments.rows.jsonl import Row
 from experiments.training import loop, runs
-from experiments.training.record import Last, Row
+from experiments.training.record import Last
 
 FIELDS = ("setting", "accuracy", "config")  # What a row must have.
 
@@ -97,7 +99,7 @@ def run(arguments: Arguments, file: Path) -> list[Row]:
     """Returns the rows asked for, each written as soon as it is there; what broke down has an accuracy of zero."""
     if not arguments.held_out > 0:
         raise ValueError(f"held_out is the share of the training images to choose by; got {arguments.held_out}.")
-    load = functools.cache(lambda dataset, subset: data.load(dataset, arguments.data, subset))
+    load = functools.cache(lambda dataset, subset: in_memory.load(dataset, arguments.data, subset))
     wanted = {}
     for name, config in configs(arguments):
         images = len(load(config.dataset, config.subset).train_labels)

@@ -37,21 +37,21 @@ import optax
 from flax import linen, nnx
 from flax.training import train_state
 
-from experiments import data
+from experiments.datasets import in_memory
 from s2sam_jax import Every, apply_masks, check_masks, get_masks, methods, perturb, s2sam, sparsify
 
 # %% [markdown]
 # The data are scikit-learn's handwritten digits, 8 x 8 pixels each; all loops see the same batches.
 
 # %%
-digits = data.load("digits")
+digits = in_memory.load("digits")
 train_x, test_x = (x.reshape(len(x), 64) / 255 for x in (digits.train_images, digits.test_images))
 train_y, test_y = digits.train_labels, digits.test_labels
 
 
 def batches():
     for epoch in range(EPOCHS):
-        for rows in data.epoch_order(0, epoch, len(train_x), batch_size=64):
+        for rows in in_memory.epoch_order(0, epoch, len(train_x), batch_size=64):
             yield train_x[rows], train_y[rows]
 
 

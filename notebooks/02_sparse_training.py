@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import data
+from experiments.datasets import in_memory
 from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods, s2sam, sparsify
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
@@ -38,7 +38,7 @@ plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.ri
 # A net of one hidden layer on 8 x 8 digits. Its first kernel connects 64 pixels with 256 units.
 
 # %%
-digits = data.load("digits")
+digits = in_memory.load("digits")
 train_x, test_x = (x.reshape(len(x), 64) / 255 for x in (digits.train_images, digits.test_images))
 train_y, test_y = digits.train_labels, digits.test_labels
 STEPS = len(train_x) // 64

@@ -29,13 +29,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import data
+from experiments.datasets import in_memory
 from s2sam_jax import Every, TrainState, analysis, get_masks, make_train_step, methods, s2sam, sam, sparsify, ssam
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
 
 # %%
-digits = data.load("digits")
+digits = in_memory.load("digits")
 train_x, test_x = (x.reshape(len(x), 64) / 255 for x in (digits.train_images, digits.test_images))
 train_y, test_y = digits.train_labels, digits.test_labels
 STEPS = len(train_x) // 64

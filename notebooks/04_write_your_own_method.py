@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
-from experiments import data
+from experiments.datasets import in_memory
 from s2sam_jax import (
     Every,
     MaskUpdate,
@@ -109,7 +109,7 @@ for _ in range(3):
 # The method is used like any other; here with S2-SAM.
 
 # %%
-digits = data.load("digits")
+digits = in_memory.load("digits")
 train_x, test_x = (x.reshape(len(x), 64) / 255 for x in (digits.train_images, digits.test_images))
 train_y, test_y = digits.train_labels, digits.test_labels
 STEPS = len(train_x) // 64
@@ -137,7 +137,7 @@ def accuracy(method, seed, sparsity=0.95):
     }
     state, step = TrainState.create(params, tx, seed=seed), make_train_step(loss_fn, tx)
     for epoch in range(EPOCHS):
-        for rows in data.epoch_order(seed, epoch, len(train_x), batch_size=64):
+        for rows in in_memory.epoch_order(seed, epoch, len(train_x), batch_size=64):
             state, _ = step(state, (train_x[rows], train_y[rows]))
     check_masks(state.params, state.opt_state)
     return float(jnp.mean(jnp.argmax(net(state.params, test_x), axis=-1) == test_y))

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import recipes, tasks, train
+from experiments import recipes, train
 from experiments.config import Config, OptimizerName, check_read, check_same, choices, differing
+from experiments.config.variants import in_library, method_names
 from experiments.recipes.scales import scaled
 from experiments.rows import jsonl
+from experiments.tasks.base import Losses
 from experiments.training import loop, optimizers, sparse_methods
-from experiments.training.variants import in_library, method_names
 from s2sam_jax import methods
 
 SHARPNESS = {
@@ -52,7 +53,7 @@ def test_an_optimizer_reads_what_changes_its_step(optimizer, monkeypatch):
     assert read(SHARPNESS, **run) == having_effect(SHARPNESS, program, **run)
     given = []
     monkeypatch.setattr(loop, "make_train_step", lambda *_, **o: given.append([o[field] for field in OF_STEP]))
-    loop.train_step(Config(**run, **OF_STEP), tasks.Losses(None, None, None), None)
+    loop.train_step(Config(**run, **OF_STEP), Losses(None, None, None), None)
     assert given == [[OF_STEP[field] if field in read(OF_STEP, **run) else 1 for field in OF_STEP]]
 
 

@@ -18,11 +18,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_resume import stop_in
 
-from experiments import tasks, train
+from experiments import sharding, tasks, train
 from experiments.config import Config
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.tasks import arrays
-from experiments.training import record, runs, sharding
+from experiments.training import record, runs
 from s2sam_jax import Every, TrainState, get_masks, make_train_step, methods, s2sam, sam, sparsify
 
 ROOT = Path(__file__).resolve().parents[1]

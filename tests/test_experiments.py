@@ -17,8 +17,9 @@ from prepared import encoded, image_features, write_tfds
 from scipy import stats
 
 from experiments import config as configs
-from experiments import data, evaluate, models, tasks, train
+from experiments import evaluate, models, tasks, train
 from experiments.config import Config, OptimizerName
+from experiments.datasets import in_memory, kinds, transforms
 from experiments.tasks import arrays, images
 from experiments.training import (
     checkpoint,
@@ -62,7 +63,7 @@ def run_dir(out):
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits")
+    return in_memory.load("digits")
 
 
 @pytest.fixture
@@ -142,30 +143,30 @@ def test_digits_are_split_completely_and_by_class(digits):
     )
     assert np.bincount(digits.test_labels).min() >= 35
     pixels = np.asarray(digits.train_images) / 255
-    kind = data.KINDS["digits"]
+    kind = kinds.KINDS["digits"]
     np.testing.assert_allclose([pixels.mean(), pixels.std()], [kind.mean[0], kind.std[0]], atol=5e-5)
 
 
 def test_subset_is_the_first_rows(digits):
-    np.testing.assert_array_equal(data.load("digits", subset=100).train_images, digits.train_images[:100])
+    np.testing.assert_array_equal(in_memory.load("digits", subset=100).train_images, digits.train_images[:100])
     with pytest.raises(ValueError, match="subset=2000 is more than the 1437 training rows"):
-        data.load("digits", subset=2000)
+        in_memory.load("digits", subset=2000)
 
 
 def test_epoch_order_is_a_permutation_of_its_seed_and_epoch():
-    order = data.epoch_order(0, 1, examples=103, batch_size=10)
+    order = in_memory.epoch_order(0, 1, examples=103, batch_size=10)
     assert order.shape == (10, 10)
     assert len(np.unique(order)) == 100
-    np.testing.assert_array_equal(order, data.epoch_order(0, 1, examples=103, batch_size=10))
-    assert (order != data.epoch_order(0, 2, examples=103, batch_size=10)).any()
-    assert (order != data.epoch_order(1, 1, examples=103, batch_size=10)).any()
+    np.testing.assert_array_equal(order, in_memory.epoch_order(0, 1, examples=103, batch_size=10))
+    assert (order != in_memory.epoch_order(0, 2, examples=103, batch_size=10)).any()
+    assert (order != in_memory.epoch_order(1, 1, examples=103, batch_size=10)).any()
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10"])
 def test_augmented_images_are_crops(name):
-    kind = data.KINDS[name]
+    kind = kinds.KINDS[name]
     images = np.random.default_rng(0).integers(1, 256, (64, *kind.shape), np.uint8)
-    got = np.asarray(jax.jit(lambda key, x: data.augment(key, x, kind))(jax.random.key(0), images))
+    got = np.asarray(jax.jit(lambda key, x: transforms.augment(key, x, kind))(jax.random.key(0), images))
     assert got.shape == images.shape
     assert got.dtype == np.uint8
     height, width, _ = kind.shape
@@ -193,7 +194,7 @@ def test_every_test_row_is_counted_once(digits):
     task = arrays.Task(Config(), models.Network((), (), apply), digits, sharding.make_mesh())
     accuracy = task.evaluate((), ())["test_accuracy"]
     assert accuracy == np.mean(np.asarray(digits.test_labels) == 0)
-    labels = np.concatenate([y for _, y in data.eval_batches(digits.test_images, digits.test_labels, 100)])
+    labels = np.concatenate([y for _, y in in_memory.eval_batches(digits.test_images, digits.test_labels, 100)])
     np.testing.assert_array_equal(labels[:360], digits.test_labels)
     np.testing.assert_array_equal(labels[360:], np.full(40, -1))
 
@@ -210,12 +211,12 @@ def test_tfds_and_npz_give_the_same_batches_and_losses(cifar_arrays, tmp_path):
     splits = {split: shuffled(split) for split in ("train", "test")}
     write_tfds(tmp_path / "cifar10" / "3.0.2", features, splits)
     np.savez(tmp_path / "cifar.npz", **cifar_arrays)
-    sets = [data.load("cifar10", path) for path in (tmp_path, tmp_path / "cifar.npz")]
+    sets = [in_memory.load("cifar10", path) for path in (tmp_path, tmp_path / "cifar.npz")]
 
     config = Config(dataset="cifar10", width=2)
     network = tasks.build(config)
     loss_fn = jax.jit(images.loss_function(config, network))
-    rows = data.epoch_order(0, 0, examples=24, batch_size=8)[1]
+    rows = in_memory.epoch_order(0, 0, examples=24, batch_size=8)[1]
     losses = []
     for dataset in sets:
         batch = (dataset.train_images[rows], dataset.train_labels[rows])
@@ -240,13 +241,13 @@ def test_npz_with_other_arrays_is_refused(cifar_arrays, tmp_path):
     file = tmp_path / "x.npz"
     np.savez(file, train_images=cifar_arrays["train_images"])
     with pytest.raises(ValueError, match=r"lacks the arrays \['test_images', 'test_labels', 'train_labels'\]"):
-        data.load("cifar10", file)
+        in_memory.load("cifar10", file)
     np.savez(file, **(cifar_arrays | {"test_images": cifar_arrays["test_images"] / 255}))
     with pytest.raises(ValueError, match=r"test_images .* must be uint8 .* got float64"):
-        data.load("cifar10", file)
+        in_memory.load("cifar10", file)
     np.savez(file, **(cifar_arrays | {"train_labels": cifar_arrays["train_labels"] + 5}))
     with pytest.raises(ValueError, match=r"train_labels .* must lie in \[0, 10\)"):
-        data.load("cifar10", file)
+        in_memory.load("cifar10", file)
 
 
 # Model, optimizer and loop
@@ -335,7 +336,7 @@ def test_an_epoch_is_the_same_as_a_scan(monkeypatch, digits):
             run = arrays.epoch_runner(make_train_step(loss_fn, tx), dataset, Silent())
             state = TrainState.create({"kernel": jnp.full((64, 10), 0.01)}, tx)
             for epoch in range(2):
-                state, metrics = run(state, data.epoch_order(0, epoch, 64, 8))
+                state, metrics = run(state, in_memory.epoch_order(0, epoch, 64, 8))
             results.append((metrics["loss"], state.params["kernel"]))
     assert results[0][0].shape == (8,)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), *results)

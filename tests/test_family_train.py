@@ -35,7 +35,7 @@ from toy import build
 
 from experiments import tasks
 from experiments.config import Config
-from experiments.data import Dataset
+from experiments.datasets.in_memory import Dataset
 from experiments.models import Network
 from experiments.tasks import images
 from experiments.training import loop, optimizers

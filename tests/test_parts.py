@@ -7,9 +7,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments import train
+from experiments import sharding, train
 from experiments.config import Config
-from experiments.training import runs, sharding
+from experiments.training import runs
 from s2sam_jax import TrainState, get_masks, make_train_step, methods, s2sam, sam, sparsify, ssam
 from s2sam_jax._training.gradient import gradient_by_part
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, models, recipes, tasks
+from experiments import models, recipes, tasks
 from experiments.config import Config
+from experiments.datasets import kinds
 from experiments.reliability import narrow_steps, one_step
 from experiments.rows import jsonl
 from s2sam_jax import SparseState
@@ -58,8 +59,8 @@ def traced_once(model, width, classes, channels):
 
 def network_of(config):
     text = models.MODELS[config.model].text
-    classes = config.vocabulary if text else data.KINDS[config.dataset].classes
-    network = traced_once(config.model, config.width, classes, None if text else data.KINDS[config.dataset].shape[2])
+    classes = config.vocabulary if text else kinds.KINDS[config.dataset].classes
+    network = traced_once(config.model, config.width, classes, None if text else kinds.KINDS[config.dataset].shape[2])
     params, model_state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (network.params, network.model_state))
     return network._replace(params=params, model_state=model_state)
 

@@ -14,7 +14,7 @@ import pytest
 from common import find, named
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from experiments.training.structures import parse
+from experiments.config.structures import parse
 from s2sam_jax import (
     NM,
     Block,

@@ -13,10 +13,11 @@ import toy
 from prepared import encoded, image_features, write_tfds
 from shallow import shallow
 
-from experiments import data, evaluate, tasks, train
+from experiments import evaluate, sharding, tasks, train
 from experiments.config import Config, OptimizerName
+from experiments.datasets import in_memory, transforms
 from experiments.tasks import arrays
-from experiments.training import loop, optimizers, sharding
+from experiments.training import loop, optimizers
 from s2sam_jax import TrainState
 
 __all__ = ["shallow"]
@@ -92,9 +93,9 @@ def test_learning_rates():
 
 
 def test_label_noise_replaces_its_share_by_other_classes_and_leaves_the_evaluation_right():
-    clean = data.load("digits")
+    clean = in_memory.load("digits")
     task = arrays.Task(Config(validation=437, label_noise=0.4), tasks.build(Config()), clean, sharding.make_mesh())
-    noisy, held = task._dataset, data.hold_out(clean, 437)
+    noisy, held = task._dataset, in_memory.hold_out(clean, 437)
     wrong = np.flatnonzero(np.asarray(noisy.train_labels) != np.asarray(held.train_labels))
     assert len(wrong) == 400
     # All nine other classes, about equally often: 44 each, with a deviation of 6.
@@ -103,7 +104,7 @@ def test_label_noise_replaces_its_share_by_other_classes_and_leaves_the_evaluati
     np.testing.assert_array_equal(noisy.test_labels, held.test_labels)
     np.testing.assert_array_equal(noisy.train_images, held.train_images)
 
-    same, other = (data.with_label_noise(held, 0.4, 10, seed).train_labels for seed in (0, 1))
+    same, other = (in_memory.with_label_noise(held, 0.4, 10, seed).train_labels for seed in (0, 1))
     np.testing.assert_array_equal(same, noisy.train_labels)
     assert np.any(np.asarray(other) != np.asarray(same))
     with pytest.raises(ValueError, match=r"label_noise must be 0 for imagenet2012; got 0\.1"):
@@ -112,7 +113,7 @@ def test_label_noise_replaces_its_share_by_other_classes_and_leaves_the_evaluati
 
 def test_cutout_blanks_one_square_of_half_the_images():
     images = jnp.ones((400, 20, 24, 2))
-    got = np.asarray(data.cutout(jax.random.key(0), images, 6))
+    got = np.asarray(transforms.cutout(jax.random.key(0), images, 6))
     blank = (got == 0).all(axis=-1)
     np.testing.assert_array_equal(got == 0, np.repeat(blank[..., None], 2, axis=-1))
     sides = set()

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import data, table, tasks, train, tune
+from experiments import table, tasks, train, tune
 from experiments.config import Config
+from experiments.datasets import in_memory
 from experiments.tasks import arrays
 
 
@@ -32,19 +33,21 @@ def test_a_setting_that_broke_down_at_every_radius_has_no_best_one(tmp_path):
 
 
 def test_held_out_images_are_the_last_training_rows_and_the_test_set_is_out_of_sight():
-    whole = data.load("digits")
-    part = data.hold_out(whole, 287)
+    whole = in_memory.load("digits")
+    part = in_memory.hold_out(whole, 287)
     assert [len(x) for x in part] == [1150, 1150, 287, 287]
     np.testing.assert_array_equal(part.test_images, whole.train_images[1150:])
     np.testing.assert_array_equal(part.train_labels, whole.train_labels[:1150])
     with pytest.raises(ValueError, match="validation=1437 leaves none of the 1437 training rows"):
-        data.hold_out(whole, 1437)
+        in_memory.hold_out(whole, 1437)
 
 
 def test_a_run_with_validation_reports_on_held_out_images(toy, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(tasks.arrays.data, "eval_batches", lambda images, *_: seen.append(len(images)) or [])
-    task = arrays.Task(Config(validation=287), tasks.build(Config()), data.load("digits"), tasks.sharding.make_mesh())
+    task = arrays.Task(
+        Config(validation=287), tasks.build(Config()), in_memory.load("digits"), tasks.sharding.make_mesh()
+    )
     assert (task.steps_per_epoch, seen) == (1150 // 64, [287])
     assert Config(validation=287).digest != Config().digest
     with pytest.raises(ValueError, match="validation must be 0 for wmt14; got 5"):

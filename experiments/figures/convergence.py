@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures.style import COLOURS, GREY, MARKERS, tidy
-from experiments.training.record import Row
+from experiments.rows.jsonl import Row
 
 RISKS = {"gap": "F − F_S at w̄", "excess": "F(w̄) − F(w°)", "distance": "|w̄ − w̄'|"}
 

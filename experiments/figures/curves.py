@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.config import choices, differing
 from experiments.figures.style import COLOURS, MARKERS, tidy
-from experiments.training.record import Row
+from experiments.rows.jsonl import Row
 
 MOST = len(COLOURS) * len(MARKERS)  # Lines that look different.
 PANELS = (

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.figures.style import COLOURS, GREY, MARKERS, tidy
-from experiments.training.record import Row
+from experiments.rows.jsonl import Row
 from s2sam_jax.analysis import Spectrum
 
 

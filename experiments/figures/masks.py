@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.figures.style import COLOURS, GREY, tidy
-from experiments.training.record import Row
+from experiments.rows.jsonl import Row
 
 
 def draw_masks(rows: Sequence[Row], title: str, file: Path) -> None:

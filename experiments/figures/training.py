@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.figures.style import COLOURS, GREY, MARKERS, tidy
-from experiments.training.record import Row
+from experiments.rows.jsonl import Row
 
 
 def draw(runs: Mapping[str, list[Row]], title: str, file: Path) -> None:

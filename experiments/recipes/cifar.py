@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from experiments.config import Config, DatasetName, OptimizerName
+from experiments.config.variants import ROUNDS
 from experiments.recipes.base import S2SAM, Printed, Recipe, cell, lines, recipe
 from experiments.training import sparse_methods
-from experiments.training.variants import ROUNDS
 
 EPOCHS = 160
 SPARSITIES = (0.9, 0.95, 0.98)

@@ -5,9 +5,9 @@ from typing import Literal
 
 from experiments import models
 from experiments.config import Config
+from experiments.config.variants import ONE_SHOT, ROUNDS
 from experiments.recipes import Recipe
 from experiments.training import sparse_methods
-from experiments.training.variants import ONE_SHOT, ROUNDS
 
 # full: the recipe. cpu: a quarter of the width, 10 000 images, 9 epochs. digits: a ResNet-8 of width 8 on these small
 # images, 20 epochs. smoke: it runs.

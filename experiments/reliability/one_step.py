@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments import cli, data, models, tasks
+from experiments import cli, models, tasks
 from experiments.config import Config
+from experiments.datasets import kinds
 from experiments.rows import jsonl
 from experiments.training import loop, optimizers, runs
 from s2sam_jax import TrainState, check_masks, get_masks
@@ -42,7 +43,7 @@ def batch_of(config: Config) -> Any:
     if models.MODELS[config.model].text:
         tokens = rng.integers(4, config.vocabulary, (2, config.batch_size, config.max_length), np.int32)
         return {"sources": jnp.asarray(tokens[0]), "targets": jnp.asarray(tokens[1])}
-    kind = data.KINDS[config.dataset]
+    kind = kinds.KINDS[config.dataset]
     side, _, channels = kind.shape
     side = config.image_size or side
     pixels = rng.integers(0, 256, (config.batch_size, side, side, channels), np.uint8)

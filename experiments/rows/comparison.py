@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from experiments.rows import pages
+from experiments.rows.jsonl import Row
 from experiments.rows.spread import MISSING, figure, gains, interval, mean
-from experiments.training.record import Row
 
 
 class Line(NamedTuple):

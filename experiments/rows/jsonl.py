@@ -7,10 +7,11 @@ from typing import Any
 
 from experiments.rows import files
 
+Row = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-def read(file: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
+def read(file: Path, fields: Sequence[str] = ()) -> list[Row]:
     """All rows; none if there is no such file.
 
     Raises:
@@ -30,7 +31,7 @@ def read(file: Path, fields: Sequence[str] = ()) -> list[dict[str, Any]]:
     return rows
 
 
-def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write(file: Path, rows: Iterable[Row]) -> None:
     """All rows, in place of those that the file had."""
     files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 

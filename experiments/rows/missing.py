@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from experiments.config import check_same
-from experiments.training.record import Row
+from experiments.rows.jsonl import Row
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from experiments.training.record import Row
+from experiments.rows.jsonl import Row
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---") -> str:

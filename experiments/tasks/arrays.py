@@ -7,12 +7,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import data
+from experiments import sharding
 from experiments.config import Config
-from experiments.data import Dataset
+from experiments.datasets import in_memory, kinds
+from experiments.datasets.in_memory import Dataset
 from experiments.models import Network
-from experiments.tasks import Epoch, Losses, Reporter, Step, images, run_epoch
-from experiments.training import sharding
+from experiments.tasks import images
+from experiments.tasks.base import Epoch, Losses, Reporter, Step, run_epoch
 from s2sam_jax import TrainState
 
 EVAL_BATCH = 500
@@ -21,7 +22,7 @@ OrderedEpoch = Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, np
 
 
 def load(config: Config) -> Dataset:
-    return data.load(config.dataset, config.data, config.subset)
+    return in_memory.load(config.dataset, config.data, config.subset)
 
 
 def losses(config: Config, network: Network) -> Losses:
@@ -29,26 +30,28 @@ def losses(config: Config, network: Network) -> Losses:
 
 
 class Task:
-    """A :class:`~experiments.tasks.Task` of images on the device."""
+    """A :class:`~experiments.tasks.base.Task` of images on the device."""
 
     def __init__(self, config: Config, network: Network, dataset: Dataset, mesh: Mesh):
         self._config, self.network, self.mesh = config, network, mesh
-        dataset = data.hold_out(dataset, config.validation) if config.validation else dataset
+        dataset = in_memory.hold_out(dataset, config.validation) if config.validation else dataset
         if config.label_noise:
-            classes = data.KINDS[config.dataset].classes
-            dataset = data.with_label_noise(dataset, config.label_noise, classes, config.seed)
+            classes = kinds.KINDS[config.dataset].classes
+            dataset = in_memory.with_label_noise(dataset, config.label_noise, classes, config.seed)
         self._dataset = dataset = sharding.put(dataset, sharding.replicated(mesh))
         examples = len(dataset.train_labels)
         if examples < config.batch_size:
             raise ValueError(f"batch_size={config.batch_size} is more than the {examples} training rows.")
         self.steps_per_epoch = examples // config.batch_size
         self.losses = losses(config, network)
-        self._predict = images.predictor(network, data.KINDS[config.dataset])
-        batches = data.eval_batches(dataset.test_images, dataset.test_labels, sharding.fill(mesh, EVAL_BATCH))
+        self._predict = images.predictor(network, kinds.KINDS[config.dataset])
+        batches = in_memory.eval_batches(dataset.test_images, dataset.test_labels, sharding.fill(mesh, EVAL_BATCH))
         self._test = [sharding.put(batch, sharding.of_batch(mesh)) for batch in batches]
 
     def order(self, number: int) -> np.ndarray:
-        return data.epoch_order(self._config.seed, number, len(self._dataset.train_labels), self._config.batch_size)
+        return in_memory.epoch_order(
+            self._config.seed, number, len(self._dataset.train_labels), self._config.batch_size
+        )
 
     def runner(self, step: Step, reporter: Reporter) -> Epoch:
         run = epoch_runner(step, self._dataset, reporter, self.mesh)
@@ -59,7 +62,7 @@ class Task:
         return {"test_accuracy": images.accuracy(lambda x: self._predict(params, model_state, x), self._test)}
 
     def examples(self) -> Iterator[tuple[Any, jax.Array, jax.Array]]:
-        return images.examples(self._test, data.KINDS[self._config.dataset])
+        return images.examples(self._test, kinds.KINDS[self._config.dataset])
 
     def batches(self, number: int) -> Iterator[Any]:
         return batches_of(self._dataset, self.order(number), self.mesh)

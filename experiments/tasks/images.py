@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import data
 from experiments.config import Config
-from experiments.data import Kind
+from experiments.datasets import kinds, transforms
+from experiments.datasets.kinds import Kind
 from experiments.models import Network
-from experiments.tasks import Losses
+from experiments.tasks.base import Losses
 
 
 def losses(config: Config, network: Network, *, augment: bool) -> Losses:
@@ -48,12 +48,12 @@ def numbered(batch: tuple[Any, Any]) -> tuple[Any, Any, Any]:
 
 def _examples(config: Config, network: Network, augment: bool) -> Callable[..., Any]:
     """Losses, model state, and which are right."""
-    kind = data.KINDS[config.dataset]
+    kind = kinds.KINDS[config.dataset]
 
     def prepare(images, key):
-        images = data.augment(key, images, kind) if augment else images
-        images = data.normalise(images, kind)
-        return data.cutout(jax.random.fold_in(key, 1), images, config.cutout) if config.cutout else images
+        images = transforms.augment(key, images, kind) if augment else images
+        images = transforms.normalise(images, kind)
+        return transforms.cutout(jax.random.fold_in(key, 1), images, config.cutout) if config.cutout else images
 
     def prepare_in_place(images, key, places):
         """As part of the whole batch, whose noise goes by places; the other images are left black."""
@@ -72,12 +72,12 @@ def _examples(config: Config, network: Network, augment: bool) -> Callable[..., 
 
 def plain_loss_function(config: Config, network: Network) -> Callable[..., Any]:
     """Neither augmented nor with statistics of the batch: for single examples."""
-    kind = data.KINDS[config.dataset]
+    kind = kinds.KINDS[config.dataset]
 
     def loss_fn(params, model_state, batch, key):
         del key
         images, labels = batch
-        logits, new_state = network.apply(params, model_state, data.normalise(images, kind), False)
+        logits, new_state = network.apply(params, model_state, transforms.normalise(images, kind), False)
         targets = optax.smooth_labels(jax.nn.one_hot(labels, kind.classes), config.label_smoothing)
         return jnp.mean(optax.softmax_cross_entropy(logits, targets)), (new_state, {})
 
@@ -89,7 +89,7 @@ def predictor(network: Network, kind: Kind) -> Callable[[Any, Any, Any], jax.Arr
 
     @jax.jit
     def predict(params, model_state, images):
-        logits, _ = network.apply(params, model_state, data.normalise(images, kind), False)
+        logits, _ = network.apply(params, model_state, transforms.normalise(images, kind), False)
         return jnp.argmax(logits, axis=-1)
 
     return predict
@@ -98,7 +98,7 @@ def predictor(network: Network, kind: Kind) -> Callable[[Any, Any, Any], jax.Arr
 def examples(batches: Iterable[Any], kind: Kind) -> Iterator[tuple[jax.Array, jax.Array, jax.Array]]:
     """Raw batches as inputs of the network, labels, and which labels count: all but negative ones."""
     for images, labels in batches:
-        yield data.normalise(jnp.asarray(images), kind), labels, labels >= 0
+        yield transforms.normalise(jnp.asarray(images), kind), labels, labels >= 0
 
 
 def accuracy(predict: Callable[[Any], jax.Array], batches: Iterable[Any]) -> float:

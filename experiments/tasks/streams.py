@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from experiments import data, models
+from experiments import models, sharding
 from experiments.config import Config
-from experiments.datasets import imagenet
+from experiments.datasets import imagenet, kinds
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
-from experiments.tasks import Epoch, Losses, Reporter, Step, images, run_epoch
-from experiments.training import sharding
+from experiments.tasks import images
+from experiments.tasks.base import Epoch, Losses, Reporter, Step, run_epoch
 
 EVAL_BATCH = 256
 
@@ -55,16 +55,16 @@ class Streamed:
 
 
 class Task(Streamed):
-    """A :class:`~experiments.tasks.Task` of streamed images, augmented on the host."""
+    """A :class:`~experiments.tasks.base.Task` of streamed images, augmented on the host."""
 
     def __init__(self, config: Config, network: Network, loaded: Loaded, mesh: Mesh):
         super().__init__(config, network, loaded, mesh)
         self.losses = losses(config, network)
-        self._predict = images.predictor(network, data.KINDS[config.dataset])
+        self._predict = images.predictor(network, kinds.KINDS[config.dataset])
 
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
         del final
         return {"test_accuracy": images.accuracy(lambda x: self._predict(params, model_state, x), self.tests())}
 
     def examples(self) -> Iterator[tuple[Any, jax.Array, jax.Array]]:
-        return images.examples(self.tests(), data.KINDS[self._config.dataset])
+        return images.examples(self.tests(), kinds.KINDS[self._config.dataset])

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from experiments import sharding
 from experiments.config import Config
-from experiments.datasets import sources, translation, wmt
+from experiments.datasets import sources, wmt
 from experiments.datasets.stream import Evaluation, Stream
 from experiments.models import Network
-from experiments.tasks import Losses
+from experiments.tasks import translation
+from experiments.tasks.base import Losses
 from experiments.tasks.streams import Streamed
-from experiments.training import sharding
 
 EVAL_BATCH = 64
 
@@ -54,7 +55,7 @@ def _pairs(folder: Path, split: str) -> wmt.TextPairs | wmt.TfdsPairs:
 
 
 class Task(Streamed):
-    """A :class:`~experiments.tasks.Task` of sentence pairs."""
+    """A :class:`~experiments.tasks.base.Task` of sentence pairs."""
 
     def __init__(self, config: Config, network: Network, loaded: Loaded, mesh: Mesh):
         super().__init__(config, network, loaded, mesh)

@@ -12,8 +12,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save as to_safetensors
 
+from experiments import sharding
 from experiments.rows import files
-from experiments.training import sharding
 from experiments.trees import by_name
 from s2sam_jax import TrainState
 

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments.rows import spread
-from experiments.training.record import Row
+from experiments.rows.jsonl import Row
 
 
 class ProgressBar:

@@ -12,11 +12,12 @@ from matplotlib.ticker import EngFormatter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments import data, models
+from experiments import models
 from experiments.config import Config
+from experiments.config.variants import ROUNDS, in_library
+from experiments.datasets import kinds
 from experiments.models import Network
 from experiments.training import optimizers, sparse_methods
-from experiments.training.variants import ROUNDS, in_library
 from experiments.trees import by_name
 from s2sam_jax import ChannelGroup, erdos_renyi, erdos_renyi_kernel, uniform
 from s2sam_jax.analysis import layer_flops, masked_flops, training_flops
@@ -176,7 +177,7 @@ def _forward(config: Config, network: Network) -> tuple[Any, ...]:
     if spec.text:
         tokens = jax.ShapeDtypeStruct((1, config.max_length), jnp.int32)
         return forward, network.params, network.model_state, (tokens, tokens)
-    height, width, channels = data.KINDS[config.dataset].shape
+    height, width, channels = kinds.KINDS[config.dataset].shape
     if config.dataset == "imagenet2012":
         height = width = config.image_size or spec.image_size or height
     image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)

@@ -8,10 +8,12 @@ import optax
 from jax.experimental import checkify
 from jax.sharding import Mesh
 
+from experiments import sharding
 from experiments.config import Config, choices
 from experiments.models import Network
-from experiments.tasks import Epoch, Losses, Reporter, Step, Task, images, run_epoch
-from experiments.training import optimizers, sharding
+from experiments.tasks import images
+from experiments.tasks.base import Epoch, Losses, Reporter, Step, Task, run_epoch
+from experiments.training import optimizers
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.record import Record
 from s2sam_jax import TrainState, checked, eval_params, make_train_step

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import optax
 
-from experiments.config import Config
-from experiments.training import sparse_methods, structures
+from experiments.config import Config, structures
+from experiments.training import sparse_methods
 from s2sam_jax import (
     ChannelGroup,
     esam,

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import sharding
 from experiments.config import Config
-from experiments.tasks import Reporter, Task
-from experiments.training import churn, sharding
+from experiments.rows.jsonl import Row
+from experiments.tasks.base import Reporter, Task
+from experiments.training import churn
 from experiments.training.checkpoint import Checkpoints
 from s2sam_jax import (
     MSAMState,
@@ -24,8 +26,6 @@ from s2sam_jax import (
 
 RECALIBRATION_BATCHES = 20
 PERTURBING = (S2SAMState, MSAMState)  # What tells the perturbation of the next step; that of sam is inside its update.
-
-Row = dict[str, Any]
 
 
 class Last:

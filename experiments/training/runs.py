@@ -18,12 +18,12 @@ from typing import Any, Literal
 import jax
 
 import s2sam_jax
-from experiments import models, tasks
+from experiments import models, sharding, tasks
 from experiments.config import Config, check_same, choices
 from experiments.figures import training
 from experiments.rows import files, jsonl
-from experiments.training import checkpoint, loop, optimizers, sharding
-from experiments.training.record import Row
+from experiments.rows.jsonl import Row
+from experiments.training import checkpoint, loop, optimizers
 from s2sam_jax import TrainState, eval_params, get_masks
 
 CONFIG = "config.json"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from experiments.config import Config
-from experiments.tasks import Reporter, Task, run_epoch
+from experiments.tasks.base import Reporter, Task, run_epoch
 from experiments.training import loop, optimizers
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.record import Record

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from experiments.config import Config
-from experiments.training.variants import ONE_SHOT, ROUNDS, in_library
+from experiments.config.variants import ONE_SHOT, ROUNDS, in_library
 from s2sam_jax import ChannelGroup, Every, SparseMethod, methods
 
 # Epochs between mask updates, and the fraction of training at which they end, as the CIFAR experiments of the papers

@@ -1,4 +1,4 @@
-"""Image data sets that fit on the device: loading, order, augmentation, and exact evaluation batches."""
+"""Image data sets that fit on the device: loading, order, and exact evaluation batches."""
 
 import zipfile
 import zlib
@@ -10,25 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.datasets import sources
-
-
-class Kind(NamedTuple):
-    """What is known about a data set before it is loaded. Mean and deviation are per channel, of pixels in [0, 1]."""
-
-    shape: tuple[int, int, int]
-    classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    pad: int
-    flip: bool
-
-
-KINDS = {
-    "digits": Kind((8, 8, 1), 10, (0.3054,), (0.3760,), pad=1, flip=False),
-    "cifar10": Kind((32, 32, 3), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), pad=4, flip=True),
-    "imagenet2012": Kind((224, 224, 3), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), pad=0, flip=False),
-    "cifar100": Kind((32, 32, 3), 100, (0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615), pad=4, flip=True),
-}
+from experiments.datasets.kinds import KINDS
 
 
 class Dataset(NamedTuple):
@@ -87,39 +69,6 @@ def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.nda
     key = jax.random.fold_in(jax.random.key(seed), epoch)
     steps = examples // batch_size
     return np.asarray(jax.random.permutation(key, examples)[: steps * batch_size].reshape(steps, batch_size))
-
-
-def augment(key: jax.Array, images: jax.Array, kind: Kind) -> jax.Array:
-    """A random crop of each zero-padded image and, where the data set allows it, a random flip; uint8 to uint8."""
-    crop_key, flip_key = jax.random.split(key)
-    padded = jnp.pad(images, ((0, 0), (kind.pad, kind.pad), (kind.pad, kind.pad), (0, 0)))
-    corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * kind.pad + 1)
-    crop = jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), images.shape[1:]))
-    cropped = crop(padded, corners)
-    if not kind.flip:
-        return cropped
-    flipped = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
-    return jnp.where(flipped, cropped[:, :, ::-1], cropped)
-
-
-def normalise(images: jax.Array, kind: Kind) -> jax.Array:
-    """uint8 to float32 of mean 0 and deviation 1."""
-    return (images.astype(jnp.float32) / 255 - jnp.array(kind.mean)) / jnp.array(kind.std)
-
-
-def cutout(key: jax.Array, images: jax.Array, side: int) -> jax.Array:
-    """Half of the images lose a square of ``side`` pixels, clipped at the border, around a random pixel."""
-    place_key, chance_key = jax.random.split(key)
-    count, height, width, _ = images.shape
-    centres = jax.random.randint(place_key, (count, 2), 0, jnp.array([height, width]))
-
-    def inside(size, centre):
-        distance = jnp.arange(size) - (centre[:, None] - side // 2)
-        return (distance >= 0) & (distance < side)
-
-    square = inside(height, centres[:, 0])[:, :, None] & inside(width, centres[:, 1])[:, None, :]
-    square &= jax.random.bernoulli(chance_key, shape=(count, 1, 1))
-    return jnp.where(square[..., None], jnp.zeros((), images.dtype), images)
 
 
 def eval_batches(images: jax.Array, labels: jax.Array, size: int = 500) -> list[tuple[jax.Array, jax.Array]]:

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 
-from experiments.training import structures
-from experiments.training.readers import READ_BY
-from experiments.training.variants import ROUNDS, method_names
+from experiments.config import structures
+from experiments.config.readers import READ_BY
+from experiments.config.variants import ROUNDS, method_names
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet2012", "wmt14"]
 ModelName = Literal[

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from experiments.training.variants import ONE_SHOT, ROUNDS, in_library
+from experiments.config.variants import ONE_SHOT, ROUNDS, in_library
 
 
 class Readers(NamedTuple):
