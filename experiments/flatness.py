@@ -14,14 +14,17 @@ from typing import Any
 
 from rich.progress import track
 
-from experiments import cli, solution, spectrum, surface, sweep, tasks
+from experiments import cli, solution, spectrum, surface, tasks
 from experiments.config import Config, OptimizerName
 from experiments.figures import landscapes
+from experiments.recipes import methods
 from experiments.rows import files, jsonl, missing, pages, spread
 from experiments.rows.jsonl import Row
 from experiments.training import loop, runs
 from experiments.training.record import Last
 
+Cell = tuple[str, OptimizerName, float, int]
+CELL = ("method", "optimizer", "sparsity_asked", "seed")
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
 FIGURES = (
     ("roughness", "Ra (nats)", "Roughness of the loss surface", 1.0, True),
@@ -50,9 +53,9 @@ class Arguments:
 
 
 def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int) -> Config:
-    """The small scale of the sweep over methods; MEST with the profile that was released for 98 %, from there on."""
+    """The small scale of the table methods; MEST with the profile that was released for 98 %, from there on."""
     own = "mest-em-98" if method == "mest-em" and sparsity >= 0.98 else method
-    return sweep.config_of(own, optimizer, sparsity, seed)
+    return methods.config_of(own, optimizer, sparsity, seed)
 
 
 def measured(config: Config, loaded: Any, arguments: Arguments) -> dict[str, Any]:
@@ -86,11 +89,16 @@ def run(arguments: Arguments) -> None:
       ValueError: for a row of the same method, optimizer, sparsity and seed that is otherwise another one, or was
         measured otherwise: the figures could not tell them apart.
     """
-    have = {sweep.cell_of(row): row for row in jsonl.read(arguments.rows, (*sweep.CELL, "examples", "config"))}
+    have = {_cell_of(row): row for row in jsonl.read(arguments.rows, (*CELL, "examples", "config"))}
     if arguments.runs:
         _run_on_folders(arguments, have)
     else:
         _run_on_digits(arguments, have)
+
+
+def _cell_of(row: Row) -> Cell:
+    method, optimizer, sparsity, seed = (row[field] for field in CELL)
+    return method, optimizer, sparsity, seed
 
 
 def _wanted(config: Config, arguments: Arguments) -> Row:
@@ -101,7 +109,7 @@ def _wanted(config: Config, arguments: Arguments) -> Row:
     return {"config": config, "examples": examples // config.batch_size * config.batch_size} | measured
 
 
-def _run_on_folders(arguments: Arguments, have: dict[sweep.Cell, Row]) -> None:
+def _run_on_folders(arguments: Arguments, have: dict[Cell, Row]) -> None:
     for folder in track(arguments.runs, description="runs"):
         config = runs.read_config(folder)
         cell = config.method, config.optimizer, config.sparsity, config.seed
@@ -111,8 +119,8 @@ def _run_on_folders(arguments: Arguments, have: dict[sweep.Cell, Row]) -> None:
             have[cell] = _store(cell, config, figures, arguments.rows)
 
 
-def _run_on_digits(arguments: Arguments, have: dict[sweep.Cell, Row]) -> None:
-    cells: list[sweep.Cell] = [
+def _run_on_digits(arguments: Arguments, have: dict[Cell, Row]) -> None:
+    cells: list[Cell] = [
         (method, optimizer, sparsity, seed)
         for method in arguments.methods
         for sparsity in arguments.sparsities
@@ -126,7 +134,7 @@ def _run_on_digits(arguments: Arguments, have: dict[sweep.Cell, Row]) -> None:
         _store(cell, config, measured(config, loaded, arguments), arguments.rows)
 
 
-def _store(cell: sweep.Cell, config: Config, figures: dict[str, Any], file: Path) -> Row:
+def _store(cell: Cell, config: Config, figures: dict[str, Any], file: Path) -> Row:
     method, optimizer, sparsity, _ = cell
     row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | figures | runs.provenance(config)
     jsonl.append(file, row)

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import optax
 from rich.progress import track
 
-from experiments import cli, solution, sweep, tasks
+from experiments import cli, solution, tasks
 from experiments.config import Config
+from experiments.recipes import methods
 from experiments.rows import files, jsonl, missing, pages
 from experiments.rows.jsonl import Row
 from experiments.solution import Solution
@@ -136,7 +137,7 @@ def run(arguments: Arguments) -> None:
     """Trains what has no rows yet; the rows of a network are written together."""
     loaded = tasks.load(Config())
     configs = {
-        (method, seed): dataclasses.replace(sweep.config_of(method, "s2sam", 0.9, seed), epochs=arguments.epochs)
+        (method, seed): dataclasses.replace(methods.config_of(method, "s2sam", 0.9, seed), epochs=arguments.epochs)
         for method, seed in itertools.product(arguments.methods, arguments.seeds)
     }
     measured = {"radii": sorted(arguments.radii), "draws": arguments.draws}

@@ -9,12 +9,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from experiments import bench, cli, convergence, flatness, precision, robustness, sweep, table
+from experiments import bench, cli, convergence, flatness, precision, robustness, table
 from experiments.rows import jsonl
 
 # What makes the pages of which rows; the first that fits.
 WRITERS: tuple[tuple[str, Callable[[Path], Any]], ...] = (
-    ("methods_*", sweep.write),
     ("flatness_*", flatness.write),
     ("corruptions_*", robustness.write),
     ("precision", precision.write),

@@ -159,7 +159,7 @@ BEST = (
 def _head(rows: list[Row], file: Path) -> str:
     table, scale = file.stem.rsplit("_", 1)
     configs, versions = [row["config"] for row in rows], {json.dumps(row["versions"]) for row in rows}
-    fields = ["model", "width", "subset", "epochs", "batch_size"]
+    fields = ["dataset", "model", "width", "subset", "epochs", "batch_size"]
     fields += ["label_noise"] if any(config.get("label_noise") for config in configs) else []
     size = ", ".join(f"{field} {pages.values(configs, field)}" for field in fields)
     has_best = any(row.get("best") is not None for row in rows)

@@ -44,27 +44,17 @@ def mean_and_spread(values):
 # deviation over seeds.
 
 # %%
-rows = rows_of("methods_digits.jsonl")
-cells = {}
-for row in rows:
-    cell = cells.setdefault((row["method"], row["sparsity_asked"]), {})
-    cell[row["optimizer"], row["seed"]] = 100 * row["test_accuracy_recalibrated"]
-gains = {}
-for key, cell in cells.items():
-    seeds = [seed for name, seed in cell if name == "s2sam" and ("sgd", seed) in cell]
-    if seeds:
-        gains[key] = [cell["s2sam", seed] - cell["sgd", seed] for seed in seeds]
-
-if gains:
-    figure, axes = plt.subplots(figsize=(7, 0.22 * len(gains) + 1))
-    colours = dict(zip(sorted({sparsity for _, sparsity in gains}), ("#009E73", "#0072B2", "#D55E00", "#CC79A7")))
-    for place, ((method, sparsity), gain) in enumerate(gains.items()):
-        mean, spread = mean_and_spread(gain)
-        axes.errorbar(mean, place, xerr=spread, fmt="o", markersize=4, color=colours[sparsity])
+lines = [line for line in comparison.compare(rows_of("methods_full.jsonl")) if line.difference is not None]
+if lines:
+    figure, axes = plt.subplots(figsize=(7, 0.22 * len(lines) + 1))
+    colours = dict(zip(sorted({line.sparsity for line in lines}), ("#009E73", "#0072B2", "#D55E00", "#CC79A7")))
+    for place, line in enumerate(lines):
+        style = {"fmt": "o", "markersize": 4, "color": colours[line.sparsity]}
+        axes.errorbar(line.difference, place, xerr=line.difference_spread, **style)
     for sparsity, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=f"{sparsity:.0%} zeros")
     axes.axvline(0, color="#7F7F7F", linewidth=0.8)
-    axes.set_yticks(range(len(gains)), [method for method, _ in gains], fontsize=8)
+    axes.set_yticks(range(len(lines)), [line.row.removesuffix(" + S2-SAM") for line in lines], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="S2-SAM − SGD, test accuracy (points)")
     axes.grid(alpha=0.3)
@@ -72,12 +62,12 @@ if gains:
     plt.show()
 
 # %%
-if gains:
-    means, spreads = np.transpose([mean_and_spread(gain) for gain in gains.values()])
+if lines:
+    means, spreads = (np.array([getattr(line, name) for line in lines]) for name in ("difference", "difference_spread"))
     larger = np.sum(np.abs(means) > spreads)
     print(f"ahead {np.sum(means > 0.005)}, behind {np.sum(means < -0.005)}, level {np.sum(np.abs(means) <= 0.005)}")
     mean = round(means.mean(), 2) + 0.0  # no -0.00
-    print(f"mean over all cells {mean:+.2f} points; beyond one standard deviation: {larger} of {len(gains)}")
+    print(f"mean over all cells {mean:+.2f} points; beyond one standard deviation: {larger} of {len(lines)}")
 
 # %% [markdown]
 # At this scale S2-SAM does not beat SGD. The task is easy, the net small, and nearly all seeds get nearly all digits

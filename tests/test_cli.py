@@ -23,7 +23,6 @@ from experiments import (
     precision,
     recipes,
     report,
-    sweep,
     table,
     tasks,
     train,
@@ -206,11 +205,6 @@ def test_a_run_without_rows_is_named(tmp_path):
     write(tmp_path / "metrics.jsonl", "")
     with pytest.raises(ValueError, match=r"metrics\.jsonl has no rows\. Train anew"):
         runs.rows(tmp_path)
-
-
-def test_the_sweep_is_over_sparse_methods(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: .* dense is none"):
-        sweep.main(["--methods", "rigl", "dense", "--rows", str(tmp_path / "rows.jsonl")])
 
 
 def test_flatness_refuses_a_run_that_its_figures_could_not_tell_apart(tmp_path):

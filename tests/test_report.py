@@ -68,6 +68,6 @@ def test_tables_and_sources_of_pages():
     rows = [{"device": device, "width": width} for device, width in (("gpu", None), ("cpu", 8), ("gpu", 8))]
     assert pages.values(rows, "width") == "8, None"
     assert (
-        pages.source(rows, "sweep", "a.jsonl")
-        == "Device: cpu, gpu. Made by `python -m experiments.sweep` from `a.jsonl`"
+        pages.source(rows, "flatness", "a.jsonl")
+        == "Device: cpu, gpu. Made by `python -m experiments.flatness` from `a.jsonl`"
     )

@@ -15,6 +15,7 @@ from experiments.recipes import (
     imagenet,
     label_noise,
     length,
+    methods,
     overfit,
     rebuttal,
     sparsities,
@@ -37,6 +38,7 @@ _SOURCES = (
     overfit,
     length,
     label_noise,
+    methods,
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for source in _SOURCES for recipe in source.recipes()}
 TABLES: tuple[str, ...] = tuple(dict.fromkeys(recipe.table for recipe in RECIPES.values()))
