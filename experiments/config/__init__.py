@@ -86,6 +86,7 @@ class Config:
     sparsity: float = 0.9  # Fraction of zeros over all kernels.
     distribution: DistributionName | None = None  # How that is shared out among the layers; default: erk, where it may.
     structure: str = "unstructured"  # What lives and dies together: nm:2:4 or nm:2:4:pad, block:4x4, channel.
+    mask_grads: bool = True  # Off: pruned weights' gradients enter the momentum, as always with s2sam-released.
     update_every: float | None = None  # Epochs between two mask updates; default: the recipe's on CIFAR, else 1.
     update_end: float | None = None  # Fraction of training after which masks stay; default: the recipe's, else 0.75.
     drop_fraction: float | None = None  # Share of weights that the first mask update replaces; default: the method's.

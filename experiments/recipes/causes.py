@@ -2,8 +2,8 @@
 
 The released scripts compare SGD of weight decay 1e-4 with S2-SAM of 5e-4, and perturb by far less than rho. Each row
 is compared with SGD of weight decay 5e-4. "As released" is a bundle of three: the cube of the gradient in the
-perturbation, which makes it tiny; pruned weights perturbed; dense gradients in the momentum. What it differs by from
-SGD is mostly the last.
+perturbation, which makes it tiny; pruned weights perturbed; dense gradients in the momentum. The last has a row of its
+own.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ SPARSITY = 0.95
 ROWS: tuple[tuple[str, str, OptimizerName, dict[str, Any]], ...] = (
     ("sgd", "SGD", "sgd", {}),
     ("sgd-decay-1e-4", "SGD, weight decay 1e-4", "sgd", {"weight_decay": 1e-4}),
+    ("sgd-dense-momentum", "SGD, momentum of pruned weights too", "sgd", {"mask_grads": False}),
     ("s2sam-rho-0.001", "S2-SAM, rho 0.001", "s2sam", {"rho": 0.001}),
     ("s2sam-rho-0.01", "S2-SAM, rho 0.01", "s2sam", {"rho": 0.01}),
     ("s2sam", "S2-SAM, rho 0.05", "s2sam", {}),

@@ -40,7 +40,7 @@ def make(
         when=sparse_methods.clock(config, steps_per_epoch),
         structure=structures.parse(config.structure),
         # The released code masks neither the gradient nor the momentum; the weights are masked all the same.
-        mask_grads=config.optimizer != "s2sam-released",
+        mask_grads=config.mask_grads and config.optimizer != "s2sam-released",
         seed=config.key("masks"),
     )
 
