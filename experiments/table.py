@@ -18,10 +18,10 @@ from experiments import cli, recipes, train, tune
 from experiments.config import Config
 from experiments.figures import tables
 from experiments.recipes import Recipe
-from experiments.recipes.base import ACCURACY, CORRUPTED
+from experiments.recipes.base import ACCURACY, CORRUPTED, LABELS
 from experiments.recipes.scales import Scale, scaled
 from experiments.recipes.selection import Selection, chosen
-from experiments.rows import comparison, files, jsonl, missing, pages
+from experiments.rows import comparison, files, jsonl, missing, pages, spread
 from experiments.rows.jsonl import Row
 from experiments.training import runs
 
@@ -142,7 +142,8 @@ def write(file: Path) -> None:
     """Page, figures and plot beside the rows' file, from the rows alone."""
     rows = jsonl.read(file)
     lines, title = comparison.compare(rows), file.stem.replace("_", ", ")
-    files.write_text(file.with_suffix(".md"), f"# {title}\n\n{_head(rows, file)}\n\n{comparison.markdown(lines)}\n")
+    head = _head(rows, file) + (_pooled(lines) if file.stem.startswith(POOLED) else "")
+    files.write_text(file.with_suffix(".md"), f"# {title}\n\n{head}\n\n{comparison.markdown(lines)}\n")
     files.write_text(file.with_suffix(".csv"), comparison.comma_separated(lines))
     tables.draw_comparison(lines, title, file.with_suffix(".png"))
     if file.stem.startswith(SWEEPS):
@@ -150,9 +151,11 @@ def write(file: Path) -> None:
 
 
 SWEEPS = ("sparsities", "rebuttal-sweep")  # Tables whose gains are drawn against the share of zeros as well.
+POOLED = ("methods", "sparsities")  # Tables whose cells ask the same question, so that their mean answers it.
+LEVEL = 0.005  # Points that are printed as none.
 BEST = (
     "Best is of the epoch that is best on the test set: chosen on test images, so too high, and without recalibration, "
-    "which S2-SAM needs more than others (its running statistics are of perturbed weights)."
+    "which S2-SAM of a large radius needs (its running statistics are of perturbed weights)."
 )
 
 
@@ -173,6 +176,18 @@ def _head(rows: list[Row], file: Path) -> str:
         f"Made by `python -m experiments.table {table} --scale {scale}{_tuned(rows)}` from `{file.name}`, which holds "
         "config, versions and commit of each run."
     )
+
+
+def _pooled(lines: list[comparison.Line]) -> str:
+    """A sentence on each optimizer. The interval is over cells, whatever the number of pairs in them."""
+    sentences = []
+    for optimizer, gains in comparison.pooled(lines).items():
+        ahead, behind = sum(gain > LEVEL for gain in gains), sum(gain < -LEVEL for gain in gains)
+        sentences.append(
+            f"{LABELS[optimizer]} less its baseline, the mean over {len(gains)} cells with its 95 % interval: "
+            f"{spread.with_interval(gains)}; ahead in {ahead}, behind in {behind}."
+        )
+    return "\n\n" + " ".join(sentences)
 
 
 def _tuned(rows: list[Row]) -> str:

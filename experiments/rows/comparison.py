@@ -106,6 +106,15 @@ def _by_seed(rows: Sequence[Row], field: str) -> dict[str, dict[int, float]]:
     return found
 
 
+def pooled(lines: Sequence[Line]) -> dict[str, list[float]]:
+    """The gains of each optimizer over its baseline, a number a cell: the mean over its pairs."""
+    found: dict[str, list[float]] = {}
+    for line in lines:
+        if line.difference is not None:
+            found.setdefault(line.optimizer, []).append(line.difference)
+    return found
+
+
 def terminal(lines: Sequence[Line], title: str, width: int) -> Table:
     """For a terminal of that width: without empty columns and those that there is no room for; nothing is truncated."""
     header, *body = _cells(lines)
