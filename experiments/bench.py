@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import cli
-from experiments.benchmarks import inference, masks, steps, whole_loop
+from experiments.benchmarks import inference, masks, peak, steps, whole_loop
 from experiments.benchmarks.peers import Official
 from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import Config
@@ -22,7 +22,9 @@ from experiments.figures import selection
 from experiments.rows import jsonl
 from experiments.training import runs
 
-Section = Literal["step", "memory", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official", "growth"]
+Section = Literal[
+    "step", "memory", "peak", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official", "growth"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ def _sections(arguments: Arguments, config: Config, console: Console) -> dict[st
     return {
         "step": lambda: steps.step_times(workload, rounds),
         "memory": lambda: steps.memory(workload),
+        "peak": peak.rows,
         "compile": lambda: steps.compilation(steps.Workload(dataclasses.replace(config, batch_size=8))),
         "optimizer": optimizer,
         "masks": mask_updates,

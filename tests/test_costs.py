@@ -34,6 +34,19 @@ def compiled_step(tx):
     return jax.jit(lambda s, b: step(s, b), donate_argnums=0).lower(state, jnp.ones((16384, 256))).compile()
 
 
+def peak_where_weights_dominate(tx, **options):
+    """Of the train step, in copies of the parameters, which these few examples are small beside."""
+
+    def loss_fn(params, model_state, batch, key):
+        for kernel in params.values():
+            batch = jnp.tanh(batch @ kernel)
+        return jnp.mean(batch**2), (model_state, {})
+
+    step = make_train_step(loss_fn, tx, **options)
+    state = TrainState.create(PARAMS, tx)
+    return memory(jax.jit(step, donate_argnums=0).lower(state, jnp.ones((8, 256))).compile()).peak / COPY
+
+
 def compiled_update(tx, **extra):
     """The optimizer alone."""
     update = optax.with_extra_args_support(tx).update
@@ -99,7 +112,22 @@ def test_masks_take_a_byte_a_weight():
 
 def test_selection_holds_a_few_copies_of_the_scores():
     compiled = jax.jit(lambda s: select(s, sparsity=0.9)).lower(PARAMS).compile()
-    assert memory(compiled).temporary <= 4.5 * COPY  # stacked scores, their image, ties and places
+    assert memory(compiled).temporary <= 2.3 * COPY  # the scores' image, and the places of ties
+
+
+@pytest.mark.parametrize(("method", "most"), [("gmp", 3.0), ("rigl", 4.6), ("set", 7.0)])
+def test_a_mask_update_inside_a_step_holds_a_few_copies_of_the_weights(method, most):
+    tx = sparse(chain(s2sam(0.05)), getattr(methods, method)())
+    state = 3.25  # parameters, last gradient, momentum and masks
+    assert peak_where_weights_dominate(tx) <= state + most
+
+
+@pytest.mark.parametrize("inner", [chain(s2sam(0.05)), optax.chain(s2sam(0.05), optax.adam(1e-3))], ids=["sgd", "adam"])
+def test_a_step_that_cannot_freeze_keeps_no_state_before_it(inner):
+    frozen, free = (peak_where_weights_dominate(inner, freeze=freeze) for freeze in (True, False))
+    assert free < frozen - 1.4
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(inner.init(PARAMS))) / COPY
+    assert free < 1 + kept + 1.1
 
 
 def test_a_mask_update_is_no_second_gradient():

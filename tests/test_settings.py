@@ -19,6 +19,7 @@ from s2sam_jax import (
     looksam,
     make_train_step,
     methods,
+    msam,
     nm_pack,
     perturb,
     recalibrate_batch_stats,
@@ -211,3 +212,29 @@ def test_chase_as_released_removes_channels_of_a_dense_network():
     tx = sparsify(optax.sgd(0.1), methods.chase(GROUPS, compat="authors", removal_end=1.0), sparsity=0.0, when=WHEN)
     state = train(tx, steps=9)
     assert int((state.params["head"] != 0).any(axis=1).sum()) == 4
+
+
+# 64-bit types
+
+
+ASCENTS = {
+    "s2sam": s2sam(0.05), "s2sam, adaptive": s2sam(0.05, adaptive=True), "sam": sam(lambda step: 0.05),
+    "asam": sam(0.5, adaptive=True), "looksam": looksam(0.05, every=2), "gsam": gsam(0.05), "esam": esam(0.05),
+    "released": s2sam(0.05, adaptive=True, compat="authors", perturb_pruned=True), "msam": msam(0.05),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ASCENTS)
+def test_64_bit_types_leave_float32_leaves_alone(name):
+    """Scalars may be float64, but no array as large as the parameters."""
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.ones((5, 7), jnp.float32)}
+        tx = optax.chain(ASCENTS[name], optax.sgd(0.1, momentum=0.9))
+
+        def step(params, opt_state, grads):
+            grads = perturb(params, opt_state) if name in ("s2sam", "s2sam, adaptive", "released", "msam") else grads
+            return tx.update(grads, opt_state, params, grad_fn=lambda params: params)
+
+        lowered = jax.jit(step).lower(params, tx.init(params), params).as_text()
+    assert "tensor<5x7xf32>" in lowered
+    assert "tensor<5x7xf64>" not in lowered

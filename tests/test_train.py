@@ -74,6 +74,23 @@ def test_a_non_finite_step_freezes_everything_and_is_named(kind):
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.model_state, state.opt_state.masks), kept)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "s2sam"])
+def test_without_the_freeze_a_bad_step_is_taken_and_told(kind):
+    inner = optax.chain({"sgd": optax.identity, "s2sam": s2sam}[kind](), optax.sgd(0.1, momentum=0.9))
+    tx = sparsify(inner, methods.rigl(0.3), sparsity=0.5, when=Every(0, 2, 100))
+    steps = make_train_step(loss_fn, tx), make_train_step(loss_fn, tx, freeze=False)
+    for bad in (None, 1):  # no step of a mask update, which takes no gradient in
+        states = [start(tx), start(tx)]
+        for index in range(4):
+            batch = BATCHES[index].at[0, 0].set(jnp.nan) if index == bad else BATCHES[index]
+            states = [step(state, batch)[0] for step, state in zip(steps, states, strict=True)]
+        if bad is None:
+            np.testing.assert_array_equal(*(state.params["kernel"] for state in states))
+    assert [int(state.first_bad_step) for state in states] == [1, 1]
+    finite = [bool(jnp.isfinite(state.params["kernel"]).all()) for state in states]
+    assert finite == [True, False]
+
+
 def test_metrics():
     inner = optax.chain(s2sam(rho=lambda step: 0.1 * (step + 1.0)), optax.sgd(0.1))
     tx = sparsify(inner, methods.static(), sparsity=0.5)

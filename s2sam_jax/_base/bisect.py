@@ -44,19 +44,22 @@ def largest(stacks: list[jax.Array], counts: jax.Array, first_places: list[jax.A
     counts = counts + sum(jnp.max(x, initial=0).astype(jnp.int32) & 0 for x in stacks)
     most = counts - counts + jnp.iinfo(jnp.int32).max
     found = _search(stacks, counts, stacks[0].dtype.itemsize * 8, most)
-    places = [_places(x, first) for x, first in zip(stacks, first_places, strict=True)]
+
+    def places() -> list[jax.Array]:
+        """Made where they are used: kept from one use to the other, they would be another array of every size."""
+        return [_places(x, first) for x, first in zip(stacks, first_places, strict=True)]
 
     def last_place() -> jax.Array:
         """Where more entries are equal than there is room for: the place of the last that has room."""
         tied = found.reached - found.above
         crowded = (found.reached > counts) & (found.at > 0)
-        ties = [jnp.where(x == t, p, 0) for x, t, p in zip(stacks, _columns(found.at, stacks), places, strict=True)]
+        ties = [jnp.where(x == t, p, 0) for x, t, p in zip(stacks, _columns(found.at, stacks), places(), strict=True)]
         room = jnp.where(crowded, counts - found.above, tied)
         return _search(ties, room, sum(x.size for x in stacks).bit_length(), tied).at
 
     no_place = (counts - counts).astype(jnp.uint32)
     last = jax.lax.cond((found.reached > counts).any(), last_place, lambda: no_place)
-    ends = zip(stacks, places, _columns(found.at, stacks), _columns(last, stacks), strict=True)
+    ends = zip(stacks, places(), _columns(found.at, stacks), _columns(last, stacks), strict=True)
     return [((x > t) | ((x == t) & (p >= e))) & (x > 0) for x, p, t, e in ends]
 
 

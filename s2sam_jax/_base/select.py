@@ -4,7 +4,9 @@ A floating number's bits, read as an integer (with negatives flipped), have the 
 of many integers are found by counting.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -104,17 +106,18 @@ def _select_units(scores: Any, structure: Block | Channel, among: Masks | None, 
     return treedef.unflatten(map_alike(lambda m, x: spread(m, structure, x), chosen, leaves))
 
 
+@partial(jax.jit, static_argnames="scope")  # outside of jit, as in tx.init, a few programs in place of some per shape
 def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], scope: Scope) -> list[jax.Array]:
     """Stacks leaves of one type, takes the largest of every row, and puts the masks back in order."""
     alike = _alike(leaves)
     order = [index for indices in alike for index in indices]
     bits = max(jnp.finfo(x.dtype).bits for x in leaves)
-    eligible = [None if allowed[0] is None else _stack(allowed, indices) for indices in alike]
-    images = [_image(_stack(leaves, i), mask, bits) for i, mask in zip(alike, eligible, strict=True)]
+    # Stacked as images: stacked before that, both would be held.
+    images = [_image(x, mask, bits) for x, mask in zip(leaves, allowed, strict=True)]
     sizes = np.array([leaf.size for leaf in leaves], np.uint32)
     first = sizes if scope == "leaf" else np.cumsum(sizes[::-1], dtype=np.uint32)[::-1]
     chosen = largest(
-        images,
+        [_stack(images, indices) for indices in alike],
         jnp.stack(counts[:1] if scope == "global" else [counts[index] for index in order]),
         [jnp.asarray(first[indices]) for indices in alike],
     )
@@ -181,10 +184,15 @@ def random_scores(key: jax.Array, like: Any) -> Any:
         keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
         drawn = zip(keys, leaves, shardings, strict=True)
         return treedef.unflatten([jax.random.uniform(k, x.shape, jnp.float32, out_sharding=s) for k, x, s in drawn])
-    # One draw, cut up: the generator takes long to compile, once for each shape.
-    ends = np.cumsum([leaf.size for leaf in leaves])
-    pieces = jnp.split(jax.random.uniform(key, (sum(leaf.size for leaf in leaves),), jnp.float32), ends[:-1])
-    return treedef.unflatten([piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)])
+    return treedef.unflatten(_uniform(key, tuple(leaf.shape for leaf in leaves)))
+
+
+@partial(jax.jit, static_argnames="shapes")
+def _uniform(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    """One draw, cut up: the generator takes long to compile, once for each shape."""
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = jnp.split(jax.random.uniform(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1])
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def _check_scores(name: str, x: Any) -> None:

@@ -115,7 +115,8 @@ def at_least_f32(x: jax.Array) -> jax.Array:
 
 def norm(tree: Any) -> jax.Array:
     """Global L2 norm, accumulated in float32 or wider. Its derivative at zero is zero, not NaN."""
-    square = sum((jnp.sum(jnp.square(jnp.abs(at_least_f32(x)))) for x in jax.tree.leaves(tree)), jnp.zeros(()))
+    squares = (jnp.sum(jnp.square(jnp.abs(at_least_f32(x)))) for x in jax.tree.leaves(tree))
+    square = sum(squares, jnp.zeros((), jnp.float32))
     is_zero = square == 0  # not true of NaN
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 

@@ -25,11 +25,17 @@ def ascent(
     grads = [at_least_f32(g) for g in grads]
     if eta is None:
         scale = jnp.asarray(rho) / divisor(norm(grads), eps)
-        return [scale * g for g in grads]
-    scales = [jnp.abs(at_least_f32(w)) + eta for w in params]
+        return [times(scale, g) for g in grads]
+    lengths = [jnp.abs(at_least_f32(w)) for w in params]
+    scales = [length + jnp.asarray(eta, length.dtype) for length in lengths]
     scaled = [t * g for t, g in zip(scales, grads, strict=True)]
     scale = jnp.asarray(rho) / divisor(norm(scaled), eps)
-    return [scale * t * tg for t, tg in zip(scales, scaled, strict=True)]
+    return [times(scale, t) * tg for t, tg in zip(scales, scaled, strict=True)]
+
+
+def times(scale: jax.Array, x: jax.Array) -> jax.Array:
+    """``scale * x`` in the precision of ``x``, also where 64-bit types are enabled and a schedule is in float64."""
+    return scale.astype(jnp.finfo(x.dtype).dtype) * x
 
 
 def divisor(length: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
@@ -57,7 +63,7 @@ def perpendicular(tree: Params, to: Params) -> Params:
     length = jnp.where(length > 0, length, 1.0)  # nothing is along a zero vector
     unit = jax.tree.map(lambda x: at_least_f32(x) / length, to)
     parts = jax.tree.map(lambda x, u: jnp.real(jnp.sum(at_least_f32(x) * jnp.conj(u))), tree, unit)
-    along = sum(jax.tree.leaves(parts), jnp.zeros(()))
+    along = sum(jax.tree.leaves(parts), jnp.zeros((), jnp.float32))
     return jax.tree.map(lambda x, u: at_least_f32(x) - along * u, tree, unit)
 
 

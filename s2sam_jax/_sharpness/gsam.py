@@ -9,7 +9,7 @@ from s2sam_jax._base.clock import increment
 from s2sam_jax._base.schedules import schedule
 from s2sam_jax._base.tree import at_least_f32
 from s2sam_jax._base.types import ScalarOrSchedule
-from s2sam_jax._sharpness.ascent import ascent_point, perpendicular
+from s2sam_jax._sharpness.ascent import ascent_point, perpendicular, times
 from s2sam_jax._sharpness.sam import SAMState, second_gradient
 
 
@@ -64,7 +64,7 @@ def gsam(
         radius, weight = rho_at(state.step), alpha_at(state.step)
         found = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps))
         across = perpendicular(updates, found)
-        grads = jax.tree.map(lambda g, x: (at_least_f32(g) - weight * x).astype(g.dtype), found, across)
+        grads = jax.tree.map(lambda g, x: (at_least_f32(g) - times(weight, x)).astype(g.dtype), found, across)
         return grads, SAMState(increment(state.step), radius)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

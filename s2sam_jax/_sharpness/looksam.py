@@ -11,7 +11,7 @@ from s2sam_jax._base.clock import Every, tick
 from s2sam_jax._base.schedules import schedule
 from s2sam_jax._base.tree import at_least_f32, cond, norm
 from s2sam_jax._base.types import ScalarOrSchedule
-from s2sam_jax._sharpness.ascent import ascent_point, divisor, perpendicular
+from s2sam_jax._sharpness.ascent import ascent_point, divisor, perpendicular, times
 from s2sam_jax._sharpness.sam import second_gradient
 
 
@@ -100,7 +100,7 @@ def looksam(
 
         def reuse():
             scale = alpha_at(state.step) * norm(updates) / divisor(norm(state.g_v), eps)
-            moved = jax.tree.map(lambda g, v: at_least_f32(g) + scale * at_least_f32(v), updates, state.g_v)
+            moved = jax.tree.map(lambda g, v: at_least_f32(g) + times(scale, at_least_f32(v)), updates, state.g_v)
             return optax.tree.cast_like(moved, updates), state.g_v
 
         due, step, next_update = tick(clock, state, refresh_sam)

@@ -12,7 +12,7 @@ from s2sam_jax._base.schedules import schedule
 from s2sam_jax._base.state_rule import Unmasked
 from s2sam_jax._base.tree import align, at_least_f32, masked, norm, scalar
 from s2sam_jax._base.types import Compat, Masks, Params, ScalarOrSchedule
-from s2sam_jax._sharpness.ascent import ascent, divisor
+from s2sam_jax._sharpness.ascent import ascent, divisor, times
 
 
 class S2SAMState(NamedTuple):
@@ -142,7 +142,7 @@ def epsilon(state: S2SAMState, params: list[jax.Array]) -> list[jax.Array]:
     rho, eps = scalar(state.rho), scalar(state.eps)
     if state.norm is not None:
         scale = rho / divisor(scalar(state.norm), eps)
-        return [scale * at_least_f32(g) ** 3 for g in grads]
+        return [times(scale, at_least_f32(g) ** 3) for g in grads]
     return ascent(grads, params, rho=rho, eps=eps, eta=None if state.eta is None else scalar(state.eta))
 
 

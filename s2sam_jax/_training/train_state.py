@@ -68,8 +68,10 @@ class TrainState(NamedTuple):
         check_real(params, "TrainState.create")
         # Copies, with types that are not weak, as steps return them; else the second step would be traced anew.
         params, model_state = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), (params, model_state))
-        # Some optimizers keep the parameters themselves; a buffer cannot be donated twice.
-        opt_state = jax.tree.map(jnp.array, tx.init(params))
+        # Copies, too: some optimizers keep the parameters themselves, or arrays of yours, and a buffer is donated once.
+        # One by one, so that there are never two of the whole.
+        leaves, treedef = jax.tree.flatten(tx.init(params))
+        opt_state = treedef.unflatten([jnp.array(leaves.pop(0)) for _ in range(len(leaves))])
         if masks is not None:
             opt_state = set_masks(opt_state, masks)
         if find_states(opt_state, SparseState):

@@ -50,6 +50,7 @@ def make_train_step(
     example_loss_fn: ExampleLossFn | None = None,
     fisher_examples: int = 16,
     fisher_loss_fn: LossFn | None = None,
+    freeze: bool = True,
     vmap: bool = False,
     state_sharding: Any = None,
 ) -> TrainStep:
@@ -79,6 +80,9 @@ def make_train_step(
         its position.
       fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from.
       fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
+      freeze: whether a step whose loss or update is not finite leaves the state as it was, as do all after it. Without,
+        it is taken, and ``first_bad_step`` alone tells: no state before the step has to be kept, which saves memory,
+        of S2-SAM about two copies of the parameters.
       vmap: several networks at once, such as seeds: every leaf of state and batch has one more leading axis. All must
         be at the same step, as one clock on the host, on every backend, tells when masks are updated; in a ``lax.cond``
         under ``vmap`` every step would pay for it.
@@ -153,7 +157,7 @@ def make_train_step(
         )
         update_norm = norm(updates)
         proposal = (optax.apply_updates(state.params, updates), model_state, opt_state)
-        new_state = _freeze_if_bad(state, proposal, loss, update_norm)
+        new_state = _take_step(state, proposal, loss, update_norm, freeze)
         own = {"loss": loss, "grad_norm": norm(grads), "update_norm": update_norm}
         own |= {"first_bad_step": new_state.first_bad_step}
         own |= _rho(state.opt_state, opt_state) | _sparsity(new_state)
@@ -230,10 +234,14 @@ def _fisher_of(loss_fn: LossFn):
     return fisher
 
 
-def _freeze_if_bad(
-    state: TrainState, proposal: tuple[Params, ModelState, Any], loss: jax.Array, update_norm: jax.Array
+def _take_step(
+    state: TrainState,
+    proposal: tuple[Params, ModelState, Any],
+    loss: jax.Array,
+    update_norm: jax.Array,
+    freeze: bool,
 ) -> TrainState:
-    """Takes the step, unless its loss or update, or that of an earlier one, was not finite.
+    """Takes the step, unless it freezes, as its loss or update, or that of an earlier one, was not finite.
 
     Not the gradient: what it holds behind a mask does not matter. Where a wrapper of ``tx`` skips bad steps, a bad loss
     does not freeze the run either; only the model state of that step is thrown away.
@@ -241,11 +249,11 @@ def _freeze_if_bad(
     passed_over = _passes_over(state.opt_state)
     finite = jnp.isfinite(update_norm) & (passed_over | jnp.isfinite(loss))
     first_bad_step = jnp.where(finite | (state.first_bad_step >= 0), state.first_bad_step, state.step)
-    old = (state.params, state.model_state, state.opt_state)
-    good = first_bad_step < 0
-    params, model_state, opt_state = jax.tree.map(
-        lambda new, was: new if new is was else jnp.where(good, new, was), proposal, old
-    )
+    if freeze:
+        old = (state.params, state.model_state, state.opt_state)
+        good = first_bad_step < 0
+        proposal = jax.tree.map(lambda new, was: new if new is was else jnp.where(good, new, was), proposal, old)
+    params, model_state, opt_state = proposal
     if passed_over:
         model_state = optax.tree.where(jnp.isfinite(loss), model_state, state.model_state)
     return state._replace(
