@@ -187,6 +187,24 @@ def test_the_train_step_on_a_mesh(climb, kind):
         assert leaf.sharding.is_equivalent_to(lies(leaf), 2)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_every_device_has_its_share_of_each_micro_batch(kind):
+    """Else devices wait for each other, or compute the same; and no example moves to another device."""
+
+    def loss_fn(params, model_state, batch, key):
+        return jnp.mean((batch @ params) ** 2), (model_state, {})
+
+    mesh, tx = jax.make_mesh((8,), ("data",), axis_types=(kind,)), optax.chain(s2sam(0.1), optax.sgd(0.1))
+    state = jax.device_put(TrainState.create(jnp.ones((32, 32)), tx), NamedSharding(mesh, P()))
+    batch = jax.device_put(jnp.ones((512, 32)), NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        whole, cut = (
+            jax.jit(make_train_step(loss_fn, tx, accumulate=parts)).lower(state, batch).compile() for parts in (1, 4)
+        )
+    assert cut.cost_analysis()["flops"] < 1.3 * whole.cost_analysis()["flops"]
+    assert not any(moved in cut.as_text() for moved in ("all-to-all", "collective-permute", "all-gather"))
+
+
 # Several processes
 
 

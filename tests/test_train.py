@@ -247,6 +247,19 @@ def test_integer_metrics_are_averaged_over_micro_batches():
     np.testing.assert_allclose(metrics["positive"], float((BATCHES[0][:, 0] > 0).sum()) / 2)
 
 
+def test_a_micro_batch_has_every_kth_example():
+    """Of 0, 1, 2, 3 the means of (0, 2) and (1, 3); of neighbours, 0.5 and 2.5."""
+
+    def recording(params, model_state, batch, key):
+        mean = jnp.mean(batch)
+        return params * mean, (mean, {"squared": mean**2})
+
+    tx = optax.sgd(0.1)
+    state = TrainState.create(jnp.ones(()), tx, model_state=jnp.zeros(()))
+    state, metrics = make_train_step(recording, tx, accumulate=2)(state, jnp.arange(4.0))
+    assert (float(metrics["loss"]), float(metrics["squared"]), float(state.model_state)) == (1.5, 2.5, 2.0)
+
+
 def test_the_clock_is_left_to_the_state_where_a_wrapper_leaves_calls_out():
     """Masks from Python calls equal those of the step inside jit, though two of three calls never reach sparsify."""
     params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(6, 6)), jnp.float32)}

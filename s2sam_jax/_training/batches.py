@@ -30,21 +30,26 @@ def take_examples(batch: Batch, rows: jax.Array, option: str) -> Batch:
     return jax.tree.map(chosen, batch)
 
 
-def split_batch(batch: Batch, parts: int, option: str, *, split: int) -> Batch:
-    """``[parts, size, ...]``; of a batch whose type says how it is sharded, along the axis ``split`` of these two."""
+def split_batch(batch: Batch, parts: int, option: str, *, strided: bool) -> Batch:
+    """``[parts, size, ...]``: neighbours together, or, if ``strided``, part i has every ``parts``-th example from i on.
 
-    def reshaped(x):
+    In a batch that is sharded in blocks, neighbours lie on one device. Parts of neighbours are for devices to compute
+    side by side; of each strided part every device has its share, and no example moves.
+    """
+
+    def cut(x):
         if x.ndim == 0 or x.shape[0] % parts:
             raise ValueError(f"{option}={parts} does not divide a batch leaf of shape {x.shape} along its first axis.")
-        shape = parts, x.shape[0] // parts, *x.shape[1:]
+        size = x.shape[0] // parts
+        shape = (*((size, parts) if strided else (parts, size)), *x.shape[1:])
         sharding = explicit_sharding(x)
         if sharding is None:
             return x.reshape(shape)
         examples, *rest = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
-        spec = (examples, None, *rest) if split == 0 else (None, examples, *rest)
-        return jax.lax.reshape(x, shape, out_sharding=_fitting(sharding, shape, spec))
+        return jax.lax.reshape(x, shape, out_sharding=_fitting(sharding, shape, (examples, None, *rest)))
 
-    return jax.tree.map(reshaped, batch)
+    pieces = jax.tree.map(cut, batch)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), pieces) if strided else pieces
 
 
 def _fitting(sharding: Any, shape: tuple[int, ...], spec: Any) -> Any:

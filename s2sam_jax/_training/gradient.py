@@ -48,7 +48,7 @@ def averaged_gradient(
 
     if parts == 1:
         return single
-    micro = split_batch(batch, parts, "accumulate", split=1)
+    micro = split_batch(batch, parts, "accumulate", strided=True)
 
     def averaged(params):
         first = jax.eval_shape(one, params, model_state, jax.tree.map(lambda x: x[0], micro), key)[0]
@@ -87,7 +87,7 @@ def gradient_by_part(
             "model_state has a TrajectoryBuffer. Take sharpness_parts=1 (accumulate keeps every row), or leave the "
             "buffer out."
         )
-    one, pieces = _gradient_of(loss_fn), split_batch(batch, parts, "sharpness_parts", split=0)
+    one, pieces = _gradient_of(loss_fn), split_batch(batch, parts, "sharpness_parts", strided=False)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
 
     def averaged(point, entries):

@@ -68,7 +68,8 @@ def make_train_step(
         ``metrics`` is a dict of scalars.
       tx: the optimizer.
       accumulate: micro-batches per step. The batch is cut into as many equal parts; their gradients (and SAM's second
-        ones) are averaged at one fixed perturbation.
+        ones) are averaged at one fixed perturbation. Micro-batch ``i`` has the examples ``i::accumulate``, so that each
+        device has its share of every one if the batch is sharded.
       sharpness_parts: number of equal parts of the batch, for m-sharpness. ``sam`` and its variants perturb for each
         part along its own gradient, and average the gradients at those points. With the batch sharded over devices and
         one part per device, that is the per-device perturbation of SAM's authors. Memory: one gradient per part.
@@ -87,7 +88,7 @@ def make_train_step(
         be at the same step, as one clock on the host, on every backend, tells when masks are updated; in a ``lax.cond``
         under ``vmap`` every step would pay for it.
       state_sharding: where every step leaves the state: a sharding a leaf. By default the compiler decides, which may
-        cut up what came in whole.
+        cut up what came in whole, and then the second step is compiled anew.
 
     Returns:
       ``step(state, batch) -> (state, metrics)``. Metrics are device scalars: ``loss``, ``grad_norm``, ``update_norm``,
