@@ -17,8 +17,8 @@ from prepared import encoded, image_features, write_tfds
 from scipy import stats
 
 from experiments import config as configs
-from experiments import evaluate, models, tasks, train
-from experiments.config import Config, OptimizerName
+from experiments import evaluate, models, sharding, tasks, train
+from experiments.config import Config, OptimizerName, variants
 from experiments.datasets import in_memory, kinds, transforms
 from experiments.tasks import arrays, images
 from experiments.training import (
@@ -28,10 +28,8 @@ from experiments.training import (
     optimizers,
     record,
     runs,
-    sharding,
     sieving,
     sparse_methods,
-    variants,
 )
 from s2sam_jax import (
     ChannelAxis,
