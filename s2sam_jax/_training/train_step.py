@@ -79,7 +79,8 @@ def make_train_step(
         only. Both calls and the smaller batch get the ``key`` of the step. If noise (dropout, augmentation) is to be
         the same for an example in all three, derive its key from the example, such as an index in the batch, not from
         its position.
-      fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from.
+      fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from; memory for
+        up to 16 of their gradients at once.
       fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
       freeze: whether a step whose loss or update is not finite leaves the state as it was, as do all after it. Without,
         it is taken, and ``first_bad_step`` alone tells: no state before the step has to be kept, which saves memory,
