@@ -48,6 +48,7 @@ from s2sam_jax._sparsity.distributions import erdos_renyi as erdos_renyi
 from s2sam_jax._sparsity.distributions import erdos_renyi_kernel as erdos_renyi_kernel
 from s2sam_jax._sparsity.distributions import uniform as uniform
 from s2sam_jax._sparsity.mask_checks import check_masks as check_masks
+from s2sam_jax._sparsity.mask_checks import warn_if_collapsed as warn_if_collapsed
 from s2sam_jax._sparsity.materialize import Materialized as Materialized
 from s2sam_jax._sparsity.materialize import materialize as materialize
 from s2sam_jax._sparsity.nm_pack import NMPacked as NMPacked

@@ -31,6 +31,7 @@ from s2sam_jax import (
     ssam,
     uniform,
     update_masks,
+    warn_if_collapsed,
 )
 
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -252,6 +253,7 @@ FINDERS = {
     ),
     "apply_masks": (lambda state: apply_masks(make_params(), state), r"apply_masks found no SparseState"),
     "check_masks": (lambda state: check_masks(make_params(), state), r"check_masks found no SparseState"),
+    "warn_if_collapsed": (warn_if_collapsed, r"warn_if_collapsed found no SparseState"),
     "update_masks": (
         lambda state: update_masks(SGD, make_params(), state, make_params()), r"update_masks found no SparseState"
     ),

@@ -42,6 +42,11 @@ def test_a_run_whose_perturbation_is_kept_does_not_warn(options, toy, tmp_path):
     assert lost(options, tmp_path)[1] == []
 
 
+def test_a_run_warns_of_a_layer_that_has_lost_all_its_weights(toy, tmp_path):
+    warned = lost(["--method", "snip", "--sparsity", "0.9995"], tmp_path)[1]
+    assert warned[0].startswith("No weight is left in ['hidden/kernel']")
+
+
 def test_what_a_row_says_of_the_perturbation_is_that_of_its_checkpoint(toy, tmp_path):
     folder = start(tmp_path, "--compute", "bfloat16", "--rho", "2")
     state, rows = runs.restore(folder), runs.rows(folder)

@@ -21,6 +21,7 @@ from s2sam_jax import (
     eval_params,
     recalibrate_batch_stats,
     sharpness_metrics,
+    warn_if_collapsed,
     warn_if_perturbation_lost,
 )
 
@@ -94,6 +95,8 @@ class Record:
         self._compiles = False
         before, self._masks = self._masks, churn.masks_of(self._config, state)
         self._counts = churn.total(self._counts, churn.count(before, self._masks))
+        if self._masks is not None and self.epoch in (1, self._config.epochs):  # SNIP has pruned by now, or all have
+            warn_if_collapsed(state.opt_state)
         last = self.epoch == self._config.epochs
         self._figures = self._evaluate(state) if last or self.epoch % self._config.eval_every == 0 else None
         if self._checkpoints is not None and (last or self.epoch % self._config.checkpoint_every == 0):

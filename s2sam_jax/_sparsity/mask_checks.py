@@ -1,10 +1,12 @@
-"""What may be wrong with weights, masks and gradients, leaf by leaf; ``check_masks`` raises it on the host."""
+"""What may be wrong with weights, masks and gradients, leaf by leaf; the host raises it, or warns of it."""
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s2sam_jax._base.masks import SparseState, sparse_states
 from s2sam_jax._base.state_rule import Unmasked
@@ -75,6 +77,46 @@ def check_masks(params: Params, opt_state: Any) -> None:
         faults += sparse_faults(named, state)
     if problems := [f.line.format(f.value, f.wanted) for f in faults if f.value != f.wanted]:
         raise ValueError("check_masks found:\n  " + "\n  ".join(problems))
+
+
+def warn_if_collapsed(opt_state: Any) -> None:
+    """Warns of leaves of which no weight is left. On the host: it waits for the device, so call it rarely.
+
+    Nothing passes through such a layer any more. It happens where all leaves are ranked together, as by SNIP, GraSP and
+    global magnitude; :func:`check_masks` has nothing against it.
+
+    Args:
+      opt_state: a state with a :class:`SparseState`, of one network or of several, after the mask update in question:
+        for SNIP and GraSP, after the first step.
+
+    Warns:
+      UserWarning: naming the leaves, and what prevents it.
+
+    Raises:
+      ValueError: when there is no :class:`SparseState`.
+
+    Example:
+      >>> import warnings, jax.numpy as jnp, optax
+      >>> from s2sam_jax import methods, sparsify, warn_if_collapsed
+      >>> params = {"a": jnp.full((2, 2), 0.1), "b": jnp.ones((2, 2))}
+      >>> state = sparsify(optax.sgd(0.1), methods.magnitude("global"), sparsity=0.5).init(params)
+      >>> with warnings.catch_warnings(record=True, action="always") as caught:
+      ...     warn_if_collapsed(state)
+      >>> print(str(caught[0].message)[:26])
+      No weight is left in ['a']
+    """
+    empty = []
+    for state in sparse_states(opt_state, "warn_if_collapsed"):
+        masks = by_name(state.masks)
+        counts = np.asarray(jax.device_get(scalar(state.nnz)))  # leaves last, behind the axes of several networks
+        gone = (counts == 0).any(axis=tuple(range(counts.ndim - 1)))
+        empty += [name for (name, mask), none in zip(masks.items(), gone, strict=True) if none and mask.size]
+    if empty:
+        warnings.warn(
+            f"No weight is left in {empty}. Lower the sparsity, or keep these leaves dense by "
+            "sparsify(overrides={name: 0.0}); snip, grasp and masks_from_scores take keep_at_least=1.",
+            stacklevel=2,
+        )
 
 
 def sparse_faults(weights: dict[str, Any], state: SparseState, advice: str = NOT_APPLIED) -> list[Fault]:

@@ -1,13 +1,11 @@
 """The pieces that methods which rank all leaves together are made of."""
 
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.select import keep_best
-from s2sam_jax._base.tree import by_name
 from s2sam_jax._base.types import MaskInputs, Masks, MaskUpdate
 from s2sam_jax._sparsity.distributions import Prunable, is_kernel, same_everywhere
 from s2sam_jax._sparsity.growth import global_count, replace_sparse, sparse_leaves
@@ -52,7 +50,7 @@ def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = is_k
       keep_at_least: weights each leaf keeps whatever its scores.
 
     Returns:
-      Bool masks like ``scores``. A layer that keeps nothing is named in a warning.
+      Bool masks like ``scores``. A layer may keep nothing; :func:`~s2sam_jax.warn_if_collapsed` names it.
 
     Raises:
       ValueError: for a sparsity out of range, or when nothing is prunable.
@@ -67,20 +65,4 @@ def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = is_k
     """
     dense = jax.tree.map(lambda s: jnp.ones_like(s, dtype=bool), scores)
     x = MaskInputs(scores, dense, same_everywhere(scores, sparsity, prunable))
-    masks = keep_largest(x, scores, global_count(x), keep_at_least)
-    warn_if_collapsed(masks, "masks_from_scores")
-    return masks
-
-
-def warn_if_collapsed(masks: Masks, method: str) -> None:
-    """A warning, from the device, that names every layer which has lost all its weights."""
-    weights = {name: mask for name, mask in by_name(masks).items() if mask.size}
-    names = list(weights)
-    alive = jnp.array([m.any() for m in weights.values()])
-
-    def report(alive):
-        dead = [name for name, ok in zip(names, alive.tolist(), strict=True) if not ok]
-        if dead:
-            warnings.warn(f"{method} left no weight in {dead}; keep_at_least=1 prevents it.", stacklevel=2)
-
-    jax.debug.callback(report, alive)
+    return keep_largest(x, scores, global_count(x), keep_at_least)

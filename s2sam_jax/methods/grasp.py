@@ -11,7 +11,7 @@ from s2sam_jax._base.clock import Every
 from s2sam_jax._base.optax_wrappers import check_nothing_hidden
 from s2sam_jax._base.types import GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.growth import global_count
-from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip, warn_if_collapsed
+from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip
 
 
 def grasp(*, keep_at_least: int = 0) -> SparseMethod:
@@ -26,8 +26,8 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
     :func:`masks_from_scores` with ``set_masks`` and ``methods.static``.
 
     Args:
-      keep_at_least: weights each leaf keeps whatever its scores; at 0 whole layers can vanish, and a warning names
-        them.
+      keep_at_least: weights each leaf keeps whatever its scores; at 0 whole layers can vanish;
+        :func:`~s2sam_jax.warn_if_collapsed` names them.
 
     Returns:
       A method with its own clock, the first call; that call of ``update`` needs ``grad_fn``.
@@ -64,8 +64,6 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), x.grads, x.params)
         scores = jax.tree.map(jnp.multiply, x.params, _hvp(x.grad_fn, x.params, grads))
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
-        if not keep_at_least:
-            warn_if_collapsed(masks, "grasp")
         return MaskUpdate(masks, state, skip=one_shot_skip(x, masks))
 
     return SparseMethod(dense_init, update, "monotone", ranks="global", when=Every(0, 1, 0))

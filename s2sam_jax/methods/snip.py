@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from s2sam_jax._base.clock import Every
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.growth import global_count
-from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip, warn_if_collapsed
+from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip
 
 
 def snip(*, keep_at_least: int = 0) -> SparseMethod:
@@ -22,8 +22,8 @@ def snip(*, keep_at_least: int = 0) -> SparseMethod:
     :func:`snip_scores` and :func:`masks_from_scores` with ``set_masks`` and ``methods.static``.
 
     Args:
-      keep_at_least: weights each leaf keeps whatever its scores; at 0, as in the paper, whole layers can vanish, and a
-        warning names them.
+      keep_at_least: weights each leaf keeps whatever its scores; at 0, as in the paper, whole layers can vanish;
+        :func:`~s2sam_jax.warn_if_collapsed` names them.
 
     Returns:
       A method with its own clock, the first call.
@@ -50,8 +50,6 @@ def snip(*, keep_at_least: int = 0) -> SparseMethod:
     def update(x: MaskInputs, state: Any) -> MaskUpdate:
         scores = jax.tree.map(lambda w, g: jnp.abs(w * g), x.params, x.grads)
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
-        if not keep_at_least:
-            warn_if_collapsed(masks, "snip")
         return MaskUpdate(masks, state, skip=one_shot_skip(x, masks))
 
     return SparseMethod(dense_init, update, "monotone", ranks="global", when=Every(0, 1, 0))
