@@ -1,5 +1,7 @@
 """The train step: BatchNorm statistics, non-finite steps, the host's clocks, recalibration."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -276,3 +278,74 @@ def test_the_clock_is_left_to_the_state_where_a_wrapper_leaves_calls_out():
     for _ in range(40):
         called, traced = step(called, batch)[0], jitted(traced)
         np.testing.assert_array_equal(get_masks(called.opt_state)["kernel"], get_masks(traced.opt_state)["kernel"])
+
+
+def counted_calls(fn):
+    """Calls of the library's own Python functions."""
+    calls = []
+
+    def count(frame, event, _):
+        if event == "call" and "s2sam_jax" in frame.f_code.co_filename:
+            calls.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        fn()
+    finally:
+        sys.setprofile(before)
+    return len(calls)
+
+
+def test_the_work_of_the_host_does_not_grow_with_the_leaves():
+    def sum_loss(params, model_state, batch, key):
+        return sum(jnp.sum(p * batch) for p in jax.tree.leaves(params)), (model_state, {})
+
+    counts = []
+    for leaves in (2, 30):
+        tx = sparsify(optax.chain(s2sam(), optax.adam(1e-3)), methods.static(), sparsity=0.5)
+        step, batch = make_train_step(sum_loss, tx), jnp.ones(())
+        state = TrainState.create({f"{i}/kernel": jnp.ones((2, 2)) for i in range(leaves)}, tx)
+        for _ in range(2):
+            state, _ = step(state, batch)
+        counts.append(counted_calls(lambda step=step, state=state, batch=batch: step(state, batch)))
+    assert counts[0] == counts[1] < 100
+
+
+def test_a_traced_batch_is_enough_for_a_pure_function():
+    tx = sparsify(optax.sgd(0.1), methods.rigl(0.5), sparsity=0.5, when=Every(0, 2, 100))
+    step, state = make_train_step(loss_fn, tx), start(tx)
+    traced = jax.jit(lambda batch: step(state, batch))
+    _, metrics = traced(BATCHES[0])
+    inside_of_another_trace = []
+    jax.vmap(lambda x: inside_of_another_trace.append(step(state, BATCHES[0])) or x)(jnp.ones(2))
+    assert state.params["kernel"].is_deleted()  # compiled and donated, as outside
+    np.testing.assert_allclose(metrics["loss"], inside_of_another_trace[0][1]["loss"], rtol=1e-6)
+
+
+def test_one_host_clock_serves_states_of_several_structures():
+    inner = optax.sgd(0.1), optax.adam(0.1), optax.sgd(0.1)
+    sparse = [sparsify(tx, methods.rigl(), sparsity=0.5, when=Every(n, 9, 100)) for n, tx in enumerate(inner)]
+    txs = [tx for one in sparse for tx in (optax.chain(optax.adam(0.1), one), optax.sgd(0.1))]
+    clock = host_clock.HostClock()
+    due = [clock.flags(tx.init({"kernel": jnp.ones((4, 4))}), jnp.int32(-1)) for tx in txs]
+    assert due == [(("refresh_masks", True),), (), (("refresh_masks", False),), (), (("refresh_masks", False),), ()]
+
+
+@pytest.mark.parametrize("vmap", [False, True])
+def test_a_step_can_be_lowered_ahead_of_time(vmap):
+    """From shapes alone, to one program whose state takes the place of the old one."""
+    tx = sparsify(optax.chain(s2sam(0.1), optax.sgd(0.1)), methods.rigl(0.5), sparsity=0.5, when=Every(0, 2, 100))
+    step, state, batch = make_train_step(loss_fn, tx, vmap=vmap), start(tx), BATCHES[0]
+    if vmap:
+        state, batch = jax.tree.map(lambda x: jnp.stack([x, x]), (state, batch))
+    compiled = step.lower(jax.eval_shape(lambda: state), jax.ShapeDtypeStruct(batch.shape, batch.dtype)).compile()
+    assert compiled.cost_analysis()["flops"] > 0
+    donated = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state.masks)))
+    assert compiled.memory_analysis().alias_size_in_bytes >= donated
+    for _ in range(2):
+        expected = step(jax.tree.map(jnp.array, state), batch)[0].params["kernel"]
+        state, _ = compiled(state, batch)
+        np.testing.assert_allclose(state.params["kernel"], expected, rtol=1e-6)
+    with pytest.raises(TypeError, match="needs a TrainState; got a dict"):
+        step.lower({}, batch)

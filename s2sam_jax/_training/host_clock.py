@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -11,6 +12,8 @@ from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.tree import find_states, scalar
 from s2sam_jax._sharpness.looksam import LookSAMState
 from s2sam_jax._sharpness.ssam import SSAMState
+
+Pair = tuple[Any, Any]  # the clock of a state: calls so far, and the one that is due next
 
 
 class HostClock:
@@ -37,45 +40,58 @@ class HostClock:
     def __init__(self):
         self._last: list[Callable[[], Any]] = []
         self._clocks: dict[str, tuple[int, int]] = {}
+        self._structure = jax.tree.structure(())
+        self._places: dict[str, Pair] = {}
 
     def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
         """What is due at this call. ``beside`` are further arrays, the same as before if the state is."""
-        owners = self._owners(opt_state)
-        known = self._knows([*_clocks_of(owners), *beside])
+        counts = self._counts(opt_state)
         # Where something is due, a wrapper of the user's may have skipped updates.
-        if not known or any(now >= due for now, due in self._clocks.values()):
-            self._clocks = self._read(owners)
+        if not self._knows(counts, beside) or any(now >= due for now, due in self._clocks.values()):
+            self._clocks = _read(counts)
         return tuple((name, now >= due) for name, (now, due) in self._clocks.items())
 
     def advance(self, flags: tuple[tuple[str, bool], ...], opt_state: Any, *beside: Any) -> None:
-        owners = self._owners(opt_state) if flags else {}
+        counts = self._counts(opt_state)
         if any(due for _, due in flags):
-            self._clocks = self._read(owners)
+            self._clocks = _read(counts)
         else:
             self._clocks = {name: (now + 1, due) for name, (now, due) in self._clocks.items()}
-        self._last = [weakref.ref(array) for array in (*_clocks_of(owners), *beside)]
+        self._last = [weakref.ref(array) for array in _arrays(counts, beside)]
 
-    def _knows(self, arrays: list[Any]) -> bool:
+    def _counts(self, opt_state: Any) -> dict[str, Pair]:
+        """Step and next update of the states with a clock, found by their places: a walk in Python takes long."""
+        leaves, structure = jax.tree.flatten(opt_state)
+        if structure != self._structure:
+            self._structure, self._places = structure, self._find(structure)
+        return {name: (leaves[step], leaves[due]) for name, (step, due) in self._places.items()}
+
+    def _find(self, structure: Any) -> dict[str, Pair]:
+        """Which leaves they are, by the name of the flag; none where calls and updates may differ."""
+        numbered = structure.unflatten(range(structure.num_leaves))
+        if find_states(numbered, self._SKIPPING):
+            return {}
+        found = {name: find_states(numbered, kind) for kind, name in self._FLAGS}
+        owners = {name: states[0] for name, states in found.items() if len(states) == 1}
+        return {name: (scalar(state.step), scalar(state.next_update)) for name, state in owners.items()}
+
+    def _knows(self, counts: dict[str, Pair], beside: tuple[Any, ...]) -> bool:
         """Whether these are the very arrays that the last step has handed out."""
+        arrays = _arrays(counts, beside)
         if len(self._last) != len(arrays):
             return False
         return all(last() is array for last, array in zip(self._last, arrays, strict=True))
 
-    def _owners(self, opt_state: Any) -> dict[str, Any]:
-        """The states with a clock, by the name of their flag; none where calls and updates may differ."""
-        if find_states(opt_state, self._SKIPPING):
-            return {}
-        found = {name: find_states(opt_state, kind) for kind, name in self._FLAGS}
-        return {name: states[0] for name, states in found.items() if len(states) == 1}
 
-    def _read(self, owners: dict[str, Any]) -> dict[str, tuple[int, int]]:
-        return {name: (_newest(state.step), _newest(state.next_update)) for name, state in owners.items()}
+def _arrays(counts: dict[str, Pair], beside: tuple[Any, ...]) -> list[Any]:
+    return [*(array for pair in counts.values() for array in pair), *beside]
 
 
-def _clocks_of(owners: dict[str, Any]) -> list[Any]:
-    return [array for state in owners.values() for array in (state.step, state.next_update)]
+def _read(counts: dict[str, Pair]) -> dict[str, tuple[int, int]]:
+    # An explicit transfer, as jax.transfer_guard may refuse others.
+    return {name: (_newest(step), _newest(due)) for name, (step, due) in jax.device_get(counts).items()}
 
 
 def _newest(count: Any) -> int:
     """A count, or that of several networks side by side, of which all agree that have not been frozen."""
-    return int(np.max(scalar(count)))
+    return int(np.max(count))

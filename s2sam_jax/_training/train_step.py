@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.optax_wrappers import with_extra_args
@@ -16,6 +15,7 @@ from s2sam_jax._sharpness.perturb import perturb, perturbing
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sharpness.ssam import empirical_fisher
 from s2sam_jax._training.batches import Batch, first_examples
+from s2sam_jax._training.calls import Flags, TrainStep, two_programs
 from s2sam_jax._training.gradient import (
     ExampleLossFn,
     Gradient,
@@ -26,7 +26,6 @@ from s2sam_jax._training.gradient import (
     gradient_by_part,
     gradient_of_sharpest,
 )
-from s2sam_jax._training.host_clock import HostClock
 from s2sam_jax._training.option_checks import (
     check_metrics,
     check_options,
@@ -35,9 +34,6 @@ from s2sam_jax._training.option_checks import (
     taking_second_gradients,
 )
 from s2sam_jax._training.train_state import TrainState
-
-Flags = tuple[tuple[str, bool], ...]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -94,7 +90,8 @@ def make_train_step(
     Returns:
       ``step(state, batch) -> (state, metrics)``. Metrics are device scalars: ``loss``, ``grad_norm``, ``update_norm``,
       ``first_bad_step``, those of ``loss_fn`` (averaged over micro-batches), and where they apply ``rho`` (of this
-      step) and ``sparsity`` (zeros over all parameters).
+      step) and ``sparsity`` (zeros over all parameters). ``step.lower(state, batch)`` lowers it as one program that
+      donates its state, to compile ahead of time or to ask for its memory and cost.
 
     Raises:
       ValueError: for ``accumulate``, ``sharpness_parts`` or ``fisher_examples`` below 1, a ``sharpest_fraction`` out of
@@ -173,42 +170,12 @@ def make_train_step(
         return updates(state, each(state, batch), batch, ())
 
     apart = vmap or jax.default_backend() == "cpu"
-    jitted = _two_programs(each, updates) if apart else jax.jit(one, donate_argnames="state")
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if not isinstance(state, TrainState):
-            raise TypeError(
-                f"The step needs a TrainState; got a {type(state).__name__}. Restore checkpoints into the structure of "
-                "TrainState.create(params, tx)."
-            )
-        traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, batch)))
-        return one(state, batch) if traced else jitted(state, batch)
-
-    return train_step
+    return TrainStep(one, two_programs(each, updates) if apart else None)
 
 
 def _key(state: TrainState) -> jax.Array:
     """Of this step."""
     return jax.random.fold_in(state.key, state.step)
-
-
-def _two_programs(differentiate: Callable[..., Gradient], update: Callable[..., Any]) -> TrainStep:
-    """The host decides when masks change: for CPU, where gradients of convolutions are slow inside ``lax.cond``.
-
-    The update is compiled for each kind of call, but the gradient, by far the longer to compile, only once.
-    """
-    differentiate = jax.jit(differentiate)
-    update = jax.jit(update, donate_argnames="state", static_argnames="flags")
-    clock = HostClock()
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        # A step that is refused moves no clock: whoever lifts the freeze exchanges first_bad_step.
-        flags = clock.flags(state.opt_state, state.first_bad_step)
-        new_state, metrics = update(state, differentiate(state, batch), batch, flags)
-        clock.advance(flags, new_state.opt_state, new_state.first_bad_step)
-        return new_state, metrics
-
-    return step
 
 
 def _vmapped(update: Callable[..., Any]) -> Callable[..., Any]:
