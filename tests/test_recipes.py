@@ -630,3 +630,7 @@ def test_terminal_table_and_plot(tmp_path):
     assert all(word in text for column in comparison.HEADER for word in column.split())
     tables.draw_comparison(lines, "table1, cpu", tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+def test_the_readme_counts_the_recipes():
+    assert f"; {len(recipes.RECIPES)} recipes," in (Path(__file__).parents[1] / "README.md").read_text()
