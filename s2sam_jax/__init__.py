@@ -56,6 +56,7 @@ from s2sam_jax._sparsity.nm_pack import nm_pack as nm_pack
 from s2sam_jax._sparsity.nm_pack import nm_unpack as nm_unpack
 from s2sam_jax._sparsity.sparsify import sparsify as sparsify
 from s2sam_jax._training.batch_stats import recalibrate_batch_stats as recalibrate_batch_stats
+from s2sam_jax._training.calls import TrainStep as TrainStep
 from s2sam_jax._training.checked import checked as checked
 from s2sam_jax._training.train_step import TrainState as TrainState
 from s2sam_jax._training.train_step import make_train_step as make_train_step

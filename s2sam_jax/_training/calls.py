@@ -16,11 +16,27 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 class TrainStep:
-    """Called like a function, and lowered like a jitted one; ``called`` is what runs where nothing is traced."""
+    """What :func:`make_train_step` makes: called as a function, and lowered like a jitted one.
+
+    Called with arrays it is compiled, donates its state and keeps its clocks on the host; called inside ``jit``,
+    ``lax.scan`` or ``vmap`` it is a pure function.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from s2sam_jax import TrainState, make_train_step, s2sam
+      >>> def loss_fn(params, model_state, batch, key):
+      ...     return jnp.mean((batch @ params) ** 2), (model_state, {})
+      >>> tx = optax.chain(s2sam(rho=0.05), optax.sgd(0.25))
+      >>> step, state = make_train_step(loss_fn, tx), TrainState.create(jnp.ones(1), tx)
+      >>> compiled = step.lower(state, jnp.ones((4, 1))).compile()
+      >>> print(compiled.memory_analysis().alias_size_in_bytes > 0)
+      True
+    """
 
     __name__ = "train_step"  # and of the programs that it is jitted to
 
     def __init__(self, one: Step, called: Step | None = None):
+        """``called`` is what runs where nothing is traced; by default all of ``one``, compiled."""
         self._one = one
         self._whole = jax.jit(one, donate_argnames="state")
         self._called = called or self._whole
@@ -32,6 +48,10 @@ class TrainStep:
         return self._one(state, batch) if traced else self._called(state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The step as one program that donates its state, from arrays or ``jax.ShapeDtypeStruct``.
+
+        On CPU that is another program than the two that a call runs.
+        """
         _check_kind(state)
         return self._whole.lower(state, batch)
 
