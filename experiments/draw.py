@@ -2,7 +2,7 @@
 
 python -m experiments.draw curves runs/digits-*                          # over the epochs, mean over seeds
 python -m experiments.draw masks runs/SOME_RUN                           # which connections die and grow
-python -m experiments.draw sparsity experiments/results/methods_digits.jsonl
+python -m experiments.draw sparsity experiments/results/methods_full.jsonl
 python -m experiments.draw surfaces runs/ONE_RUN runs/ANOTHER            # also spectra, ratios: side by side what
                                                                          # surface, spectrum and ratio have found
 """

@@ -8,6 +8,7 @@ from the rows alone.
 """
 
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,22 @@ def claims(rows: list[dict[str, Any]]) -> str:
             f"{sum(statistics.mean(gains) < 0 for gains in found)} of {len(found)}"
             for found in (_gains(pairs, field) for field in ("roughness", "largest_eigenvalue"))
         ]
-        sentences.append(f"{optimizer}: Ra below SGD's in {counts[0]} cells, λ1 in {counts[1]}.")
+        sentences.append(f"{optimizer}: Ra below SGD's in {counts[0]} cells, λ1 in {counts[1]}.{_overall(pairs)}")
     return " ".join(sentences)
+
+
+def _overall(pairs: list[tuple[list[Row], list[Row]]]) -> str:
+    """How many times SGD's the measures are over all cells, if there are several: the geometric mean of the ratios."""
+    found = []
+    for field, label in (("trace", "trace"), ("largest_eigenvalue", "λ1"), ("roughness", "Ra")):
+        means = [[statistics.mean(row[field] for row in rows) for rows in pair] for pair in pairs if all(pair)]
+        logs = [math.log(mine / base) for mine, base in means if mine > 0 and base > 0]
+        average, deviation = spread.mean(logs)
+        half = spread.interval(deviation, len(logs))
+        if average is not None and half is not None:
+            ends = math.exp(average - half), math.exp(average + half)
+            found.append(f"{label} {math.exp(average):.2f} ({ends[0]:.2f} to {ends[1]:.2f})")
+    return f" Over cells, times SGD's (geometric mean, 95 % interval): {', '.join(found)}." if found else ""
 
 
 def _gains(pairs: list[tuple[list[Row], list[Row]]], field: str) -> list[list[float]]:

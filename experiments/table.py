@@ -142,7 +142,7 @@ def write(file: Path) -> None:
     """Page, figures and plot beside the rows' file, from the rows alone."""
     rows = jsonl.read(file)
     lines, title = comparison.compare(rows), file.stem.replace("_", ", ")
-    head = _head(rows, file) + (_pooled(lines) if file.stem.startswith(POOLED) else "")
+    head = _head(rows, file) + (_pooled(lines) if file.stem.split("_")[0] in POOLED else "")
     files.write_text(file.with_suffix(".md"), f"# {title}\n\n{head}\n\n{comparison.markdown(lines)}\n")
     files.write_text(file.with_suffix(".csv"), comparison.comma_separated(lines))
     tables.draw_comparison(lines, title, file.with_suffix(".png"))
@@ -185,7 +185,8 @@ def _pooled(lines: list[comparison.Line]) -> str:
         ahead, behind = sum(gain > LEVEL for gain in gains), sum(gain < -LEVEL for gain in gains)
         sentences.append(
             f"{LABELS[optimizer]} less its baseline, the mean over {len(gains)} cells with its 95 % interval: "
-            f"{spread.with_interval(gains)}; ahead in {ahead}, behind in {behind}."
+            f"{spread.with_interval(gains)}; ahead in {ahead}, behind in {behind}"
+            + (f", level in {level}." if (level := len(gains) - ahead - behind) else ".")
         )
     return "\n\n" + " ".join(sentences)
 

@@ -22,6 +22,7 @@ import numpy as np
 from IPython.display import Markdown, display
 
 from experiments import flatness
+from experiments.table import LEVEL
 from experiments.rows import comparison, jsonl, spread
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
@@ -64,7 +65,7 @@ if lines:
 if lines:
     means = [line.difference for line in lines]
     larger = sum(abs(line.difference) > line.interval for line in lines if line.interval is not None)
-    ahead, behind = sum(mean > 0.005 for mean in means), sum(mean < -0.005 for mean in means)
+    ahead, behind = sum(mean > LEVEL for mean in means), sum(mean < -LEVEL for mean in means)
     print(f"ahead {ahead}, behind {behind}, level {len(means) - ahead - behind}")
     print(f"mean over all cells {spread.with_interval(means)} points; beyond its own interval: {larger} of {len(lines)}")
 

@@ -7,6 +7,7 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from experiments import recipes, train
@@ -16,7 +17,8 @@ from experiments.recipes.scales import scaled
 from experiments.rows import jsonl
 from experiments.tasks.base import Losses
 from experiments.training import loop, optimizers, sparse_methods
-from s2sam_jax import methods
+from s2sam_jax import get_masks, methods
+from s2sam_jax._base.tree import find_states
 
 SHARPNESS = {
     "rho": 0.3, "rho_schedule": "warmup", "eta": 0.5, "ssam_sparsity": 0.75, "ssam_update_every": 2.0,
@@ -65,6 +67,25 @@ def test_a_method_reads_its_arguments_and_what_changes_its_clock(method):
     run = {"method": method, "sparsity": 0.5} if method != "dense" else {"method": method}
     clock = (lambda _: None) if method == "dense" else (lambda config: sparse_methods.clock(config, 4))
     assert read(CLOCK, **run) == having_effect(CLOCK, clock, **run)
+
+
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
+def test_masked_gradients_are_read_where_they_change_the_momentum(optimizer):
+    def masked(config):
+        tx = optimizers.make(config, 4)
+        params = {"kernel": jnp.ones((8, 8))}
+        state = tx.init(params)
+        grads = jax.tree.map(jnp.ones_like, params)
+        options = {"grad_fn": lambda params: grads, "fisher_fn": lambda params: grads}
+        _, state = tx.update(grads, state, params, **options)
+        (momentum,) = (s.trace["kernel"] for s in find_states(state, optax.TraceState))
+        return bool((momentum[~get_masks(state)["kernel"]] == 0).all())
+
+    run = {"optimizer": optimizer, "method": "static", "sparsity": 0.5, "distribution": "uniform"}
+    kept = {value: masked(Config(mask_grads=value, **run)) for value in (True, False)}
+    assert ("mask_grads" in read({"mask_grads": False}, **run)) == (kept[True] != kept[False])
+    assert kept[False] is False
+    assert not read({"mask_grads": False}, optimizer=optimizer, method="dense")
 
 
 def test_the_base_and_the_schedule_read_what_changes_their_step():

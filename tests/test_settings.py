@@ -228,7 +228,7 @@ ASCENTS = {
 def test_64_bit_types_leave_float32_leaves_alone(name):
     """Scalars may be float64, but no array as large as the parameters."""
     with jax.enable_x64(True):
-        params = {"kernel": jnp.ones((5, 7), jnp.float32)}
+        params = {"kernel": jnp.ones((5, 7), jnp.float32), "wide": jnp.ones((3, 2), jnp.float64)}
         tx = optax.chain(ASCENTS[name], optax.sgd(0.1, momentum=0.9))
 
         def step(params, opt_state, grads):

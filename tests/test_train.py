@@ -1,5 +1,6 @@
 """The train step: BatchNorm statistics, non-finite steps, the host's clocks, recalibration."""
 
+import functools
 import sys
 
 import jax
@@ -91,6 +92,19 @@ def test_without_the_freeze_a_bad_step_is_taken_and_told(kind):
     assert [int(state.first_bad_step) for state in states] == [1, 1]
     finite = [bool(jnp.isfinite(state.params["kernel"]).all()) for state in states]
     assert finite == [True, False]
+
+
+def test_the_step_passes_for_a_function():
+    tx = optax.sgd(0.1)
+    step, state = make_train_step(loss_fn, tx), start(tx)
+    assert step.__name__ == "train_step"
+    assert "@jit_train_step" in step.lower(state, BATCHES[0]).as_text()
+    wrapped = functools.wraps(step)(lambda state, batch: step(state, batch))
+    expected = step(start(tx), BATCHES[0])[1]["loss"]
+    for transformed in (jax.jit(step), jax.jit(wrapped)):
+        np.testing.assert_allclose(transformed(state, BATCHES[0])[1]["loss"], expected, rtol=1e-6)
+    both = jax.vmap(step, in_axes=(None, 0))(state, jnp.stack([BATCHES[0]] * 2))[1]["loss"]
+    np.testing.assert_allclose(both, jnp.stack([expected] * 2), rtol=1e-6)
 
 
 def test_metrics():

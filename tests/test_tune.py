@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import table, tasks, train, tune
+from experiments import sharding, table, tasks, train, tune
 from experiments.config import Config
 from experiments.datasets import in_memory
 from experiments.tasks import arrays
@@ -44,10 +44,8 @@ def test_held_out_images_are_the_last_training_rows_and_the_test_set_is_out_of_s
 
 def test_a_run_with_validation_reports_on_held_out_images(toy, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(tasks.arrays.data, "eval_batches", lambda images, *_: seen.append(len(images)) or [])
-    task = arrays.Task(
-        Config(validation=287), tasks.build(Config()), in_memory.load("digits"), tasks.sharding.make_mesh()
-    )
+    monkeypatch.setattr(in_memory, "eval_batches", lambda images, *_: seen.append(len(images)) or [])
+    task = arrays.Task(Config(validation=287), tasks.build(Config()), in_memory.load("digits"), sharding.make_mesh())
     assert (task.steps_per_epoch, seen) == (1150 // 64, [287])
     assert Config(validation=287).digest != Config().digest
     with pytest.raises(ValueError, match="validation must be 0 for wmt14; got 5"):

@@ -32,7 +32,12 @@ def rows() -> Iterator[Row]:
     cases["S2-SAM, RigL"] = sparsify(cases["S2-SAM"], methods.rigl(), sparsity=0.9, when=RARELY)
     for name, tx in cases.items():
         state = jax.eval_shape(lambda tx=tx: TrainState.create(mlp(), tx))
-        yield _row(name, "a loop of one's own", lambda carry, batch, tx=tx: _plain(tx, carry, batch), state[1:4:2])
+        yield _row(
+            name,
+            "a loop of your own",
+            lambda carry, batch, tx=tx: _plain(tx, carry, batch),
+            (state.params, state.opt_state),
+        )
         yield _row(name, "freeze=False", make_train_step(loss_fn, tx, freeze=False), state)
         yield _row(name, "make_train_step", make_train_step(loss_fn, tx), state)
 

@@ -37,6 +37,7 @@ READ_BY: tuple[tuple[Readers, tuple[str, ...]], ...] = (
     (Readers("optimizer", ("looksam", "gsam")), ("alpha",)),
     (Readers("optimizer", ("esam",)), ("esam_beta", "sharpest_fraction")),
     (Readers("method", ("dense",), others=True), ("sparsity", "distribution", "structure", "mask_grads")),
+    (Readers("optimizer", ("s2sam-released",), others=True), ("mask_grads",)),
     (Readers("method", ("dense", *ONE_SHOT, *ROUNDS), others=True), ("update_every", "update_end")),
     (Readers("method", ("set", "rigl", "itop", "chase")), ("drop_fraction",)),
     (Readers("method", ROUNDS), ("prune_fraction", "rounds", "rewind_epochs")),

@@ -67,7 +67,7 @@ def average(examples: Examples, order: jax.Array, rho: jax.typing.ArrayLike) -> 
 
 @partial(jax.jit, static_argnames=("n", "sets"))
 def measure(key: jax.Array, rho: jax.typing.ArrayLike, *, n: int, sets: int) -> dict[str, jax.Array]:
-    """Of each training set of ``n``, after ``5 n`` steps: generalization gap, excess risk, distance to a neighbour."""
+    """Of each training set of ``n``, after ``5 n`` steps: generalisation gap, excess risk, distance to a neighbour."""
     test = draw(jax.random.fold_in(key, 0), TEST).x
 
     def one(key: jax.Array) -> dict[str, jax.Array]:

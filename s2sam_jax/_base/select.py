@@ -106,7 +106,7 @@ def _select_units(scores: Any, structure: Block | Channel, among: Masks | None, 
     return treedef.unflatten(map_alike(lambda m, x: spread(m, structure, x), chosen, leaves))
 
 
-@partial(jax.jit, static_argnames="scope")  # outside of jit, as in tx.init, a few programs in place of some per shape
+@partial(jax.jit, static_argnames="scope")  # for calls from Python, such as tx.init: one program, not several a shape
 def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], scope: Scope) -> list[jax.Array]:
     """Stacks leaves of one type, takes the largest of every row, and puts the masks back in order."""
     alike = _alike(leaves)

@@ -61,10 +61,10 @@ def perpendicular(tree: Params, to: Params) -> Params:
     """What is left of ``tree`` without its projection on ``to``, over all leaves together, in float32 or wider."""
     length = norm(to)
     length = jnp.where(length > 0, length, 1.0)  # nothing is along a zero vector
-    unit = jax.tree.map(lambda x: at_least_f32(x) / length, to)
+    unit = jax.tree.map(lambda x: times(1 / length, at_least_f32(x)), to)
     parts = jax.tree.map(lambda x, u: jnp.real(jnp.sum(at_least_f32(x) * jnp.conj(u))), tree, unit)
     along = sum(jax.tree.leaves(parts), jnp.zeros((), jnp.float32))
-    return jax.tree.map(lambda x, u: at_least_f32(x) - along * u, tree, unit)
+    return jax.tree.map(lambda x, u: at_least_f32(x) - times(along, u), tree, unit)
 
 
 def add(param: jax.Array, step: jax.Array) -> jax.Array:

@@ -167,7 +167,7 @@ def _cosine_last_gradient(grads: Params, params: Params, opt_state: Any) -> jax.
 def _cosine(a: Any, b: Any) -> jax.Array:
     """Between two sequences of arrays, each taken as one vector."""
     pairs = [(at_least_f32(x), at_least_f32(y)) for x, y in zip(a, b, strict=True)]
-    product = sum((jnp.real(jnp.sum(x * jnp.conj(y))) for x, y in pairs), jnp.zeros(()))
+    product = sum((jnp.real(jnp.sum(x * jnp.conj(y))) for x, y in pairs), jnp.zeros((), jnp.float32))
     return _ratio(product, norm(list(a)) * norm(list(b)))
 
 

@@ -50,7 +50,8 @@ def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = is_k
       keep_at_least: weights each leaf keeps whatever its scores.
 
     Returns:
-      Bool masks like ``scores``. A layer may keep nothing; :func:`~s2sam_jax.warn_if_collapsed` names it.
+      Bool masks like ``scores``. A layer may keep nothing; once they are installed,
+      :func:`~s2sam_jax.warn_if_collapsed` names it.
 
     Raises:
       ValueError: for a sparsity out of range, or when nothing is prunable.

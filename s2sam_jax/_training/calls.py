@@ -33,24 +33,25 @@ class TrainStep:
       True
     """
 
-    __name__ = "train_step"  # and of the programs that it is jitted to
+    __name__ = "train_step"  # and of programs that it is jitted to
 
-    def __init__(self, one: Step, called: Step | None = None):
-        """``called`` is what runs where nothing is traced; by default all of ``one``, compiled."""
-        self._one = one
-        self._whole = jax.jit(one, donate_argnames="state")
-        self._called = called or self._whole
+    def __init__(self, pure: Step, eager: Step | None = None):
+        """``eager`` is what runs where nothing is traced; by default ``pure``, compiled as a whole."""
+        self._pure = pure
+        self._whole = jax.jit(pure, donate_argnames="state")
+        self._eager = eager or self._whole
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_kind(state)
         kinds = set(map(type, jax.tree.leaves((state, batch))))  # few; asking every leaf would take Python long
         traced = any(issubclass(kind, Tracer) for kind in kinds)
-        return self._one(state, batch) if traced else self._called(state, batch)
+        return self._pure(state, batch) if traced else self._eager(state, batch)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The step as one program that donates its state, from arrays or ``jax.ShapeDtypeStruct``.
 
-        On CPU that is another program than the two that a call runs.
+        A call from Python runs two others on CPU, and with ``vmap=True``, where this one would make new masks at every
+        step. Shapes of arrays that are sharded need their ``sharding``.
         """
         _check_kind(state)
         return self._whole.lower(state, batch)

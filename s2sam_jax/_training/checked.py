@@ -50,7 +50,8 @@ def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
       masks that went in there, unless updates leave such behind (Adamax's epsilon, ``mask_grads=False``).
 
     All else costs a few passes over parameters and state. A loss or gradient that is not finite is not reported
-    around ``optax.apply_if_finite``, which handles it; ``make_train_step`` still freezes at one elsewhere.
+    around ``optax.apply_if_finite``, which handles it; ``make_train_step`` still freezes at one elsewhere, unless told
+    otherwise.
 
     Args:
       tx: the whole optimizer, with :func:`sparsify` in it if there is one.

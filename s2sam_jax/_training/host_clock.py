@@ -13,7 +13,7 @@ from s2sam_jax._base.tree import find_states, scalar
 from s2sam_jax._sharpness.looksam import LookSAMState
 from s2sam_jax._sharpness.ssam import SSAMState
 
-Pair = tuple[Any, Any]  # the clock of a state: calls so far, and the one that is due next
+Count = tuple[Any, Any]  # of a state with a clock: calls so far, and the one that is due next
 
 
 class HostClock:
@@ -41,7 +41,7 @@ class HostClock:
         self._last: list[Callable[[], Any]] = []
         self._clocks: dict[str, tuple[int, int]] = {}
         self._structure = jax.tree.structure(())
-        self._places: dict[str, Pair] = {}
+        self._places: dict[str, Any] = {}  # of a count among the leaves of that structure
 
     def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
         """What is due at this call. ``beside`` are further arrays, the same as before if the state is."""
@@ -59,15 +59,15 @@ class HostClock:
             self._clocks = {name: (now + 1, due) for name, (now, due) in self._clocks.items()}
         self._last = [weakref.ref(array) for array in _arrays(counts, beside)]
 
-    def _counts(self, opt_state: Any) -> dict[str, Pair]:
-        """Step and next update of the states with a clock, found by their places: a walk in Python takes long."""
+    def _counts(self, opt_state: Any) -> dict[str, Count]:
+        """Found by their places, which are looked up once for a structure: a walk in Python takes long."""
         leaves, structure = jax.tree.flatten(opt_state)
         if structure != self._structure:
             self._structure, self._places = structure, self._find(structure)
         return {name: (leaves[step], leaves[due]) for name, (step, due) in self._places.items()}
 
-    def _find(self, structure: Any) -> dict[str, Pair]:
-        """Which leaves they are, by the name of the flag; none where calls and updates may differ."""
+    def _find(self, structure: Any) -> dict[str, Any]:
+        """Which leaves the counts are, by the name of the flag; none where calls and updates may differ."""
         numbered = structure.unflatten(range(structure.num_leaves))
         if find_states(numbered, self._SKIPPING):
             return {}
@@ -75,7 +75,7 @@ class HostClock:
         owners = {name: states[0] for name, states in found.items() if len(states) == 1}
         return {name: (scalar(state.step), scalar(state.next_update)) for name, state in owners.items()}
 
-    def _knows(self, counts: dict[str, Pair], beside: tuple[Any, ...]) -> bool:
+    def _knows(self, counts: dict[str, Count], beside: tuple[Any, ...]) -> bool:
         """Whether these are the very arrays that the last step has handed out."""
         arrays = _arrays(counts, beside)
         if len(self._last) != len(arrays):
@@ -83,11 +83,11 @@ class HostClock:
         return all(last() is array for last, array in zip(self._last, arrays, strict=True))
 
 
-def _arrays(counts: dict[str, Pair], beside: tuple[Any, ...]) -> list[Any]:
+def _arrays(counts: dict[str, Count], beside: tuple[Any, ...]) -> list[Any]:
     return [*(array for pair in counts.values() for array in pair), *beside]
 
 
-def _read(counts: dict[str, Pair]) -> dict[str, tuple[int, int]]:
+def _read(counts: dict[str, Count]) -> dict[str, tuple[int, int]]:
     # An explicit transfer, as jax.transfer_guard may refuse others.
     return {name: (_newest(step), _newest(due)) for name, (step, due) in jax.device_get(counts).items()}
 

@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
       opt_state: state of the optimizer, with masks, last gradient and keys inside.
       key: typed PRNG key; a step uses ``fold_in(key, step)``.
       first_bad_step: int32[], the first step whose loss or update was not finite, else -1. From it on the
-        parameters are frozen.
+        parameters are frozen, unless by ``make_train_step(freeze=False)``.
     """
 
     step: jax.Array

@@ -78,9 +78,9 @@ def make_train_step(
       fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from; memory for
         up to 16 of their gradients at once.
       fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
-      freeze: whether a step whose loss or update is not finite leaves the state as it was, as do all after it. Without,
-        it is taken, and ``first_bad_step`` alone tells: no state before the step has to be kept, which saves memory,
-        of S2-SAM about two copies of the parameters.
+      freeze: whether to keep the state from before a step whose loss or update is not finite, at that step and all
+        after it. ``False`` takes such a step, and ``first_bad_step`` alone tells: that saves the memory of the state
+        before, with S2-SAM about two copies of the parameters.
       vmap: several networks at once, such as seeds: every leaf of state and batch has one more leading axis. All must
         be at the same step, as one clock on the host, on every backend, tells when masks are updated; in a ``lax.cond``
         under ``vmap`` every step would pay for it.
@@ -166,11 +166,11 @@ def make_train_step(
     each, updates = (jax.vmap(differentiate), _vmapped(update)) if vmap else (differentiate, update)
     updates = updates if state_sharding is None else _placing(updates, state_sharding)
 
-    def one(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return updates(state, each(state, batch), batch, ())
 
     apart = vmap or jax.default_backend() == "cpu"
-    return TrainStep(one, two_programs(each, updates) if apart else None)
+    return TrainStep(train_step, two_programs(each, updates) if apart else None)
 
 
 def _key(state: TrainState) -> jax.Array:
@@ -210,10 +210,10 @@ def _take_step(
     update_norm: jax.Array,
     freeze: bool,
 ) -> TrainState:
-    """Takes the step, unless it freezes, as its loss or update, or that of an earlier one, was not finite.
+    """Takes the step; with ``freeze``, not if its loss or update, or that of an earlier step, was not finite.
 
-    Not the gradient: what it holds behind a mask does not matter. Where a wrapper of ``tx`` skips bad steps, a bad loss
-    does not freeze the run either; only the model state of that step is thrown away.
+    Gradients are not asked: what they hold behind a mask does not matter. Where a wrapper of ``tx`` skips bad steps, a
+    bad loss does not freeze the run either; only the model state of that step is thrown away.
     """
     passed_over = _passes_over(state.opt_state)
     finite = jnp.isfinite(update_norm) & (passed_over | jnp.isfinite(loss))
@@ -248,5 +248,5 @@ def _sparsity(state: TrainState) -> Metrics:
         return {}
     total = sum(p.size for p in jax.tree.leaves(state.params))
     covered = sum(m.size for s in sparse for m in jax.tree.leaves(s.masks))
-    alive = sum((jnp.sum(s.nnz.astype(jnp.float32)) for s in sparse), jnp.zeros(()))  # int32 ends at 2**31
+    alive = sum((jnp.sum(s.nnz.astype(jnp.float32)) for s in sparse), jnp.zeros((), jnp.float32))  # int32 ends at 2**31
     return {"sparsity": (float(covered) - alive) / float(total)}

@@ -119,5 +119,5 @@ def explored_fraction(opt_state: Any) -> jax.Array:
     if not states:
         raise ValueError("explored_fraction found no state of methods.itop() in opt_state.")
     counts = [(jnp.sum(m, dtype=jnp.int32).astype(jnp.float32), m.size) for m in jax.tree.leaves(states)]
-    size = sum((jnp.where(active > 0, jnp.float32(size), 0.0) for active, size in counts), jnp.zeros(()))
-    return sum((active for active, _ in counts), jnp.zeros(())) / jnp.maximum(size, 1.0)
+    size = sum((jnp.where(active > 0, jnp.float32(size), 0.0) for active, size in counts), jnp.zeros((), jnp.float32))
+    return sum((active for active, _ in counts), jnp.zeros((), jnp.float32)) / jnp.maximum(size, 1.0)
