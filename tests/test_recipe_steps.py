@@ -67,7 +67,7 @@ def network_of(config):
 
 @pytest.mark.parametrize("name", full_size())
 def test_full_size_step(name, monkeypatch):
-    check_traced_step(CONFIGS[name], monkeypatch, least_size=5e4 if CONFIGS[name].dataset == "digits" else 1e6)
+    check_traced_step(CONFIGS[name], monkeypatch, least_size=1e4 if CONFIGS[name].dataset == "digits" else 1e6)
 
 
 @pytest.mark.parametrize("config", digits().values(), ids=map("-".join, digits()))
