@@ -33,7 +33,7 @@ def figure(
     """``1.23 ± 0.45``, as far as there is something."""
     if value is None:
         return MISSING
-    return f"{value:{sign}{form}}" + ("" if spread is None else f" ± {spread:{spread_form}}")
+    return f"{value:{sign}z{form}}" + ("" if spread is None else f" ± {spread:{spread_form}}")
 
 
 def with_interval(differences: Collection[float]) -> str:
