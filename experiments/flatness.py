@@ -193,7 +193,7 @@ def _overall(pairs: list[tuple[list[Row], list[Row]]]) -> str:
     """How many times SGD's the measures are over all cells, if there are several: the geometric mean of the ratios."""
     found = []
     for field, label in (("trace", "trace"), ("largest_eigenvalue", "λ1"), ("roughness", "Ra")):
-        means = [[statistics.mean(row[field] for row in rows) for rows in pair] for pair in pairs if all(pair)]
+        means = [[statistics.mean(values) for values in both] for both in _paired(pairs, field)]
         logs = [math.log(mine / base) for mine, base in means if mine > 0 and base > 0]
         average, deviation = spread.mean(logs)
         half = spread.interval(deviation, len(logs))
@@ -205,8 +205,14 @@ def _overall(pairs: list[tuple[list[Row], list[Row]]]) -> str:
 
 def _gains(pairs: list[tuple[list[Row], list[Row]]], field: str) -> list[list[float]]:
     """Of each cell that has seeds in common with SGD's."""
+    return [[mine - base for mine, base in zip(*both, strict=True)] for both in _paired(pairs, field)]
+
+
+def _paired(pairs: list[tuple[list[Row], list[Row]]], field: str) -> list[tuple[list[float], list[float]]]:
+    """The values of the seeds that both have, in their order; of cells that have any."""
     of_seeds = [[{row["seed"]: row[field] for row in rows} for rows in pair] for pair in pairs]
-    return [gains for mine, base in of_seeds if (gains := spread.gains(mine, base))]
+    common = [(mine, base, sorted(mine.keys() & base.keys())) for mine, base in of_seeds]
+    return [([mine[seed] for seed in seeds], [base[seed] for seed in seeds]) for mine, base, seeds in common if seeds]
 
 
 def _by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:

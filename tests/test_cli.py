@@ -317,9 +317,15 @@ def test_a_signal_is_not_lost_where_python_ignores_exceptions(capsys):
 
 
 def test_claims_are_of_cells_that_have_sgd_beside():
-    def row(optimizer, roughness, seed=0):
-        return dict(method="rigl", optimizer=optimizer, sparsity_asked=0.9, seed=seed, roughness=roughness,
-                    largest_eigenvalue=1.0)  # fmt: skip
+    def row(optimizer, roughness, seed=0, sparsity=0.9):
+        return dict(method="rigl", optimizer=optimizer, sparsity_asked=sparsity, seed=seed, roughness=roughness,
+                    largest_eigenvalue=1.0, trace=-1.0)  # fmt: skip
 
     assert "s2sam: Ra below SGD's in 0 of 0 cells" in flatness.claims([row("s2sam", 1.0), row("sgd", 2.0, seed=1)])
-    assert "s2sam: Ra below SGD's in 1 of 1 cells" in flatness.claims([row("s2sam", 1.0), row("sgd", 2.0)])
+    one = [row("s2sam", 1.0), row("sgd", 2.0)]
+    assert "s2sam: Ra below SGD's in 1 of 1 cells" in flatness.claims(one)
+    assert "geometric" not in flatness.claims(one)
+    several = [*one, row("s2sam", 1.0, sparsity=0.8), row("sgd", 8.0, sparsity=0.8), row("sgd", 99.0, seed=1)]
+    said = flatness.claims(several)
+    assert "λ1 1.00 (1.00 to 1.00), Ra 0.25 (" in said
+    assert "trace 1" not in said
