@@ -182,8 +182,8 @@ def claims(rows: list[dict[str, Any]]) -> str:
         ours = {(m, zeros): mine for (m, zeros, o), mine in cells.items() if o == optimizer}
         pairs = [(mine, cells.get((*cell, "sgd"), [])) for cell, mine in ours.items()]
         counts = [
-            f"{sum(statistics.mean(gains) < 0 for gains in found)} of {len(found)}"
-            for found in (_gains(pairs, field) for field in ("roughness", "largest_eigenvalue"))
+            f"{sum(statistics.mean(mine - base for mine, base in both) < 0 for both in found)} of {len(found)}"
+            for found in (_paired(pairs, field) for field in ("roughness", "largest_eigenvalue"))
         ]
         sentences.append(f"{optimizer}: Ra below SGD's in {counts[0]} cells, λ1 in {counts[1]}.{_overall(pairs)}")
     return " ".join(sentences)
@@ -193,7 +193,7 @@ def _overall(pairs: list[tuple[list[Row], list[Row]]]) -> str:
     """How many times SGD's the measures are over all cells, if there are several: the geometric mean of the ratios."""
     found = []
     for field, label in (("trace", "trace"), ("largest_eigenvalue", "λ1"), ("roughness", "Ra")):
-        means = [[statistics.mean(values) for values in both] for both in _paired(pairs, field)]
+        means = [map(statistics.mean, zip(*both, strict=True)) for both in _paired(pairs, field)]
         logs = [math.log(mine / base) for mine, base in means if mine > 0 and base > 0]
         average, deviation = spread.mean(logs)
         half = spread.interval(deviation, len(logs))
@@ -203,16 +203,10 @@ def _overall(pairs: list[tuple[list[Row], list[Row]]]) -> str:
     return f" Over cells, times SGD's (geometric mean, 95 % interval): {', '.join(found)}." if found else ""
 
 
-def _gains(pairs: list[tuple[list[Row], list[Row]]], field: str) -> list[list[float]]:
-    """Of each cell that has seeds in common with SGD's."""
-    return [[mine - base for mine, base in zip(*both, strict=True)] for both in _paired(pairs, field)]
-
-
-def _paired(pairs: list[tuple[list[Row], list[Row]]], field: str) -> list[tuple[list[float], list[float]]]:
-    """The values of the seeds that both have, in their order; of cells that have any."""
+def _paired(pairs: list[tuple[list[Row], list[Row]]], field: str) -> list[list[tuple[float, float]]]:
+    """The values of each cell that has seeds in common with SGD's, seed by seed."""
     of_seeds = [[{row["seed"]: row[field] for row in rows} for rows in pair] for pair in pairs]
-    common = [(mine, base, sorted(mine.keys() & base.keys())) for mine, base in of_seeds]
-    return [([mine[seed] for seed in seeds], [base[seed] for seed in seeds]) for mine, base, seeds in common if seeds]
+    return [both for mine, base in of_seeds if (both := spread.paired(mine, base))]
 
 
 def _by_cell(rows: list[dict[str, Any]]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:

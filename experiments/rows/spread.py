@@ -15,9 +15,14 @@ def mean(values: Collection[float]) -> tuple[float | None, float | None]:
     return average, statistics.stdev(values) if len(values) > 1 else None
 
 
+def paired(mine: Mapping[int, float], base: Mapping[int, float]) -> list[tuple[float, float]]:
+    """The values of the seeds that both have, in their order."""
+    return [(mine[seed], base[seed]) for seed in sorted(mine.keys() & base.keys())]
+
+
 def gains(mine: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
     """Differences of the seeds that both have, in their order."""
-    return [mine[seed] - base[seed] for seed in sorted(mine.keys() & base.keys())]
+    return [a - b for a, b in paired(mine, base)]
 
 
 def interval(spread: float | None, count: int) -> float | None:
