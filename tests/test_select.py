@@ -16,7 +16,10 @@ from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from s2sam_jax import select
+from s2sam_jax._base import select as select_module
+from s2sam_jax._base.select import random_scores
 
+COLLECTIVES = r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)\("
 DTYPES = ["float32", "float16", "bfloat16", "float64"]
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, 65504.0, np.inf, -np.inf, 1.0, 1.0]
 
@@ -96,6 +99,31 @@ def test_counts_may_be_traced():
         np.testing.assert_array_equal(masks[count], oracles.top_mask(np.asarray(scores), count))
 
 
+def test_random_scores_of_large_leaves_are_drawn_where_they_lie(monkeypatch):
+    def moved(sizes):
+        like = {name: jax.ShapeDtypeStruct((size, 8), jnp.float32, sharding=spread) for name, size in sizes.items()}
+        draw = jax.jit(lambda key: random_scores(key, like), out_shardings=spread)
+        return re.findall(COLLECTIVES, draw.lower(jax.random.key(0)).compile().as_text())
+
+    spread = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+    sizes = {"large": 64, "larger": 96}
+    assert moved(sizes)
+    monkeypatch.setattr(select_module, "LARGE", 512)
+    assert not moved(sizes)
+
+
+def test_random_scores_of_small_leaves_do_not_depend_on_large_ones(monkeypatch):
+    monkeypatch.setattr(select_module, "LARGE", 1000)
+    like = {"a": jnp.ones((3, 5)), "b": jnp.ones((40, 50)), "c": jnp.ones(7), "d": jnp.ones((50, 40))}
+    scores = random_scores(jax.random.key(3), like)
+    small = random_scores(jax.random.key(3), {name: like[name] for name in "ac"})
+    assert all(scores[name].shape == like[name].shape for name in like)
+    assert all(bool((scores[name] == small[name]).all()) for name in small)
+    values = np.concatenate([np.ravel(x) for x in jax.tree.leaves(scores)])
+    assert len(np.unique(values)) > 4000
+    np.testing.assert_allclose(np.histogram(values, 4, (0, 1))[0] / len(values), 0.25, atol=0.03)
+
+
 @pytest.mark.parametrize(("sparsity", "ones"), [(0.7, 3), (0.0, 10), (1.0, 0), (0.58, 5), (0.99, 1)])
 def test_sparsity_keeps_n_minus_floor(sparsity, ones):
     assert int(select(jnp.arange(10.0), sparsity=sparsity).sum()) == ones
@@ -112,8 +140,7 @@ def test_no_sort_in_the_program_and_only_counts_leave_a_device():
     masks = jax.jit(lambda s: select(s, count=5))
     text = masks.lower(scores).compile().as_text()
     assert not re.search(r"\b(sort|topk|top-k)\b", text)
-    collectives = r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)\("
-    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(collectives, text)]
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(COLLECTIVES, text)]
     assert sizes
     assert max(sizes) <= 2 * 8 * 3  # rows x devices x thresholds
     assert all(mask.sharding == sharding for mask in masks(scores).values())

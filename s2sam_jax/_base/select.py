@@ -23,6 +23,7 @@ from s2sam_jax._base.tree import by_name, check_same_leaves, explicit_sharding, 
 from s2sam_jax._base.types import Masks
 
 Scope = Literal["leaf", "global"]
+LARGE = 1 << 22  # entries, 16 MiB of random scores
 
 
 def select(
@@ -175,23 +176,28 @@ def _stack(leaves: list[Any], indices: list[int]) -> jax.Array:
 
 
 def random_scores(key: jax.Array, like: Any) -> Any:
-    """Uniform [0, 1) float32 scores shaped (and sharded) like a tree."""
+    """Uniform [0, 1) float32 scores shaped (and sharded) like a tree.
+
+    Small leaves share one draw, since the generator takes long to compile for each shape. Pieces of a draw that is
+    sharded have to be moved between devices, so large leaves get draws of their own.
+    """
     leaves, treedef = jax.tree.flatten(like)
-    if not leaves:
-        return like
-    shardings = [explicit_sharding(leaf) for leaf in leaves]
-    if any(sharding is not None for sharding in shardings):
-        keys = [jax.random.fold_in(key, index) for index in range(len(leaves))]
-        drawn = zip(keys, leaves, shardings, strict=True)
-        return treedef.unflatten([jax.random.uniform(k, x.shape, jnp.float32, out_sharding=s) for k, x, s in drawn])
-    return treedef.unflatten(_uniform(key, tuple(leaf.shape for leaf in leaves)))
+    scores: dict[int, jax.Array] = {}
+    for index, leaf in enumerate(leaves):
+        sharding = explicit_sharding(leaf)
+        if sharding is not None or leaf.size >= LARGE:
+            own = jax.random.fold_in(key, index)
+            scores[index] = jax.random.uniform(own, leaf.shape, jnp.float32, out_sharding=sharding)
+    small = [index for index in range(len(leaves)) if index not in scores]
+    scores |= zip(small, _uniform(key, tuple(leaves[index].shape for index in small)), strict=True)
+    return treedef.unflatten([scores[index] for index in range(len(leaves))])
 
 
 @partial(jax.jit, static_argnames="shapes")
 def _uniform(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    """One draw, cut up: the generator takes long to compile, once for each shape."""
+    """One draw, cut up."""
     sizes = [math.prod(shape) for shape in shapes]
-    pieces = jnp.split(jax.random.uniform(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1])
+    pieces = jnp.split(jax.random.uniform(key, (sum(sizes),), jnp.float32), np.cumsum(sizes)[:-1]) if sizes else []
     return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
