@@ -7,8 +7,11 @@ import optax
 import pytest
 
 from s2sam_jax import (
+    Every,
+    TrainState,
     eval_params,
     gsam,
+    make_train_step,
     methods,
     msam,
     perturb,
@@ -147,3 +150,19 @@ def test_leaves_without_entries():
         params = optax.apply_updates(params, updates)
     assert params["none"].shape == (0, 4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, perturb(params, state))))
+
+
+@pytest.mark.parametrize("clock", [Every(0, 100, 1000), Every(0, 100)])
+def test_counters_that_end_fire_no_clock(clock):
+    """Counters stop below 2**31 - 1, when a clock that has ended is due: masks would change at every step for good."""
+    params, last = {"kernel": jnp.arange(16.0).reshape(4, 4)}, 2**31 - 1
+    tx = sparsify(optax.sgd(0.1), methods.set(), sparsity=0.5, when=clock)
+    step = make_train_step(lambda params, state, batch, key: (jnp.sum(params["kernel"]), (state, {})), tx)
+    train = TrainState.create(params, tx)
+    sparse = train.opt_state._replace(step=jnp.int32(last - 3), next_update=clock.at_or_after(last - 3))
+    train = train._replace(step=jnp.int32(last - 3), opt_state=sparse)
+    masks = np.asarray(train.opt_state.masks["kernel"])
+    for _ in range(6):
+        train, _ = step(train, jnp.zeros(()))
+        np.testing.assert_array_equal(train.opt_state.masks["kernel"], masks)
+    assert int(train.step) > last - 3
