@@ -212,6 +212,7 @@ def test_remaining_weights_is_the_exact_integer_sequence():
     assert remaining_weights(1000, 100, 0.2) == [1000, 800, 640, 512, 409, 327, 261, 208, 166, 132, 105, 100]
     assert [len(remaining_weights(10**6, 10**5, p)) - 1 for p in (0.2, 0.3, 0.4)] == [11, 7, 5]
     assert remaining_weights(10, 10, 0.2) == [10]
+    assert remaining_weights(10, 8, 1e-9) == [10, 9, 8]
 
 
 @pytest.mark.parametrize("name", ["lottery", "lrr"])
