@@ -18,9 +18,11 @@ from s2sam_jax import (
     s2sam,
     s2sam_wrapper,
     sam,
+    select,
     sparsify,
     ssam,
 )
+from s2sam_jax._base.counts import part
 
 STEPS = 20_000
 SHARPNESS = {
@@ -166,3 +168,20 @@ def test_counters_that_end_fire_no_clock(clock):
         train, _ = step(train, jnp.zeros(()))
         np.testing.assert_array_equal(train.opt_state.masks["kernel"], masks)
     assert int(train.step) > last - 3
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_parts_of_counts_that_float32_cannot_hold(fraction):
+    """2**24 + 3 is 2**24 + 4 in float32: more than all would be dropped, and another weight grown for it."""
+    for number in (2**24 + 3, 2**26 + 5, 2**31 - 1):
+        found = int(part(jnp.int32(number), fraction))
+        assert abs(found - fraction * number) <= number * 2**-24 + 1
+        assert found <= number
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_traced_sparsity_in_half_precision(dtype):
+    """In float16 100,000 is infinite, and in bfloat16 no integer beyond 256 need be exact."""
+    sparsity = jnp.asarray(0.9, dtype)
+    mask = jax.jit(lambda s: select(jnp.arange(100_000.0), sparsity=s))(sparsity)
+    assert int(mask.sum()) == 100_000 - int(float(sparsity) * 100_000)
