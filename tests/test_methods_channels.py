@@ -122,6 +122,16 @@ def test_leverage_scores_and_residuals_equal_a_decomposition(weights, channels):
         np.testing.assert_allclose(residuals(rows, jnp.asarray(keep)), oracle.residual(x, keep), atol=1e-10)
 
 
+def test_short_filters_span_as_much_as_long_ones():
+    """In float32: of what a kept filter of a thousandth of the others' length expresses, nothing is left over."""
+    x = np.random.default_rng(0).normal(size=(288, 64)).astype(np.float32)
+    x[:, 40] = x[:, 20]
+    x[:, 16:32] *= 0.001
+    keep = np.arange(64) < 32
+    found = residuals(jnp.asarray(x.T), jnp.asarray(keep))
+    np.testing.assert_allclose(found, oracle.residual(x.astype(np.float64), keep), rtol=1e-4, atol=1e-2)
+
+
 def test_sampling_follows_the_printed_probabilities():
     """softmax(r) and softmax(r^2) for r = (.5, 1, .2): the authors' and the paper's."""
     r = jnp.array([0.5, 1.0, 0.2])
@@ -336,6 +346,21 @@ def test_chase_density_follows_the_printed_cosine():
     counts = [int(update(params, first._replace(step=jnp.int32(t)), params)[1].nnz.sum())
               for t in (0, 250, 500, 750, 1000)]  # fmt: skip
     assert counts == [1500, 1426, 1250, 1073, 1000]
+
+
+def test_chase_ends_exploring_at_the_call_that_the_fraction_names():
+    """0.55 * 100 is 55.00000000000001 in floating point: weights move from call 55 on all the same."""
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(20, 20)), jnp.float32)}
+    method = methods.chase(
+        [ChannelGroup("all", filters=(ChannelAxis("kernel", 1),))],
+        channel_sparsity=0.0,
+        exploration_end=0.55,
+        extra=0.0,
+    )
+    tx = sparsify(optax.sgd(0.0), method, sparsity=0.9, when=Every(0, 1, 100))
+    first, update = tx.init(params), jax.jit(functools.partial(tx.update, refresh_masks=True))
+    masks = [update(params, first._replace(step=jnp.int32(t)), params)[1].masks["kernel"] for t in (54, 55)]
+    assert [bool((m == first.masks["kernel"]).all()) for m in masks] == [True, False]
 
 
 def test_chase_removal_follows_the_printed_cubic():

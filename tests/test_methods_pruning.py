@@ -178,6 +178,33 @@ def test_grasp_scores_sum_gradients_before_the_hessian_product():
         methods.grasp_scores(lambda p, x: x @ p, params, [])
 
 
+def snip_in_bf16(batches):
+    """Of one weight, with a gradient of 1 on every batch."""
+    one = jnp.ones(1, jnp.bfloat16)
+    return methods.snip_scores(lambda w, x: jnp.sum(w * x), one, [one] * batches)
+
+
+def grasp_in_bf16(batches):
+    """Per batch, as the Hessian product of a sum of gradients grows with the square of their number."""
+    params, batch = jnp.ones((1, 2), jnp.bfloat16), (jnp.ones((1, 1), jnp.bfloat16), jnp.array([0]))
+    return methods.grasp_scores(lambda w, x: x @ (w * w), params, [batch] * batches, temperature=1.0) / batches
+
+
+@pytest.mark.parametrize("scores", [snip_in_bf16, grasp_in_bf16])
+def test_scores_over_many_batches_add_up_in_bfloat16(scores):
+    """A sum in bfloat16 stays at 256 once its next summand is 1."""
+    np.testing.assert_allclose(scores(600), 600 / 300 * scores(300), rtol=1e-2)
+
+
+def test_snip_ranks_float16_weights_by_products_that_float16_lacks():
+    w, g = DRAW.normal(size=(30, 30)) * 1e-3, DRAW.normal(size=(30, 30)) * 1e-5
+    params, grads = ({"kernel": jnp.asarray(x, jnp.float16)} for x in (w, g))
+    tx = sparsify(optax.sgd(0.1), methods.snip(), sparsity=0.5)
+    _, state = tx.update(grads, tx.init(params), params)
+    exact = np.abs(np.asarray(params["kernel"], np.float64) * np.asarray(grads["kernel"], np.float64))
+    np.testing.assert_array_equal(state.masks["kernel"], oracles.top_mask(exact, 450))
+
+
 # Rewinding
 
 
@@ -185,6 +212,7 @@ def test_remaining_weights_is_the_exact_integer_sequence():
     assert remaining_weights(1000, 100, 0.2) == [1000, 800, 640, 512, 409, 327, 261, 208, 166, 132, 105, 100]
     assert [len(remaining_weights(10**6, 10**5, p)) - 1 for p in (0.2, 0.3, 0.4)] == [11, 7, 5]
     assert remaining_weights(10, 10, 0.2) == [10]
+    assert remaining_weights(10, 8, 1e-9) == [10, 9, 8]
 
 
 @pytest.mark.parametrize("name", ["lottery", "lrr"])

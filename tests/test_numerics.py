@@ -7,17 +7,22 @@ import optax
 import pytest
 
 from s2sam_jax import (
+    Every,
+    TrainState,
     eval_params,
     gsam,
+    make_train_step,
     methods,
     msam,
     perturb,
     s2sam,
     s2sam_wrapper,
     sam,
+    select,
     sparsify,
     ssam,
 )
+from s2sam_jax._base.counts import part
 
 STEPS = 20_000
 SHARPNESS = {
@@ -147,3 +152,36 @@ def test_leaves_without_entries():
         params = optax.apply_updates(params, updates)
     assert params["none"].shape == (0, 4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, perturb(params, state))))
+
+
+@pytest.mark.parametrize("clock", [Every(0, 100, 1000), Every(0, 100)])
+def test_counters_that_end_fire_no_clock(clock):
+    """Counters stop below 2**31 - 1, when a clock that has ended is due: masks would change at every step for good."""
+    params, last = {"kernel": jnp.arange(16.0).reshape(4, 4)}, 2**31 - 1
+    tx = sparsify(optax.sgd(0.1), methods.set(), sparsity=0.5, when=clock)
+    step = make_train_step(lambda params, state, batch, key: (jnp.sum(params["kernel"]), (state, {})), tx)
+    train = TrainState.create(params, tx)
+    sparse = train.opt_state._replace(step=jnp.int32(last - 3), next_update=clock.at_or_after(last - 3))
+    train = train._replace(step=jnp.int32(last - 3), opt_state=sparse)
+    masks = np.asarray(train.opt_state.masks["kernel"])
+    for _ in range(6):
+        train, _ = step(train, jnp.zeros(()))
+        np.testing.assert_array_equal(train.opt_state.masks["kernel"], masks)
+    assert int(train.step) > last - 3
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_parts_of_counts_that_float32_cannot_hold(fraction):
+    """2**24 + 3 is 2**24 + 4 in float32: more than all would be dropped, and another weight grown for it."""
+    for number in (2**24 + 3, 2**26 + 5, 2**31 - 1):
+        found = int(part(jnp.int32(number), fraction))
+        assert abs(found - fraction * number) <= number * 2**-24 + 1
+        assert found <= number
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_traced_sparsity_in_half_precision(dtype):
+    """In float16 100,000 is infinite, and in bfloat16 no integer beyond 256 need be exact."""
+    sparsity = jnp.asarray(0.9, dtype)
+    mask = jax.jit(lambda s: select(jnp.arange(100_000.0), sparsity=s))(sparsity)
+    assert int(mask.sum()) == 100_000 - int(float(sparsity) * 100_000)

@@ -59,8 +59,8 @@ class Every:
 
 
 def increment(step: jax.Array) -> jax.Array:
-    """The next step; saturates, as a counter that wraps would fire its clocks again."""
-    return jnp.minimum(step, NEVER - 1) + 1
+    """The next step; saturates below ``NEVER``, as one that wraps, or gets there, would fire clocks that have ended."""
+    return jnp.minimum(step, NEVER - 2) + 1
 
 
 def tick(

@@ -23,6 +23,11 @@ def rounded_up(amount: Any) -> Any:
     return jnp.ceil(amount - _slack(amount)).astype(jnp.int32)
 
 
+def part(number: jax.Array, fraction: jax.typing.ArrayLike) -> jax.Array:
+    """``floor(fraction * number)`` of an int32, in float32; never more than all, which float32 may round up to."""
+    return jnp.minimum(rounded_down(number.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)), number)
+
+
 def kept(size: int, sparsity: float) -> int:
     """``N - floor(S * N)``."""
     return size - rounded_down(sparsity * size)

@@ -19,7 +19,7 @@ from s2sam_jax._base.bisect import largest
 from s2sam_jax._base.blocks import all_in_block, best_of_groups, pool, spread
 from s2sam_jax._base.counts import kept, rounded_down
 from s2sam_jax._base.structure import NM, UNSTRUCTURED, Block, Channel, Structure, check_fits, check_structure, same
-from s2sam_jax._base.tree import by_name, check_same_leaves, explicit_sharding, map_named
+from s2sam_jax._base.tree import at_least_f32, by_name, check_same_leaves, explicit_sharding, map_named
 from s2sam_jax._base.types import Masks
 
 Scope = Literal["leaf", "global"]
@@ -239,9 +239,9 @@ def _counts(scores: Any, count: Any, sparsity: Any, scope: Scope) -> list[jax.Ar
 
 
 def _count(value: Any, size: int, name: str, is_sparsity: bool) -> Any:
-    """A checked number to keep; a traced one cannot be checked, and a traced sparsity is multiplied in float32."""
+    """A checked number to keep; a traced one cannot be checked, and a traced sparsity is at least float32."""
     if isinstance(value, Tracer):
-        return size - rounded_down(value * size) if is_sparsity else value
+        return size - rounded_down(at_least_f32(value) * size) if is_sparsity else value
     limit = 1 if is_sparsity else size
     if not 0 <= value <= limit:
         what = "sparsity" if is_sparsity else "count"

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._base.counts import rounded_down
+from s2sam_jax._base.counts import part, rounded_down
 from s2sam_jax._base.select import best_in_groups, random_scores, select
 from s2sam_jax._base.structure import NM, check_fits
 from s2sam_jax._base.tree import by_name
@@ -27,7 +27,7 @@ def top_in_groups(scores: Params, live: Masks | None, structure: NM) -> Masks:
 def move(grads: Params, masks: Masks, live: Masks | None, rate: Any, key: jax.Array, sparsity: float) -> Masks:
     """The paper: drop exactly ``floor(r a)``, then grow as many among all that are off, those just dropped included."""
     kept = jnp.asarray(_kept(_size(masks, live), sparsity), jnp.int32)
-    keep = kept - rounded_down(rate * kept.astype(jnp.float32))
+    keep = kept - part(kept, rate)
     stay = select(jax.tree.map(jnp.abs, grads), count=keep, among=_both(masks, live), scope="global")
     grow = kept - _size(masks, stay)
     off = _both(jax.tree.map(jnp.logical_not, stay), live)
@@ -37,8 +37,8 @@ def move(grads: Params, masks: Masks, live: Masks | None, rate: Any, key: jax.Ar
 def move_in_groups(grads: Params, masks: Masks, live: Masks | None, rate: Any, key: jax.Array, structure: NM) -> Masks:
     """The same under N:M: every group is filled up again at random."""
     old = _both(masks, live)
-    kept = _size(masks, old)
-    keep = kept - rounded_down(rate * jnp.asarray(kept, jnp.float32))
+    kept = jnp.asarray(_size(masks, old), jnp.int32)
+    keep = kept - part(kept, rate)
     stay = select(jax.tree.map(jnp.abs, grads), count=keep, among=old, scope="global")
     off = _both(jax.tree.map(jnp.logical_not, stay), live)
     return _fill(random_scores(key, masks), stay, off, structure)

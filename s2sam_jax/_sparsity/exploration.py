@@ -89,7 +89,10 @@ def leverage_scores(rows: jax.Array, count: int | jax.Array) -> jax.Array:
 
 def residuals(rows: jax.Array, keep: jax.Array) -> jax.Array:
     r"""What the kept channels cannot express of each channel: :math:`\|w_j - P w_j\|_2^2`, P their projector."""
+    # Of unit length, which leaves the projector as it is: pinv takes what is short beside the longest for rounding.
     base = jnp.where(keep[:, None], rows, 0.0)
+    length = jnp.linalg.norm(base, axis=1, keepdims=True)
+    base = base / jnp.where(length > 0, length, 1.0)
     inverse = jnp.linalg.pinv(_gram(base), hermitian=True)
     inside = jnp.linalg.multi_dot([rows, base.T, inverse, base], precision="highest")
     return jnp.sum(jnp.square(rows - inside), axis=1)

@@ -33,7 +33,7 @@ def remaining_weights(size: int, target: int, fraction: float) -> list[int]:
     """Weights left after 0, 1, ... prunings of ``ceil(fraction * remaining)``; the last one stops at the target."""
     left = [size]
     while left[-1] > target:
-        left.append(max(target, left[-1] - rounded_up(fraction * left[-1])))
+        left.append(max(target, left[-1] - max(rounded_up(fraction * left[-1]), 1)))  # tiny ones are rounded to 0
     return left
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from s2sam_jax._base.clock import increment
 from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.optax_wrappers import with_extra_args
 from s2sam_jax._base.tree import find_states, norm
@@ -226,7 +227,11 @@ def _take_step(
     if passed_over:
         model_state = optax.tree.where(jnp.isfinite(loss), model_state, state.model_state)
     return state._replace(
-        step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, first_bad_step=first_bad_step
+        step=increment(state.step),
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        first_bad_step=first_bad_step,
     )
 
 

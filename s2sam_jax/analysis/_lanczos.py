@@ -1,4 +1,7 @@
-"""Lanczos with full re-orthogonalisation, for any product with a symmetric matrix."""
+"""Lanczos with full re-orthogonalisation, for any product with a symmetric matrix.
+
+Accelerators multiply float32 in fewer bits unless told otherwise, which would leave vectors far from orthogonal.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Product = Callable[[jax.Array], jax.Array]
+exact = functools.partial(jnp.matmul, precision="highest")
 
 
 def ritz(product: Product, start: jax.Array, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -44,8 +48,8 @@ def _with_row(basis: jax.Array, row: jax.Array, index: int) -> jax.Array:
 @jax.jit
 def _orthogonal(basis: jax.Array, image: jax.Array, index: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The image's part along the last vector, and the length and direction of what is orthogonal to all."""
-    alpha = basis[index] @ image
+    alpha = exact(basis[index], image)
     rest = image
     for _ in range(2):  # once leaves rounding errors behind
-        rest = rest - basis.T @ (basis @ rest)
+        rest = rest - exact(basis.T, exact(basis, rest))
     return alpha, jnp.linalg.norm(rest), rest

@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from s2sam_jax._base.tree import at_least_f32, check_real, check_same_leaves, masked
 from s2sam_jax._base.types import BatchLoss, Masks, Params, Progress
 from s2sam_jax.analysis._batches import listed
-from s2sam_jax.analysis._lanczos import Product, ritz
+from s2sam_jax.analysis._lanczos import Product, exact, ritz
 
 
 def hvp(loss_fn: BatchLoss, params: Params, vector: Params, batch: Any, *, masks: Masks | None = None) -> Params:
@@ -230,7 +230,7 @@ def hessian_trace(
         raise ValueError(f"hessian_trace needs samples >= 2; got {samples}.")
     product, _, live = _product(loss_fn, params, batches, masks, progress)
     starts = (jax.random.rademacher(k, live.shape, live.dtype) * live for k in jax.random.split(key, samples))
-    found = np.array([float(v @ product(v)) for v in starts])
+    found = np.array([float(exact(v, product(v))) for v in starts])
     return float(found.mean()), float(found.std(ddof=1) / np.sqrt(samples))
 
 

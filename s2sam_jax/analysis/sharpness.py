@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s2sam_jax._base.arguments import check_non_negative
 from s2sam_jax._base.tree import at_least_f32, check_real, check_same_leaves, masked, norm
@@ -110,7 +111,7 @@ def sam_sharpness(
     def at(point):
         losses, grads = zip(*(value_and_grad(point, batch) for batch in batches), strict=True)
         mean = jax.tree.map(lambda *g: sum(g) / len(batches), *grads)
-        loss = _finite("loss", sum(losses) / len(batches), rho)
+        loss = _finite("loss", np.mean(np.asarray(losses, np.float64)), rho)  # float32 sums would hide a small rise
         return loss, mean if masks is None else masked(masks, mean)
 
     (base, grads), epsilon = at(params), jax.tree.map(jnp.zeros_like, params)

@@ -1,6 +1,5 @@
 """Chase: dynamic sparse training over all leaves together that turns sparse channels into removed ones."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -159,7 +158,7 @@ def chase(
         """How many weights to prune to and to grow to."""
         _, last = first_and_last(x, "chase")
         budget = sum(planned_counts(x))
-        exploring = x.step < math.ceil(exploration_end * last)
+        exploring = x.step < rounded_up(exploration_end * last)
         more = rounded_down(cosine(extra, x.step, round(exploration_end * last)) * sparse_size(x))
         fraction = cosine(drop_fraction, x.step, last, final_fraction)
         left = live - rounded_up(live.astype(jnp.float32) * fraction)

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.clock import Every
 from s2sam_jax._base.optax_wrappers import check_nothing_hidden
+from s2sam_jax._base.tree import at_least_f32
 from s2sam_jax._base.types import GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.growth import global_count
 from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip
@@ -62,7 +62,7 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
             )
         check_nothing_hidden(x.params, "grasp", "sparsify(prunable=...) keeps leaves dense.")
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), x.grads, x.params)
-        scores = jax.tree.map(jnp.multiply, x.params, _hvp(x.grad_fn, x.params, grads))
+        scores = jax.tree.map(_flow, x.params, _hvp(x.grad_fn, x.params, grads))
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
         return MaskUpdate(masks, state, skip=one_shot_skip(x, masks))
 
@@ -90,7 +90,7 @@ def grasp_scores(
       temperature: T, which divides the logits.
 
     Returns:
-      A tree like ``params``; keep the largest.
+      A tree like ``params``, in float32 or wider; keep the largest.
 
     Raises:
       ValueError: when there is no batch, or a temperature that is not positive.
@@ -116,8 +116,13 @@ def grasp_scores(
 
     gradient = jax.jit(jax.grad(loss_fn))
     product = jax.jit(lambda p, g, inputs, labels: _hvp(lambda q: jax.grad(loss_fn)(q, inputs, labels), p, g))
-    grads = _sum(gradient(params, *batch) for batch in batches)
-    return jax.tree.map(jnp.multiply, params, _sum(product(params, grads, *batch) for batch in batches))
+    grads = optax.tree.cast_like(_sum(gradient(params, *batch) for batch in batches), params)
+    return jax.tree.map(_flow, params, _sum(product(params, grads, *batch) for batch in batches))
+
+
+def _flow(weight: jax.Array, product: jax.Array) -> jax.Array:
+    """In float32 or wider: products of float16 underflow, and ties are settled by the order of the weights."""
+    return at_least_f32(weight) * at_least_f32(product)
 
 
 def _hvp(grad_fn: GradFn, params: Params, vector: Params) -> Params:
@@ -125,7 +130,9 @@ def _hvp(grad_fn: GradFn, params: Params, vector: Params) -> Params:
 
 
 def _sum(trees: Any) -> Any:
+    """In float32 or wider: in bfloat16 many small trees would be lost beside their sum."""
     first, *rest = trees
+    total = jax.tree.map(at_least_f32, first)
     for tree in rest:
-        first = jax.tree.map(jnp.add, first, tree)
-    return first
+        total = jax.tree.map(lambda t, x: t + at_least_f32(x), total, tree)
+    return total

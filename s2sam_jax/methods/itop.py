@@ -76,7 +76,7 @@ def itop(
 
     def update(x: MaskInputs, state: ITOPState) -> MaskUpdate:
         fraction = cosine(drop_fraction, x.step, first_and_last(x, "itop")[1], final_fraction)
-        moved = [rounded_up(n.astype(jnp.float32) * fraction) for n in sparse_leaves(x, x.nnz)]
+        moved = [jnp.minimum(rounded_up(n.astype(jnp.float32) * fraction), n) for n in sparse_leaves(x, x.nnz)]
         if growth == "random":
             scores = random_scores(x.key, sparse_leaves(x, x.params))
         else:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.arguments import check_fractions
-from s2sam_jax._base.counts import rounded_down
+from s2sam_jax._base.counts import part
 from s2sam_jax._base.schedules import cosine
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
 from s2sam_jax._sparsity.growth import move_smallest, random_init, sparse_leaves
@@ -60,8 +60,8 @@ def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: 
         return random_init(x)
 
     def update(x: MaskInputs, state: Any) -> MaskUpdate:
-        share = jnp.asarray(fraction(x), jnp.float32)
-        moved = [rounded_down(n.astype(jnp.float32) * share) for n in sparse_leaves(x, x.nnz)]
+        share = fraction(x)
+        moved = [part(n, share) for n in sparse_leaves(x, x.nnz)]
         masks = move_smallest(x, moved, [jnp.abs(g) for g in sparse_leaves(x, x.grads)])
         return MaskUpdate(masks, state, skip=skip_step)
 

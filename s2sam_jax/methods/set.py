@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.arguments import check_fractions
-from s2sam_jax._base.counts import rounded_down
+from s2sam_jax._base.counts import part
 from s2sam_jax._base.select import ones, random_scores, select
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
 from s2sam_jax._sparsity.growth import grow, random_init, sparse_leaves
@@ -58,7 +58,7 @@ def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: boo
         groups = _by_sign(weights, old) if by_sign else [old]
         among = [mask for group in groups for mask in group]
         live = ones(among) if by_sign else sparse_leaves(x, x.nnz)
-        dropped = [rounded_down(n.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)) for n in live]
+        dropped = [part(n, fraction) for n in live]
         chosen = select(
             [jnp.abs(w) for w in weights] * len(groups),
             count=[n - k for n, k in zip(live, dropped, strict=True)],

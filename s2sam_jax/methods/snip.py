@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.clock import Every
+from s2sam_jax._base.tree import at_least_f32
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.growth import global_count
 from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip
@@ -48,7 +49,7 @@ def snip(*, keep_at_least: int = 0) -> SparseMethod:
         raise ValueError(f"snip needs keep_at_least >= 0; got {keep_at_least}.")
 
     def update(x: MaskInputs, state: Any) -> MaskUpdate:
-        scores = jax.tree.map(lambda w, g: jnp.abs(w * g), x.params, x.grads)
+        scores = jax.tree.map(_sensitivity, x.params, x.grads)
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
         return MaskUpdate(masks, state, skip=one_shot_skip(x, masks))
 
@@ -66,7 +67,7 @@ def snip_scores(loss_fn: Callable[[Params, Any], jax.Array], params: Params, bat
       batches: any number of batches.
 
     Returns:
-      A tree like ``params``; keep the largest.
+      A tree like ``params``, in float32 or wider; keep the largest.
 
     Raises:
       ValueError: when there is no batch.
@@ -82,8 +83,13 @@ def snip_scores(loss_fn: Callable[[Params, Any], jax.Array], params: Params, bat
     """
     grad_fn, total = jax.jit(jax.grad(loss_fn)), None
     for batch in batches:
-        grads = grad_fn(params, batch)
+        grads = jax.tree.map(at_least_f32, grad_fn(params, batch))  # many small ones would be lost beside their sum
         total = grads if total is None else jax.tree.map(jnp.add, total, grads)
     if total is None:
         raise ValueError("snip_scores needs at least one batch; got none.")
-    return jax.tree.map(lambda w, g: jnp.abs(w * g), params, total)
+    return jax.tree.map(_sensitivity, params, total)
+
+
+def _sensitivity(weight: jax.Array, grad: jax.Array) -> jax.Array:
+    """In float32 or wider: products of float16 underflow, and ties are settled by the order of the weights."""
+    return jnp.abs(at_least_f32(weight) * at_least_f32(grad))
