@@ -69,6 +69,10 @@ def test_buffer_takes_an_epoch_an_example_and_leaves_padding_out():
     assert float(past[0, 0]) == 1.0
     assert buffer.logits.dtype == jnp.bfloat16
     assert float(buffer.logits.max()) == 2.0
+    buffer = buffer.record(jnp.array([-1, 2]), jnp.array([[9.0], [3.0]]), 6)  # -1 would be the last row
+    past, known = buffer.recall(jnp.array([2, -1]), 7)
+    assert past.tolist() == [[3.0], [0.0]]
+    assert known.tolist() == [True, False]
     with pytest.raises(ValueError, match="delay >= 1; got 0"):
         TrajectoryBuffer.init(3, 1, 0)
 

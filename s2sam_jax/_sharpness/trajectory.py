@@ -1,6 +1,6 @@
 """SAF and MESA: sharpness-aware training without a perturbation, by a loss on how outputs move along training."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,15 +111,16 @@ class TrajectoryBuffer(NamedTuple):
         """The buffer with the outputs of this epoch, of a batch.
 
         Args:
-          indices: int ``[batch]``, rows of the training set, each once; ``n`` and above, as for padding, are left out.
+          indices: int ``[batch]``, rows of the training set, each once; others, as -1 or ``n`` of padding, are skipped.
           logits: ``[batch, classes]``; no gradient flows into the buffer.
           epoch: from 0, int[] or one an example (for batches that are cut up among micro-batches).
         """
-        slot = jnp.asarray(epoch) % len(self.epochs)
+        epoch = jnp.asarray(epoch, jnp.int32)
+        slot = epoch % len(self.epochs)
         logits = jax.lax.stop_gradient(logits).astype(self.logits.dtype)
+        options: Any = {"mode": "drop", "wrap_negative_indices": False}
         return TrajectoryBuffer(
-            self.logits.at[slot, indices].set(logits, mode="drop"),
-            self.epochs.at[slot, indices].set(jnp.asarray(epoch, jnp.int32), mode="drop"),
+            self.logits.at[slot, indices].set(logits, **options), self.epochs.at[slot, indices].set(epoch, **options)
         )
 
     def recall(self, indices: jax.Array, epoch: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -135,6 +136,7 @@ class TrajectoryBuffer(NamedTuple):
         """
         then = jnp.asarray(epoch, jnp.int32) - (len(self.epochs) - 1)
         slot = then % len(self.epochs)
-        known = self.epochs.at[slot, indices].get(mode="fill", fill_value=-1) == then
-        past = self.logits.at[slot, indices].get(mode="fill", fill_value=0)
+        options: Any = {"mode": "fill", "wrap_negative_indices": False}
+        known = self.epochs.at[slot, indices].get(**options, fill_value=-1) == then
+        past = self.logits.at[slot, indices].get(**options, fill_value=0)
         return past, known & (then >= 0)
