@@ -1,6 +1,7 @@
 """GraSP: prune before training, keeping what carries the gradient flow."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -72,7 +73,7 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
 def grasp_scores(
     logits_fn: Callable[[Params, Any], jax.Array],
     params: Params,
-    batches: Sequence[tuple[Any, jax.Array]],
+    batches: Iterable[tuple[Any, jax.Array]],
     *,
     temperature: float = 200.0,
 ) -> Params:
@@ -86,7 +87,7 @@ def grasp_scores(
     Args:
       logits_fn: ``(params, inputs) -> logits[batch, classes]``.
       params: the initial weights.
-      batches: pairs of inputs and integer labels; gone through twice.
+      batches: pairs of inputs and integer labels, all held at once: they are gone through twice.
       temperature: T, which divides the logits.
 
     Returns:
@@ -105,6 +106,7 @@ def grasp_scores(
       >>> methods.grasp_scores(lambda w, x: x @ w, jnp.eye(2), batches).shape
       (2, 2)
     """
+    batches = list(batches)
     if not batches:
         raise ValueError("grasp_scores needs at least one batch; got none.")
     if temperature <= 0:
@@ -116,16 +118,9 @@ def grasp_scores(
 
     gradient = jax.jit(jax.grad(loss_fn))
     product = jax.jit(lambda p, g, inputs, labels: _hvp(lambda q: jax.grad(loss_fn)(q, inputs, labels), p, g))
-    grads = _sum(gradient(params, *batch) for batch in batches)
-    return jax.tree.map(jnp.multiply, params, _sum(product(params, grads, *batch) for batch in batches))
+    grads = reduce(optax.tree.add, (gradient(params, *batch) for batch in batches))
+    return optax.tree.mul(params, reduce(optax.tree.add, (product(params, grads, *batch) for batch in batches)))
 
 
 def _hvp(grad_fn: GradFn, params: Params, vector: Params) -> Params:
     return jax.jvp(grad_fn, (params,), (vector,))[1]
-
-
-def _sum(trees: Any) -> Any:
-    first, *rest = trees
-    for tree in rest:
-        first = jax.tree.map(jnp.add, first, tree)
-    return first
