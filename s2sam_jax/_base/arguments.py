@@ -22,7 +22,10 @@ def check_fractions(caller: str, **fractions: Any) -> None:
 
 def check_sparsity(value: Any, name: str) -> None:
     if isinstance(value, Tracer):
-        raise TypeError(f"{name} must be a number, as it decides about shapes and counts; got a traced {value.aval}.")
+        raise TypeError(
+            f"{name} must be a number, as it decides about shapes and counts; got a traced {value.aval}. If "
+            "optax.inject_hyperparams has made it one, name it in static_args."
+        )
     if not 0 <= value < 1:
         raise ValueError(f"{name} is the fraction of zeros and must lie in [0, 1); got {value}.")
 
