@@ -41,6 +41,8 @@ def test_loss_and_gradient_against_numpy():
     assert trajectory_loss(jnp.bfloat16(z), jnp.bfloat16(past)).dtype == jnp.float32
     with pytest.raises(ValueError, match=r"\(4, 3\) and \(4, 2\)"):
         trajectory_loss(z, past[:, :2])
+    with pytest.raises(ValueError, match=r"\(4, 1\)"):  # times [batch] that would be [batch, batch]
+        trajectory_loss(z, past, weight=np.ones((4, 1)))
 
 
 @pytest.mark.parametrize("delay", [1, 3])

@@ -32,7 +32,7 @@ def trajectory_loss(
       float[], the mean over all examples, in float32 or wider.
 
     Raises:
-      ValueError: for logits of different shapes.
+      ValueError: for logits of different shapes, or a weight of another shape than ``[batch]``.
 
     Reference:
       Du et al., "Sharpness-Aware Training for Free", NeurIPS 2022.
@@ -58,7 +58,8 @@ def trajectory_loss(
     past = jax.nn.softmax(at_least_f32(jax.lax.stop_gradient(past_logits)) / temperature)
     now = jax.nn.log_softmax(at_least_f32(logits) / temperature)
     now = jnp.where(past > 0, now, 0)  # what neither believes possible adds nothing
-    return temperature**2 * jnp.mean(weight * optax.losses.kl_divergence(now, past))
+    divergence = optax.losses.kl_divergence(now, past)
+    return temperature**2 * jnp.mean(jnp.broadcast_to(weight, divergence.shape) * divergence)
 
 
 class TrajectoryBuffer(NamedTuple):
