@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.arguments import check_compat
+from s2sam_jax._base.arguments import check_compat, check_floating
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.schedules import schedule
 from s2sam_jax._base.state_rule import Unmasked
@@ -93,8 +93,7 @@ def s2sam(
       [2.424 3.232]
     """
     check_compat(compat)
-    if grad_dtype is not None and not jnp.issubdtype(grad_dtype, jnp.floating):
-        raise ValueError(f"grad_dtype must be a floating type, such as jnp.bfloat16; got {jnp.dtype(grad_dtype)}.")
+    check_floating(grad_dtype, "grad_dtype")
     rho_at, eps_at, eta_at = schedule(rho, "rho"), schedule(eps, "eps"), schedule(eta, "eta")
     cubic = adaptive and compat == "authors"
 
