@@ -120,6 +120,17 @@ def test_clocks_stay_in_int32(clock, step, expected):
     assert int(clock.at_or_after(step)) == expected
 
 
+def test_a_clock_that_has_ended_stays_so():
+    """If it fired, RigL would take no gradient step any more."""
+    tx = sparsify(optax.sgd(0.1), methods.rigl(), sparsity=0.5, when=Every(0, 100, 1000))
+    state = tx.init(PARAMS)
+    params = apply_masks(PARAMS, state)
+    state = state._replace(step=jnp.int32(2**31 - 3), next_update=jnp.int32(2**31 - 1))
+    for _ in range(4):
+        updates, state = tx.update(PARAMS, state, params)
+        assert float(optax.tree.norm(updates)) > 0
+
+
 # Groups and trees
 
 

@@ -141,6 +141,18 @@ def test_a_batch_of_matrices_and_one_that_is_broadcast():
     assert got == {"": 2 * 6 * 15}
 
 
+def test_in_a_mixture_of_experts_each_row_meets_one_expert():
+    params = {"experts": jnp.ones((2, 3, 5))}
+
+    def net(params, x, sizes):
+        return jax.lax.ragged_dot(x, params["experts"], sizes)
+
+    arguments = params, jnp.ones((4, 3)), jnp.array([1, 3])
+    assert layer_flops(net, *arguments) == {"experts": 2 * 4 * 3 * 5}
+    both = layer_flops(jax.grad(lambda *args: net(*args).sum()), *arguments)
+    assert sum(both.values()) == 2 * 2 * 4 * 3 * 5  # the product, if it is kept, and its gradient by the experts
+
+
 def test_parameters_that_touch_activations_own_no_product():
     """The scale, the positions and the embedding are larger than the kernel behind them."""
     params = {"embedding": shape(50, 3), "position": shape(10, 3), "scale": shape(7, 10, 3), "w": shape(3, 2)}

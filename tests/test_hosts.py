@@ -29,7 +29,7 @@ from common import (
 from flax import nnx
 from flax.training import train_state
 
-from s2sam_jax import Every, apply_masks, check_masks, get_masks, methods, perturb, s2sam, sparsify
+from s2sam_jax import Every, apply_masks, check_masks, get_masks, methods, msam, perturb, s2sam, sparsify
 
 
 def falling(step):
@@ -121,6 +121,24 @@ def test_s2sam_under_host(host):
     history = run(host.build(), make_params())
     for index in range(STEPS):
         assert_perturbed(history, index, host.radii, host.remembered)
+
+
+def test_injected_eta_and_eps_act_one_step_late():
+    """Like an injected radius; in a loop that lets optax set them, they must not stay what they were at first."""
+    rising = {"eta": lambda step: 1.0 + step, "eps": lambda step: 0.1 * step}
+    tx = optax.inject_hyperparams(s2sam, static_args=("adaptive",))(rho=1.0, adaptive=True, **rising)
+    weights, grads = jnp.array([3.0, -4.0]), jnp.array([2.0, 1.0])
+    state = tx.init(weights)
+    for step in range(3):
+        _, state = tx.update(grads, state, weights)
+        lengths = np.array([3.0, 4.0]) + rising["eta"](step)
+        expected = lengths**2 * [2.0, 1.0] / (np.linalg.norm(lengths * [2.0, 1.0]) + rising["eps"](step))
+        np.testing.assert_allclose(perturb(weights, state) - weights, expected, rtol=1e-5)
+    momentum = optax.chain(optax.inject_hyperparams(msam)(rho=1.0, eps=lambda step: 5.0 * step), optax.trace(0.0))
+    state = momentum.init(weights)
+    for length in (5.0, 10.0):  # 5 of the gradient (3, 4), and eps
+        _, state = momentum.update(jnp.array([3.0, 4.0]), state, weights)
+        np.testing.assert_allclose(perturb(weights, state) - weights, [-3 / length, -4 / length], rtol=1e-5)
 
 
 def test_apply_if_finite_keeps_the_last_good_gradient():

@@ -174,6 +174,8 @@ def test_grasp_scores_sum_gradients_before_the_hessian_product():
             hessian = sum(jax.hessian(loss)(w, b, temperature) for b in batches)
             got = methods.grasp_scores(lambda p, x: x @ p, params, batches, temperature=temperature)
             np.testing.assert_allclose(got.ravel(), w * (hessian @ grads), rtol=1e-10, atol=1e-20)
+            once = methods.grasp_scores(lambda p, x: x @ p, params, iter(batches), temperature=temperature)
+            np.testing.assert_array_equal(once, got)
     with pytest.raises(ValueError, match="at least one batch"):
         methods.grasp_scores(lambda p, x: x @ p, params, [])
 

@@ -1,5 +1,7 @@
 """Mistakes that would go unnoticed: the wrong order, forgotten leaves, batches that do not count alike."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from s2sam_jax import (
     TrainState,
     analysis,
     get_masks,
+    looksam,
     make_train_step,
     materialize,
     methods,
@@ -91,6 +94,21 @@ def test_a_traced_sparsity_is_refused_by_name():
 
     with pytest.raises(TypeError, match=r"sparsity must be a number.* got a traced"):
         jax.jit(nnz)(0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "static"),
+    [(looksam, {}, "every"), (ssam, {"total_steps": 9}, ("sparsity", "update_every", "total_steps"))],
+    ids=["looksam", "ssam"],
+)
+def test_what_inject_hyperparams_must_not_trace_is_told(make, options, static):
+    options |= {"rho": optax.linear_schedule(0.0, 0.1, 9)}
+    tx = optax.inject_hyperparams(make)(**options)
+    weights = jnp.ones(4)
+    with pytest.raises(TypeError, match="static_args"):
+        jax.jit(functools.partial(tx.update, grad_fn=lambda w: w))(weights, tx.init(weights), weights)
+    tx = optax.inject_hyperparams(make, static_args=static)(**options)
+    jax.jit(functools.partial(tx.update, grad_fn=lambda w: w))(weights, tx.init(weights), weights)
 
 
 @pytest.mark.parametrize("axis", [-2, -1])

@@ -41,6 +41,8 @@ def test_loss_and_gradient_against_numpy():
     assert trajectory_loss(jnp.bfloat16(z), jnp.bfloat16(past)).dtype == jnp.float32
     with pytest.raises(ValueError, match=r"\(4, 3\) and \(4, 2\)"):
         trajectory_loss(z, past[:, :2])
+    with pytest.raises(ValueError, match=r"\(4, 1\)"):  # times [batch] that would be [batch, batch]
+        trajectory_loss(z, past, weight=np.ones((4, 1)))
 
 
 @pytest.mark.parametrize("delay", [1, 3])
@@ -69,6 +71,10 @@ def test_buffer_takes_an_epoch_an_example_and_leaves_padding_out():
     assert float(past[0, 0]) == 1.0
     assert buffer.logits.dtype == jnp.bfloat16
     assert float(buffer.logits.max()) == 2.0
+    buffer = buffer.record(jnp.array([-1, 2]), jnp.array([[9.0], [3.0]]), 6)  # -1 would be the last row
+    past, known = buffer.recall(jnp.array([2, -1]), 7)
+    assert past.tolist() == [[3.0], [0.0]]
+    assert known.tolist() == [True, False]
     with pytest.raises(ValueError, match="delay >= 1; got 0"):
         TrajectoryBuffer.init(3, 1, 0)
 

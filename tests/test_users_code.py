@@ -266,6 +266,8 @@ def test_numbers_of_numpy():
             make(np.float32(-1))
     with pytest.raises(ValueError, match=r"grad_dtype must be a floating type.* got int8"):
         s2sam(grad_dtype=jnp.int8)
+    with pytest.raises(ValueError, match=r"clean_dtype must be a floating type.* got int32"):
+        s2sam_wrapper(optax.sgd(0.1), clean_dtype=jnp.int32)
 
 
 # Programs

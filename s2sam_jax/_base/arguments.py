@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -22,9 +23,18 @@ def check_fractions(caller: str, **fractions: Any) -> None:
 
 def check_sparsity(value: Any, name: str) -> None:
     if isinstance(value, Tracer):
-        raise TypeError(f"{name} must be a number, as it decides about shapes and counts; got a traced {value.aval}.")
+        raise TypeError(
+            f"{name} must be a number, as it decides about shapes and counts; got a traced {value.aval}. If "
+            "optax.inject_hyperparams has made it one, name it in static_args."
+        )
     if not 0 <= value < 1:
         raise ValueError(f"{name} is the fraction of zeros and must lie in [0, 1); got {value}.")
+
+
+def check_floating(dtype: Any, name: str) -> None:
+    """Or ``None``."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be a floating type, such as jnp.bfloat16; got {jnp.dtype(dtype)}.")
 
 
 def check_compat(compat: str) -> None:

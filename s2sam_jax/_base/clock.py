@@ -21,7 +21,8 @@ class Every:
         as their horizon and ask for it.
 
     Raises:
-      ValueError: when a bound is negative or out of order.
+      ValueError: when a bound is negative, out of order or beyond int32.
+      TypeError: for bounds that are no integers, or traced.
 
     Example:
       >>> clock = Every(start=0, every=100, end=250)
@@ -40,7 +41,8 @@ class Every:
             object.__setattr__(self, "end", None if self.end is None else operator.index(self.end))
         except TypeError as error:
             raise TypeError(
-                f"Every counts calls in integers; got {self.start!r}, {self.every!r}, {self.end!r}."
+                f"Every counts calls in integers; got {self.start!r}, {self.every!r}, {self.end!r}. Traced ones, as "
+                "optax.inject_hyperparams makes them, will not do: name those arguments in its static_args."
             ) from error
         if self.start < 0 or self.every < 1:
             raise ValueError(f"Every needs start >= 0 and every >= 1; got start={self.start}, every={self.every}.")

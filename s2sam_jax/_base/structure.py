@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 Pool = Literal["mean", "l2", "max"]
 Shape = tuple[int, ...]
 
@@ -35,7 +37,7 @@ class NM:
         the axis must be a multiple of ``m``.
 
     Raises:
-      ValueError: for n or m out of range.
+      ValueError: for n or m out of range, or no integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,8 +52,9 @@ class NM:
     pad: bool = False
 
     def __post_init__(self):
-        if not 0 < self.n < self.m <= 256:
-            raise ValueError(f"NM keeps n of every m, 0 < n < m <= 256; got n={self.n}, m={self.m}.")
+        whole = isinstance(self.n, int | np.integer) and isinstance(self.m, int | np.integer)
+        if not (whole and 0 < self.n < self.m <= 256):
+            raise ValueError(f"NM keeps n of every m, integers with 0 < n < m <= 256; got n={self.n!r}, m={self.m!r}.")
 
     @property
     def sparsity(self) -> float:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.arguments import check_non_negative
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.schedules import schedule
@@ -44,7 +43,8 @@ def msam(rho: ScalarOrSchedule = 0.3, *, eps: float = 1e-12) -> optax.GradientTr
 
     Args:
       rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (Injected by
-        ``optax.inject_hyperparams`` it acts one step late.) The released code: 0.3 by default, 3 in its runs.
+        ``optax.inject_hyperparams`` it acts one step late, as ``eps`` does.) The released code: 0.3 by default, 3
+        in its runs.
       eps: added to the norm; no momentum gives no perturbation.
 
     Returns:
@@ -67,18 +67,18 @@ def msam(rho: ScalarOrSchedule = 0.3, *, eps: float = 1e-12) -> optax.GradientTr
       >>> print(perturb(params, state))
       [2.7 3.6]
     """
-    check_non_negative(eps, "eps")
-    rho_at = schedule(rho, "rho")
+    rho_at, eps_at = schedule(rho, "rho"), schedule(eps, "eps")
+
+    def state_at(step) -> MSAMState:
+        return MSAMState(step, rho_at(step), eps_at(step))
 
     def init_fn(params):
         del params
-        zero = jnp.zeros((), jnp.int32)
-        return MSAMState(zero, rho_at(zero), jnp.array(eps, jnp.result_type(float)))
+        return state_at(jnp.zeros((), jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        step = increment(state.step)
-        return updates, MSAMState(step, rho_at(step), state.eps)
+        return updates, state_at(increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.arguments import check_compat, check_non_negative
+from s2sam_jax._base.arguments import check_compat, check_floating
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.schedules import schedule
 from s2sam_jax._base.state_rule import Unmasked
@@ -57,7 +57,8 @@ def s2sam(
 
     Args:
       rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (Injected by
-        ``optax.inject_hyperparams`` it acts one step late: optax sets it when the update before has begun.)
+        ``optax.inject_hyperparams`` it acts one step late, as ``eta`` and ``eps`` do: optax sets it when the update
+        before has begun.)
       adaptive: scale by ``T = |w| + eta``: :math:`\epsilon = \rho\, T^2 g / (\|T g\| + \mathrm{eps})` (ASAM).
       eta: the constant in ``T``; used with ``adaptive`` alone.
       perturb_pruned: remember the dense gradient under :func:`sparsify`, so that pruned weights are perturbed
@@ -92,35 +93,24 @@ def s2sam(
       [2.424 3.232]
     """
     check_compat(compat)
-    if grad_dtype is not None and not jnp.issubdtype(grad_dtype, jnp.floating):
-        raise ValueError(f"grad_dtype must be a floating type, such as jnp.bfloat16; got {jnp.dtype(grad_dtype)}.")
-    check_non_negative(eta, "eta")
-    check_non_negative(eps, "eps")
-    rho_at = schedule(rho, "rho")
+    check_floating(grad_dtype, "grad_dtype")
+    rho_at, eps_at, eta_at = schedule(rho, "rho"), schedule(eps, "eps"), schedule(eta, "eta")
     cubic = adaptive and compat == "authors"
 
-    def init_fn(params) -> Any:
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=grad_dtype), params)
-        return S2SAMState(
-            step=jnp.zeros((), jnp.int32),
-            rho=rho_at(jnp.zeros((), jnp.int32)),
-            eps=jnp.array(eps, jnp.result_type(float)),
-            eta=jnp.array(eta, jnp.result_type(float)) if adaptive else None,
-            norm=jnp.zeros((), jnp.result_type(float)) if cubic else None,
-            last_grad=Unmasked(zeros) if perturb_pruned else zeros,
-        )
+    def state_at(step, length, last_grad) -> Any:
+        """Every number anew, as ``inject_hyperparams`` may have changed any."""
+        kept = Unmasked(last_grad) if perturb_pruned else last_grad
+        return S2SAMState(step, rho_at(step), eps_at(step), eta_at(step) if adaptive else None, length, kept)
+
+    def init_fn(params):
+        length = jnp.zeros((), jnp.result_type(float)) if cubic else None
+        return state_at(jnp.zeros((), jnp.int32), length, optax.tree.zeros_like(params, dtype=grad_dtype))
 
     def update_fn(updates, state, params=None, *, masks=None, dense_grads=None, **extra_args) -> Any:
         del extra_args
         grads = _remembered(updates, masks, dense_grads, perturb_pruned)
-        step = increment(state.step)
-        stored = jax.tree.map(lambda g, old: g.astype(old.dtype), grads, last_gradient(state))
-        return updates, state._replace(
-            step=step,
-            rho=rho_at(step),
-            norm=_cubic_norm(grads, params, state) if cubic else None,
-            last_grad=Unmasked(stored) if perturb_pruned else stored,
-        )
+        length = _cubic_norm(grads, params, state) if cubic else None
+        return updates, state_at(increment(state.step), length, optax.tree.cast_like(grads, last_gradient(state)))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

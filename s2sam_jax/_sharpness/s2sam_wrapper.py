@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.arguments import check_floating, check_non_negative
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.masks import SparseState, get_masks
 from s2sam_jax._base.optax_wrappers import HOLDING_BACK, check_none_inside
@@ -64,8 +64,8 @@ def s2sam_wrapper(
       A transformation whose updates move the loop's parameters from one perturbed point to the next.
 
     Raises:
-      ValueError: for a negative ``rho`` or ``eps``, an ``inner`` with :func:`s2sam`, :func:`msam`,
-        ``optax.MultiSteps`` or ``optax.apply_if_finite`` in it, or an update without ``params``.
+      ValueError: for a negative ``rho`` or ``eps``, a ``clean_dtype`` of integers, an ``inner`` with :func:`s2sam`,
+        :func:`msam`, ``optax.MultiSteps`` or ``optax.apply_if_finite`` in it, or an update without ``params``.
 
     Reference:
       As :func:`s2sam`.
@@ -80,6 +80,7 @@ def s2sam_wrapper(
       >>> print(params, eval_params(params, state))
       [1.8 2.4] [1.5 2. ]
     """
+    check_floating(clean_dtype, "clean_dtype")
     check_non_negative(eps, "eps")
     rho_at = schedule(rho, "rho")
     inner = optax.with_extra_args_support(inner)

@@ -1,6 +1,6 @@
 """SAF and MESA: sharpness-aware training without a perturbation, by a loss on how outputs move along training."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def trajectory_loss(
       float[], the mean over all examples, in float32 or wider.
 
     Raises:
-      ValueError: for logits of different shapes.
+      ValueError: for logits of different shapes, or a weight of another shape than ``[batch]``.
 
     Reference:
       Du et al., "Sharpness-Aware Training for Free", NeurIPS 2022.
@@ -58,7 +58,8 @@ def trajectory_loss(
     past = jax.nn.softmax(at_least_f32(jax.lax.stop_gradient(past_logits)) / temperature)
     now = jax.nn.log_softmax(at_least_f32(logits) / temperature)
     now = jnp.where(past > 0, now, 0)  # what neither believes possible adds nothing
-    return temperature**2 * jnp.mean(weight * optax.losses.kl_divergence(now, past))
+    divergence = optax.losses.kl_divergence(now, past)
+    return temperature**2 * jnp.mean(jnp.broadcast_to(weight, divergence.shape) * divergence)
 
 
 class TrajectoryBuffer(NamedTuple):
@@ -111,15 +112,16 @@ class TrajectoryBuffer(NamedTuple):
         """The buffer with the outputs of this epoch, of a batch.
 
         Args:
-          indices: int ``[batch]``, rows of the training set, each once; ``n`` and above, as for padding, are left out.
+          indices: int ``[batch]``, rows of the training set, each once; others, as -1 or ``n`` of padding, are skipped.
           logits: ``[batch, classes]``; no gradient flows into the buffer.
           epoch: from 0, int[] or one an example (for batches that are cut up among micro-batches).
         """
-        slot = jnp.asarray(epoch) % len(self.epochs)
+        epoch = jnp.asarray(epoch, jnp.int32)
+        slot = epoch % len(self.epochs)
         logits = jax.lax.stop_gradient(logits).astype(self.logits.dtype)
+        options: Any = {"mode": "drop", "wrap_negative_indices": False}
         return TrajectoryBuffer(
-            self.logits.at[slot, indices].set(logits, mode="drop"),
-            self.epochs.at[slot, indices].set(jnp.asarray(epoch, jnp.int32), mode="drop"),
+            self.logits.at[slot, indices].set(logits, **options), self.epochs.at[slot, indices].set(epoch, **options)
         )
 
     def recall(self, indices: jax.Array, epoch: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
@@ -135,6 +137,7 @@ class TrajectoryBuffer(NamedTuple):
         """
         then = jnp.asarray(epoch, jnp.int32) - (len(self.epochs) - 1)
         slot = then % len(self.epochs)
-        known = self.epochs.at[slot, indices].get(mode="fill", fill_value=-1) == then
-        past = self.logits.at[slot, indices].get(mode="fill", fill_value=0)
+        options: Any = {"mode": "fill", "wrap_negative_indices": False}
+        known = self.epochs.at[slot, indices].get(**options, fill_value=-1) == then
+        past = self.logits.at[slot, indices].get(**options, fill_value=0)
         return past, known & (then >= 0)

@@ -76,8 +76,9 @@ def sparsify(
 
     Raises:
       ValueError: for a sparsity out of range or unreachable, an unknown distribution, a method that needs ``when``,
-        an ``inner`` that must go outside, leaves or a method that do not fit the ``structure``, or parameters of
-        another tree.
+        an ``inner`` that must go outside, leaves or a method that do not fit the ``structure``, an update without
+        ``params``, or parameters of another tree.
+      TypeError: for a traced sparsity, or a ``method``, ``when`` or ``structure`` of another type.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

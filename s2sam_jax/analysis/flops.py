@@ -189,8 +189,11 @@ def _product(eqn: core.JaxprEqn, operands: list[Origin], sizes: Sizes) -> Counte
     """A convolution or a matrix product; nothing for anything else."""
     shapes: list[Shape] = [getattr(variable.aval, "shape", ()) for variable in (*eqn.invars, *eqn.outvars)]
     if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        products = math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
+        products = _matrix_product(shapes[0], shapes[1], eqn.params["dimension_numbers"])
+    elif eqn.primitive.name == "ragged_dot_general":  # of a mixture of experts: each row meets one group
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        groups = numbers.rhs_group_dimensions
+        products = _matrix_product(shapes[0], shapes[1], numbers.dot_dimension_numbers, groups)
     elif eqn.primitive.name == "conv_general_dilated":
         products = _convolution(eqn.params, *shapes)
     else:
@@ -198,6 +201,13 @@ def _product(eqn: core.JaxprEqn, operands: list[Origin], sizes: Sizes) -> Counte
     parameters = [origin for origin in operands if origin is not None and origin != ACTIVATIONS]
     owner = max(parameters, key=sizes.__getitem__, default=ACTIVATIONS)
     return Counter({owner: 2 * products})
+
+
+def _matrix_product(left: Shape, right: Shape, numbers: Any, groups: Sequence[int] = ()) -> int:
+    """Every entry on the left meets all on the right along the axes that are the right one's own."""
+    (_, contracted), (_, batch) = numbers
+    shared = {*contracted, *batch, *groups}
+    return math.prod(left) * math.prod(size for axis, size in enumerate(right) if axis not in shared)
 
 
 def _convolution(params: Mapping[str, Any], image: Shape, kernel: Shape, output: Shape) -> int:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import jax
@@ -134,7 +133,7 @@ def _finite(name: str, value: Any, rho: float) -> float:
     return found
 
 
-@partial(jax.jit, static_argnames=("rho", "length"))
+@jax.jit
 def _ascend(epsilon: Params, grads: Params, *, rho: float, length: float) -> Params:
     """A step of that length along the gradient, and back onto the sphere if it leads out of it."""
     leaves, treedef = jax.tree.flatten(grads)

@@ -1,6 +1,7 @@
 """GraSP: prune before training, keeping what carries the gradient flow."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import jax
@@ -72,7 +73,7 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
 def grasp_scores(
     logits_fn: Callable[[Params, Any], jax.Array],
     params: Params,
-    batches: Sequence[tuple[Any, jax.Array]],
+    batches: Iterable[tuple[Any, jax.Array]],
     *,
     temperature: float = 200.0,
 ) -> Params:
@@ -86,7 +87,7 @@ def grasp_scores(
     Args:
       logits_fn: ``(params, inputs) -> logits[batch, classes]``.
       params: the initial weights.
-      batches: pairs of inputs and integer labels; gone through twice.
+      batches: pairs of inputs and integer labels, all held at once: they are gone through twice.
       temperature: T, which divides the logits.
 
     Returns:
@@ -105,6 +106,7 @@ def grasp_scores(
       >>> methods.grasp_scores(lambda w, x: x @ w, jnp.eye(2), batches).shape
       (2, 2)
     """
+    batches = list(batches)
     if not batches:
         raise ValueError("grasp_scores needs at least one batch; got none.")
     if temperature <= 0:
@@ -129,10 +131,6 @@ def _hvp(grad_fn: GradFn, params: Params, vector: Params) -> Params:
     return jax.jvp(grad_fn, (params,), (vector,))[1]
 
 
-def _sum(trees: Any) -> Any:
+def _sum(trees: Iterable[Params]) -> Params:
     """In float32 or wider: in bfloat16 many small trees would be lost beside their sum."""
-    first, *rest = trees
-    total = jax.tree.map(at_least_f32, first)
-    for tree in rest:
-        total = jax.tree.map(lambda t, x: t + at_least_f32(x), total, tree)
-    return total
+    return reduce(optax.tree.add, (jax.tree.map(at_least_f32, tree) for tree in trees))
