@@ -1,0 +1,132 @@
+"""Compiles train steps for accelerators that are not there, and says what memory they would take; nothing is run.
+
+    uv run --extra experiments --with 'jax[cuda12]' python -m experiments.aot --target h100
+    uv run --extra experiments --with 'jax[tpu]' python -m experiments.aot --target v5e
+
+A row a program, stored as soon as it is compiled; what has a row is skipped.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+import jax
+from rich.console import Console
+
+from experiments import cli
+from experiments.benchmarks import programs, targets, timing
+from experiments.benchmarks.programs import Program
+from experiments.benchmarks.targets import Target
+from experiments.rows import files, jsonl, pages
+from experiments.rows.jsonl import Row
+from experiments.training import runs
+
+Section = Literal["weights", "methods", "sharded", "networks"]
+TITLES = {
+    "networks": "ResNet-32 of 1.86 M parameters, 128 images of CIFAR-10",
+    "weights": "An MLP of 9.7 M parameters, 8 examples",
+    "methods": "The same MLP: every sparse method with S2-SAM, every sharpness-aware transformation dense",
+    "sharded": "The same MLP on eight devices, all state cut up among them (each device's share)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """For which accelerator, and what."""
+
+    target: Target = "h100"
+    sections: tuple[Section, ...] = get_args(Section)
+    width: int = 32  # Of the ResNet-32.
+    batch_size: int = 128
+    rows: Path = jsonl.RESULTS / "compiled.jsonl"
+
+
+def compiled(program: Program) -> Row:
+    """What the compiler says of it; in place of figures its error, where it refuses."""
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.params))
+    try:
+        executable = program.step.lower(program.state, program.batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return {"error": str(error)[:1000]}
+    used, counted = timing.memory(executable), executable.cost_analysis() or {}
+    return {
+        "parameter_bytes": size,
+        "peak_bytes": used.peak,
+        "temporary_bytes": used.temporary,
+        "flops": counted.get("flops"),
+        "bytes_accessed": counted.get("bytes accessed"),
+        "to_host": len(re.findall(r"callback|outfeed|infeed|send-to-host", executable.as_text())),
+    }
+
+
+def run(arguments: Arguments) -> None:
+    """Compiles what has no row."""
+    jax.config.update("jax_platforms", "cpu")  # before JAX looks for devices: what is not there cannot be initialised
+    console, devices = Console(), targets.devices(arguments.target)
+    made: dict[str, Callable[[], Iterator[Program]]] = {
+        "networks": lambda: programs.networks(arguments.width, arguments.batch_size),
+        "weights": programs.weights,
+        "methods": programs.every_method,
+        "sharded": lambda: programs.sharded(devices),
+    }
+    done = {(row["target"], row["section"], row["what"]) for row in jsonl.read(arguments.rows)}
+    common = {"target": arguments.target, "device_kind": devices[0].device_kind} | runs.environment()
+    common["versions"] |= {targets.COMPILERS[arguments.target]: version(targets.COMPILERS[arguments.target])}
+    for section in arguments.sections:
+        for program in made[section]():
+            if (arguments.target, section, program.what) in done:
+                continue
+            placed = program if section == "sharded" else programs.on_one(devices[0], program)
+            row = common | {"section": section, "what": program.what} | compiled(placed)
+            jsonl.append(arguments.rows, row)
+            console.print(f"{section}: {program.what}: {_figures(row)}", soft_wrap=True)
+
+
+def _figures(row: Row) -> str:
+    """Peak in MB and in copies of the parameters."""
+    if "error" in row:
+        return "not compiled"
+    return f"{row['peak_bytes'] / 1e6:,.1f} MB, {row['peak_bytes'] / row['parameter_bytes']:.2f}"
+
+
+def page(rows: list[Row], name: str) -> str:
+    """A table a section, with a column a target."""
+    kinds = {row["target"]: row["device_kind"] for row in rows}
+    head = f"""# Compiled for accelerators, not run
+
+Peak memory of the train step as one program, in MB and in copies of the parameters, as the compilers of XLA for these
+devices plan it: arguments, results and temporaries, those that are donated counted once. None of these devices was at
+hand: **nothing was run there, and nothing is said of time or accuracy.** Convolutions may take more on a GPU than
+planned, as their algorithms are chosen by trying them out. Of {len(rows)} programs
+{sum("error" not in row for row in rows)} compiled;
+{sum(bool(row.get("to_host")) for row in rows)} send anything to the host.
+
+Compiled on: {pages.values(rows, "device")}; versions: {pages.values(rows, "versions")}; commits:
+{pages.values(rows, "commit")}. Made by `python -m experiments.aot --target TARGET` from `{name}`."""
+    tables = []
+    for section, title in TITLES.items():
+        mine = {(row["what"], row["target"]): row for row in rows if row["section"] == section}
+        lines = [
+            [what, *(_figures(mine[what, kind]) if (what, kind) in mine else "–" for kind in kinds)]
+            for what in dict.fromkeys(what for what, _ in mine)
+        ]
+        tables.append(f"## {title}\n\n{pages.table(['step', *kinds.values()], lines)}")
+    return "\n\n".join([head, *tables])
+
+
+def write(file: Path) -> None:
+    """The page, from the rows alone."""
+    files.write_text(file.with_suffix(".md"), page(jsonl.read(file), file.name) + "\n")
+
+
+@cli.command
+def main(arguments: Arguments) -> None:
+    run(arguments)
+    write(arguments.rows)
+
+
+if __name__ == "__main__":
+    main()
