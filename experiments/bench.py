@@ -12,19 +12,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli
-from experiments.benchmarks import inference, masks, peak, steps, whole_loop
+from experiments import cli, models
+from experiments.benchmarks import inference, masks, peak, steps, throughput, whole_loop
 from experiments.benchmarks.peers import Official
 from experiments.benchmarks.timing import Row, paired, ratio_row
-from experiments.config import Config
+from experiments.config import ComputeName, Config, ModelName
 from experiments.datasets import in_memory
 from experiments.figures import selection
 from experiments.rows import jsonl
 from experiments.training import runs
 
 Section = Literal[
-    "step", "memory", "peak", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official", "growth"
-]
+    "throughput", "step", "memory", "peak", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official",
+    "growth",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Arguments:
     """Measures side by side, in turns, and prints medians with quartiles of the paired ratios."""
 
     sections: tuple[Section, ...] = get_args(Section)
+    models: tuple[ModelName, ...] = ("resnet32",)  # Whose throughput is measured; those of ImageNet at their size.
+    formats: tuple[ComputeName, ...] = ("float32",)  # That their products are computed in.
     width: int = 32  # Of the ResNet-32 whose steps are timed.
     batch_size: int = 128
     parameters: int = 25_000_000  # Of the large tree whose masks are updated.
@@ -50,16 +53,16 @@ def main(arguments: Arguments) -> None:
     everything = _sections(arguments, config, console)
     provenance = runs.provenance(config) | {"bench": {"rounds": arguments.rounds}}
     rows: list[dict[str, Any]] = []
+    file = arguments.out / f"bench_{_device()}.jsonl"
     for section in arguments.sections:
         begin = time.perf_counter()
         for row in everything[section]():
             rows.append(provenance | {"section": section} | row._asdict() | {"met": row.met})
             console.print(f"{section}: {row.what} {row.value:.4g} {row.unit}  {row.detail}", soft_wrap=True)
+        jsonl.write(file, _merged(file, rows))  # now, so that they outlast an interruption
         jax.clear_caches()
         console.print(f"[dim]{section} took {time.perf_counter() - begin:.0f} s[/dim]")
     console.print(table(rows))
-    file = arguments.out / f"bench_{_device()}.jsonl"
-    jsonl.write(file, _merged(file, rows))
     console.print(f"Rows: {file}", soft_wrap=True)
 
 
@@ -95,6 +98,7 @@ def _sections(arguments: Arguments, config: Config, console: Console) -> dict[st
             yield from masks.mask_update(name, params, min(rounds, 3), peer)
 
     return {
+        "throughput": lambda: _throughput(arguments),
         "step": lambda: steps.step_times(workload, rounds),
         "memory": lambda: steps.memory(workload),
         "peak": peak.rows,
@@ -107,6 +111,14 @@ def _sections(arguments: Arguments, config: Config, console: Console) -> dict[st
         "official": lambda: _official(arguments, workload, console),
         "growth": lambda: _growth(arguments, console),
     }
+
+
+def _throughput(arguments: Arguments) -> Iterator[Row]:
+    count = 1 if jax.default_backend() == "cpu" else 20  # an accelerator's steps queue up, as in training
+    for model in arguments.models:
+        large = models.MODELS[model].image_size == 224
+        config = Config(dataset="imagenet2012" if large else "cifar10", model=model, batch_size=arguments.batch_size)
+        yield from throughput.rows(config, arguments.formats, arguments.rounds, count)
 
 
 def _loops(rounds: int) -> Iterator[Row]:

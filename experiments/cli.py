@@ -3,11 +3,9 @@
 import contextlib
 import functools
 import linecache
-import os
 import signal
 import sys
 import textwrap
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any, TypeVar, get_type_hints
 import jax
 import tyro
 from jax.experimental import checkify
+
+from experiments import stopping
 
 Result = TypeVar("Result")
 COMPILED = Path("runs/compiled")  # Where commands keep compiled programs, unless told otherwise.
@@ -37,10 +37,6 @@ def command(main: Callable[[Any], Result]) -> Callable[..., Result]:
     return of_words
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a cluster sends it before it takes the machine away: what holds for Ctrl-C holds for it."""
-
-
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """Ends a mistake of the user in its message and exit code 1; what nobody foresaw keeps its traceback.
@@ -51,11 +47,11 @@ def one_line() -> Iterator[None]:
     to itself.)
     """
     try:
-        with _sigterm_raises(), _none_is_lost():
+        with stopping.stops_raise():
             yield
     except KeyboardInterrupt as stop:
         print("; ".join(["stopped", *getattr(stop, "__notes__", ())]), file=sys.stderr)
-        sys.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
+        sys.exit(128 + (signal.SIGTERM if isinstance(stop, stopping.Terminated) else signal.SIGINT))
     except OSError as error:
         sys.exit(f"error: {error}")
     except checkify.JaxRuntimeError as error:
@@ -64,41 +60,6 @@ def one_line() -> Iterator[None]:
         if not _raised_by_us(error):
             raise
         sys.exit(f"error: {error}")
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # where Python takes no signals
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def _none_is_lost() -> Iterator[None]:
-    """Sends a signal to stop again where Python has ignored what it raised, as in JAX's callback of the collector."""
-    before = sys.unraisablehook
-
-    def again(ignored: Any) -> None:
-        if isinstance(ignored.exc_value, KeyboardInterrupt):
-            number = signal.SIGTERM if isinstance(ignored.exc_value, Terminated) else signal.SIGINT
-            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
-        else:
-            before(ignored)
-
-    sys.unraisablehook = again
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
 
 
 def _raised_by_us(error: BaseException) -> bool:

@@ -95,6 +95,8 @@ def _row(recipe: Recipe, config: Config, scale: Scale) -> Row:
     if metric is CORRUPTED and last.get("missing"):
         value = None  # a mean over some corruptions is not the paper's
     best = metric.scale * best_accuracy(rows) if metric is ACCURACY and len(rows) == config.epochs else None
+    if known := [row for row in rows if "device" in row]:
+        last["device"] = pages.values(known, "device")  # all that an interrupted run has been on
     return {"recipe": described(recipe), "scale": scale, "value": value, "best": best} | last
 
 

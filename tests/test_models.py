@@ -12,7 +12,8 @@ from common import named
 from flax import nnx
 from shallow import shallow
 
-from experiments import models
+from experiments import models, tasks
+from experiments.config import Config
 from experiments.models import (
     layers,
     resnet,
@@ -164,6 +165,24 @@ def test_full_size_in_bfloat16(name):
     wide = [eqn for eqn in products if {x.aval.dtype for x in eqn.invars} != {jnp.dtype("bfloat16")}]
     assert len(wide) == (0 if models.MODELS[name].text else 1), "only the classifier is in float32"
     check_types(name, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("compute", "precision"), [("float32", "HIGHEST"), ("tensorfloat32", "HIGH"), ("bfloat16", None)]
+)
+def test_precision_of_convolutions(compute, precision):
+    """GPUs take TF32 for what is less than the highest."""
+    network = tasks.build(Config(model="resnet8", width=2, compute=compute))
+    traced = jax.make_jaxpr(lambda p, s, x: network.apply(p, s, x, True)[0])
+    inputs = jnp.zeros((2, 8, 8, 1))
+    found = [
+        e
+        for e in equations(traced(network.params, network.model_state, inputs).jaxpr)
+        if "conv_general" in str(e.primitive)
+    ]
+    wanted = None if precision is None else (getattr(jax.lax.Precision, precision),) * 2
+    assert found
+    assert {e.params["precision"] for e in found} == {wanted}
 
 
 def check_types(name, dtype):

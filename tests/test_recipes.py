@@ -545,6 +545,15 @@ def test_best_epoch_of_a_run(tmp_path, evaluations, best):
     assert (found["value"], found["best"]) == (pytest.approx(61.0), best)
 
 
+def test_a_row_names_every_device_that_its_run_has_been_on(tmp_path):
+    recipe = recipes.get("table1.rigl-erk-0.95.sgd")
+    config = dataclasses.replace(recipe.config, out=tmp_path)
+    config.run_dir.mkdir()
+    rows = [{"device": device, "test_accuracy_recalibrated": 0.9} for device in ("gpu B", "gpu A", "gpu B")]
+    (config.run_dir / runs.METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert table._row(recipe, config, "full")["device"] == "gpu A, gpu B"
+
+
 def test_the_best_epoch_is_one_of_the_final_sparsity():
     figures = ((0.9, 0.0), (0.8, 0.9), (0.7, 0.9), (0.75, 0.95), (0.72, 0.95))
     rows = [{"test_accuracy": accuracy, "sparsity": zeros} for accuracy, zeros in figures]

@@ -338,3 +338,14 @@ def test_a_place_that_cannot_be_written_to_is_an_error_in_a_line(toy, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"error: .*file"):
         start(tmp_path / "file" / "runs")
+
+
+def test_without_a_checkout_the_commit_is_what_the_environment_says(monkeypatch):
+    def missing(*_, **options):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(runs.subprocess, "run", missing)
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    assert runs.environment()["commit"] == "abc"
+    monkeypatch.delenv("GIT_COMMIT")
+    assert runs.environment()["commit"] is None

@@ -1,5 +1,6 @@
 """Whole training steps: time, memory and compilation of S2-SAM, SAM and SSAM against SGD under RigL."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -10,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import tasks
+from experiments import models, tasks
 from experiments.benchmarks import masks, timing
 from experiments.benchmarks.timing import Row, compile_seconds, cost, figure, paired, ratio_row
 from experiments.config import Config
-from experiments.tasks import images
+from experiments.datasets import kinds
 from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, sam, sparsify, ssam
 
 SHARPNESS = {
@@ -35,13 +36,14 @@ def optimizer(name: str, *, sparse: bool = True, when: Every = masks.RARELY) -> 
 class Workload:
     """A network, its loss, and a batch of noise."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, **changes: Any):
+        self.config = config = dataclasses.replace(config, **changes)
         self.network = tasks.build(config)
-        self.loss_fn = images.loss_function(config, self.network)
+        self.loss_fn = tasks.losses(config, self.network).loss_fn
+        kind, size = kinds.KINDS[config.dataset], models.MODELS[config.model].image_size or 32
         rng = np.random.default_rng(0)
-        pixels = rng.integers(0, 256, (config.batch_size, 32, 32, 3), np.uint8)
-        self.batch = (jnp.asarray(pixels), jnp.asarray(rng.integers(0, 10, config.batch_size)))
+        pixels = rng.integers(0, 256, (config.batch_size, size, size, kind.shape[2]), np.uint8)
+        self.batch = (jnp.asarray(pixels), jnp.asarray(rng.integers(0, kind.classes, config.batch_size)))
 
     def state(self, tx: optax.GradientTransformation) -> TrainState:
         return TrainState.create(self.network.params, tx, model_state=self.network.model_state)

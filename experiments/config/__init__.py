@@ -25,6 +25,7 @@ OptimizerName = Literal[
     "sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam", "s2sam-adaptive", "s2sam-released", "s2sam-opposite", "msam",
     "looksam", "gsam", "esam",
 ]  # fmt: skip
+ComputeName = Literal["float32", "tensorfloat32", "bfloat16"]
 ScheduleName = Literal["constant", "warmup", "learning-rate"]
 DistributionName = Literal["uniform", "er", "erk"]
 
@@ -67,7 +68,8 @@ class Config:
     vocabulary: int = 37_000  # Tokens of a text model.
     max_length: int = 128  # Tokens of a sentence; longer ones are not trained on.
     image_size: int | None = None  # Pixels on a side that ImageNet is cropped to; default: the model's own.
-    compute: Literal["float32", "bfloat16"] = "float32"  # What products are computed in; parameters are float32.
+    # What products are computed in; parameters are float32. TensorFloat-32 is float32 where a device does not have it.
+    compute: ComputeName = "float32"
 
     optimizer: OptimizerName = "s2sam"  # All of them end in the base optimizer with weight decay.
     base: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or Adam with decoupled weight decay.

@@ -80,6 +80,7 @@ def build(
     classes: int,
     seed: int,
     dtype: DTypeLike = jnp.float32,
+    precision: str | None = None,
     widths: Mapping[str, int] | None = None,
 ) -> Network:
     """A freshly initialised model.
@@ -91,6 +92,7 @@ def build(
       classes: outputs; for text, the size of the vocabulary.
       seed: of the initialisation.
       dtype: what convolutions and matrix products compute in; parameters and outputs are float32.
+      precision: of the products of layers, for ``jax.lax.Precision``; default: "highest" in float32.
       widths: channels of groups that have fewer than the model's own, by the name of the group.
 
     Raises:
@@ -113,6 +115,10 @@ def build(
     if widths:
         _check_widths(name, widths, nnx.eval_shape(lambda: make({})))
     model = make(widths or {})
+    if precision is not None:
+        for _, module in nnx.iter_modules(model):
+            if hasattr(module, "precision"):
+                setattr(module, "precision", precision)  # noqa: B010, as not every module has it
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     has_dropout = any(isinstance(module, nnx.Dropout) for _, module in nnx.iter_modules(model))
 

@@ -28,7 +28,8 @@ def build(config: Config, widths: Mapping[str, int] | None = None) -> Network:
         channels=channels,
         classes=classes,
         seed=config.seed,
-        dtype=config.compute,
+        dtype="float32" if config.compute == "tensorfloat32" else config.compute,
+        precision="tensorfloat32" if config.compute == "tensorfloat32" else None,
         widths=widths,
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save as to_safetensors
 
-from experiments import sharding
+from experiments import sharding, stopping
 from experiments.rows import files
 from experiments.trees import by_name
 from s2sam_jax import TrainState
@@ -32,11 +32,12 @@ class Checkpoints:
         _check_metrics(folder)
         best = _POLICIES.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
         kept: Any = _POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(2), best])
-        self._checkpointer = ocp.training.Checkpointer(
-            str(folder.resolve()),
-            preservation_policy=kept,
-            cleanup_tmp_directories=True,
-        )
+        with stopping.held():
+            self._checkpointer = ocp.training.Checkpointer(
+                str(folder.resolve()),
+                preservation_policy=kept,
+                cleanup_tmp_directories=True,
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -44,7 +45,8 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         if kind is None:
             self.wait()
-        self._checkpointer.close()
+        with stopping.held():
+            self._checkpointer.close()
 
     @property
     def epochs(self) -> list[int]:
@@ -80,15 +82,17 @@ class Checkpoints:
             progress: Any = ocp.metadata(str(folder.resolve())).custom_metadata
             if not isinstance(progress, dict) or progress.get("epoch") != epoch:
                 raise ValueError(f"its metadata are {progress}")
-        for later in [other for other in self.epochs if other > epoch]:
-            self._checkpointer.delete(later)
+        with stopping.held():
+            for later in [other for other in self.epochs if other > epoch]:
+                self._checkpointer.delete(later)
         return state, progress
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Orbax reports what went wrong in the background, as one of many types, when it is called next."""
         try:
-            yield
+            with stopping.held():
+                yield
         except Exception as error:
             raise OSError(
                 f"A checkpoint could not be written to {self.folder} ({_short(error)}). Those that are "
@@ -98,7 +102,8 @@ class Checkpoints:
 
 def save(folder: Path, state: TrainState) -> None:
     """Writes a checkpoint; Orbax makes it appear at once, when it is complete."""
-    ocp.save(str(folder.resolve()), state, overwrite=True)
+    with stopping.held():
+        ocp.save(str(folder.resolve()), state, overwrite=True)
 
 
 def restore(folder: Path, like: TrainState) -> TrainState:
@@ -138,7 +143,8 @@ def export(file: Path, params: Any, masks: Any, model_state: Any, metadata: dict
 def _reading(folder: Path) -> Iterator[None]:
     """A damaged checkpoint shows as almost any type of exception."""
     try:
-        yield
+        with stopping.held():
+            yield
     except Exception as error:
         unfinished = folder.name.isdecimal()
         advice = "Remove that folder to go on from the one before it, or train" if unfinished else "If it is, train"

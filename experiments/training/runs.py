@@ -241,10 +241,10 @@ def _epoch(line: str) -> float:
 
 
 def _commit() -> str | None:
-    """Of the source tree, if it is a git checkout; with a ``+`` where files differ from it."""
+    """Of the source tree, with a ``+`` where files differ from it; without a git checkout, what GIT_COMMIT says."""
     here = Path(__file__).parent
     try:
         command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("GIT_COMMIT")
