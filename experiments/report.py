@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from experiments import bench, cli, convergence, flatness, precision, robustness, table
+from experiments import aot, bench, cli, convergence, flatness, precision, robustness, table
 from experiments.rows import jsonl
 
 # What makes the pages of which rows; the first that fits.
@@ -17,6 +17,7 @@ WRITERS: tuple[tuple[str, Callable[[Path], Any]], ...] = (
     ("flatness_*", flatness.write),
     ("corruptions_*", robustness.write),
     ("precision", precision.write),
+    ("compiled", aot.write),
     ("convergence", convergence.write),
     ("bench_select_*", bench.draw_growth),
 )

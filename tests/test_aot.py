@@ -1,0 +1,68 @@
+"""Compiling for accelerators that are not there, with this machine's virtual devices in their place."""
+
+import json
+
+import jax
+import pytest
+
+from experiments import aot, report
+from experiments.benchmarks import peak, programs, targets
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """A target whose compiler is that of this machine, and a small network."""
+    monkeypatch.setattr(targets, "devices", lambda target: jax.devices())
+    monkeypatch.setattr(targets, "COMPILERS", {"h100": "jaxlib", "v5e": "jaxlib"})
+    monkeypatch.setattr(peak, "WIDTH", 64)
+
+
+def test_a_row_a_program_and_a_page_of_them(here, tmp_path, capsys):
+    file = tmp_path / "compiled.jsonl"
+    words = ["--sections", "sharded", "--rows", str(file)]
+    aot.main(words)
+    rows = {row["what"]: row for row in map(json.loads, file.read_text().splitlines())}
+    copy = 3 * (64 * 64 + 64) * 4
+    assert {row["parameter_bytes"] for row in rows.values()} == {copy}
+    assert all(row["temporary_bytes"] < row["peak_bytes"] < 20 * copy for row in rows.values())
+    # The last gradient: an eighth of each kernel on each device, the biases whole.
+    held = {name: row["peak_bytes"] - row["temporary_bytes"] for name, row in rows.items()}
+    assert 0 <= held["S2-SAM"] - held["SGD"] - 3 * (64 * 64 / 8 + 64) * 4 < 100  # and its norm, and rho
+    assert {row["to_host"] for row in rows.values()} == {0}
+    text = file.with_suffix(".md").read_text()
+    assert f"Of {len(rows)} programs\n{len(rows)} compiled;\n0 send anything" in text
+    assert "| S2-SAM, rigl | 0." in text
+
+    capsys.readouterr()
+    aot.main(words)
+    assert len(file.read_text().splitlines()) == len(rows)
+    assert "sharded" not in capsys.readouterr().out
+    assert report.writer(file) is aot.write
+
+
+def test_every_method_and_transformation_has_a_program(here):
+    found = {program.what: program for program in programs.every_method()}
+    assert {"s2sam, dense", "s2sam, rigl", "s2sam, chex", "s2sam, chase", "ssam-f", "esam"} <= set(found)
+    placed = programs.on_one(jax.devices()[0], found["s2sam, chase"])
+    assert aot.compiled(placed)["peak_bytes"] > 0
+
+
+def test_a_program_that_is_refused_has_the_compilers_words():
+    class Refused:
+        def lower(self, *_):
+            raise jax.errors.JaxRuntimeError("out of memory in space hbm")
+
+    state = next(programs.weights()).state
+    row = {"section": "weights", "what": "x", "target": "v5e", "device_kind": "TPU v5 lite", "device": "cpu"}
+    row |= {"versions": {}, "commit": "0"} | aot.compiled(programs.Program("x", Refused(), state, None))
+    assert row["error"] == "out of memory in space hbm"
+    assert "Of 1 programs\n0 compiled" in aot.page([row], "x")
+    assert "| x | not compiled |" in aot.page([row], "x")
+
+
+def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(targets, "COMPILERS", {"h100": "no-such-package"})
+    with pytest.raises(ValueError, match=r"no-such-package is not installed.*--with 'jax\[cuda12\]'"):
+        targets.devices("h100")
+    with pytest.raises(ValueError, match="one of h100, v5e; got 'mi300'"):
+        targets.devices("mi300")
