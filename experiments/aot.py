@@ -25,6 +25,7 @@ from experiments.rows.jsonl import Row
 from experiments.training import runs
 
 Section = Literal["weights", "methods", "sharded", "networks"]
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")  # Names for what is there already.
 TITLES = {
     "networks": "ResNet-32 of 1.86 M parameters, 128 images of CIFAR-10",
     "weights": "An MLP of 9.7 M parameters, 8 examples",
@@ -51,15 +52,22 @@ def compiled(program: Program) -> Row:
         executable = program.step.lower(program.state, program.batch).compile()
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error)[:1000]}
-    used, counted = timing.memory(executable), executable.cost_analysis() or {}
+    used, counted, text = timing.memory(executable), executable.cost_analysis() or {}, executable.as_text()
     return {
         "parameter_bytes": size,
         "peak_bytes": used.peak,
         "temporary_bytes": used.temporary,
         "flops": counted.get("flops"),
         "bytes_accessed": counted.get("bytes accessed"),
-        "to_host": len(re.findall(r"callback|outfeed|infeed|send-to-host", executable.as_text())),
+        "kernels": kernels(text),
+        "to_host": len(re.findall(r"callback|outfeed|infeed|send-to-host", text)),
     }
+
+
+def kernels(text: str) -> int:
+    """Instructions of a program's outermost computation that a device has to start, without those of branches."""
+    started = re.findall(r"^ .* = .*?\b([a-z][a-z-]*)\(", text[text.index("\nENTRY") :], flags=re.MULTILINE)
+    return sum(name not in FREE for name in started)
 
 
 def run(arguments: Arguments) -> None:
@@ -86,10 +94,11 @@ def run(arguments: Arguments) -> None:
 
 
 def _figures(row: Row) -> str:
-    """Peak in MB and in copies of the parameters."""
+    """Peak in MB and in copies of the parameters, and how many kernels."""
     if "error" in row:
         return "not compiled"
-    return f"{row['peak_bytes'] / 1e6:,.1f} MB, {row['peak_bytes'] / row['parameter_bytes']:.2f}"
+    copies = row["peak_bytes"] / row["parameter_bytes"]
+    return f"{row['peak_bytes'] / 1e6:,.1f} MB, {copies:.2f}; {row['kernels']:,}"
 
 
 def page(rows: list[Row], name: str) -> str:
@@ -98,8 +107,9 @@ def page(rows: list[Row], name: str) -> str:
     head = f"""# Compiled for accelerators, not run
 
 Peak memory of the train step as one program, in MB and in copies of the parameters, as the compilers of XLA for these
-devices plan it: arguments, results and temporaries, those that are donated counted once. None of these devices was at
-hand: **nothing was run there, and nothing is said of time or accuracy.** Convolutions may take more on a GPU than
+devices plan it: arguments, results and temporaries, those that are donated counted once. Behind it, how many kernels
+the device has to start, away from mask updates. None of these devices was at hand: **nothing was run there, and nothing
+is said of time or accuracy.** Convolutions may take more on a GPU than
 planned, as their algorithms are chosen by trying them out. Of {len(rows)} programs
 {sum("error" not in row for row in rows)} compiled;
 {sum(bool(row.get("to_host")) for row in rows)} send anything to the host.

@@ -66,3 +66,20 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
         targets.devices("h100")
     with pytest.raises(ValueError, match="one of h100, v5e; got 'mi300'"):
         targets.devices("mi300")
+
+
+def test_kernels_are_counted_outside_of_branches():
+    text = """HloModule m
+%branch (a: f32[]) -> f32[] {
+  ROOT %n = f32[] negate(%a)
+}
+
+ENTRY %main (x: f32[2]) -> (f32[2], f32[]) {
+  %x = f32[2]{0} parameter(0), sharding={replicated}
+  %both = (f32[2]{0}, f32[]) fusion(%x), kind=kInput, calls=%branch, metadata={op_name="jit(f)/add(x)"}
+  %one = f32[2]{0} get-tuple-element(%both), index=0
+  %conv = (f32[2]{0}, u8[9]{0}) custom-call(%one), custom_call_target="__cudnn$convForward"
+  ROOT %t = (f32[2]{0}, f32[]) tuple(%one, %one)
+}
+"""
+    assert aot.kernels(text) == 2

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from s2sam_jax import (
     Every,
@@ -23,6 +24,7 @@ from s2sam_jax import (
     ssam,
 )
 from s2sam_jax._base.counts import part
+from s2sam_jax._base.tree import norm
 
 STEPS = 20_000
 SHARPNESS = {
@@ -185,3 +187,23 @@ def test_traced_sparsity_in_half_precision(dtype):
     sparsity = jnp.asarray(0.9, dtype)
     mask = jax.jit(lambda s: select(jnp.arange(100_000.0), sparsity=s))(sparsity)
     assert int(mask.sum()) == 100_000 - int(float(sparsity) * 100_000)
+
+
+def test_a_norm_sums_small_leaves_of_one_type_together():
+    rng = np.random.default_rng(0)
+    shapes = [(7,)] * 30 + [(3, 5)] * 4 + [(2**18,)] * 2 + [()]
+    tree = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    tree += [jnp.asarray(rng.normal(size=7), jnp.bfloat16), jnp.zeros(0)]
+    want = np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in tree))
+    np.testing.assert_allclose(float(norm(tree)), want, rtol=1e-6)
+    assert jax.jit(norm).lower(tree).as_text().count("stablehlo.reduce(") == 7  # one a type, but of each large leaf
+    assert float(norm([])) == 0
+
+
+def test_a_norm_of_leaves_that_are_sharded_unlike_stacks_none_of_them():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    leaves = [jnp.full((8, 8), value) for value in (1.0, 2.0, 3.0)]
+    specs = (PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("a"))
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs, strict=True)]
+    with jax.set_mesh(mesh):
+        assert float(jax.jit(norm)(placed)) == pytest.approx(8 * np.sqrt(14))

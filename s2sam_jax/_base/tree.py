@@ -12,6 +12,7 @@ from s2sam_jax._base.types import Masks
 
 T = TypeVar("T")
 
+SMALL = 1 << 18  # entries; large leaves of one type may be sharded unlike, and would be moved to be stacked
 NNX_VALUE = jax.tree_util.GetAttrKey("value")
 
 
@@ -114,8 +115,14 @@ def at_least_f32(x: jax.Array) -> jax.Array:
 
 
 def norm(tree: Any) -> jax.Array:
-    """Global L2 norm, accumulated in float32 or wider. Its derivative at zero is zero, not NaN."""
-    squares = (jnp.sum(jnp.square(jnp.abs(at_least_f32(x)))) for x in jax.tree.leaves(tree))
+    """Global L2 norm, accumulated in float32 or wider. Its derivative at zero is zero, not NaN.
+
+    Small leaves of one type are summed together: accelerators start a kernel or two for every sum.
+    """
+    alike: dict[Any, list[jax.Array]] = {}
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        alike.setdefault(jax.typeof(leaf) if leaf.size < SMALL else index, []).append(leaf)
+    squares = (jnp.sum(jnp.square(jnp.abs(at_least_f32(jnp.stack(leaves))))) for leaves in alike.values())
     square = sum(squares, jnp.zeros((), jnp.float32))
     is_zero = square == 0  # not true of NaN
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
