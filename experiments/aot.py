@@ -60,6 +60,7 @@ def compiled(program: Program) -> Row:
         "flops": counted.get("flops"),
         "bytes_accessed": counted.get("bytes accessed"),
         "kernels": kernels(text),
+        "convolutions": len(re.findall(r'"__cudnn\$conv|\bconvolution\(', text)),
         "to_host": len(re.findall(r"callback|outfeed|infeed|send-to-host", text)),
     }
 
@@ -90,15 +91,40 @@ def run(arguments: Arguments) -> None:
             placed = program if section == "sharded" else programs.on_one(devices[0], program)
             row = common | {"section": section, "what": program.what} | compiled(placed)
             jsonl.append(arguments.rows, row)
-            console.print(f"{section}: {program.what}: {_figures(row)}", soft_wrap=True)
+            said = row.get("error") or ", ".join(f"{name} {show(row)}" for name, show in COLUMNS.items())
+            console.print(f"{section}: {program.what}: {said}", soft_wrap=True)
 
 
-def _figures(row: Row) -> str:
-    """Peak in MB and in copies of the parameters, and how many kernels."""
-    if "error" in row:
-        return "not compiled"
-    copies = row["peak_bytes"] / row["parameter_bytes"]
-    return f"{row['peak_bytes'] / 1e6:,.1f} MB, {copies:.2f}; {row['kernels']:,}"
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "MB": lambda row: f"{row['peak_bytes'] / 1e6:,.1f}",
+    "copies": lambda row: f"{row['peak_bytes'] / row['parameter_bytes']:.2f}",
+    "kernels": lambda row: f"{row['kernels']:,}",
+    "convolutions": lambda row: str(row["convolutions"]),
+}
+
+
+def table(rows: list[Row], kinds: dict[str, str]) -> str:
+    """A line a program, with the columns of each target that has any."""
+    found = {(row["what"], row["target"]): row for row in rows}
+    network = rows[0]["section"] == "networks"  # elsewhere a TPU's products of matrices would be called so
+    shown = [(target, name) for target in kinds for name in COLUMNS if network or name != "convolutions"]
+    lines = [[what, *(_cell(found.get((what, t)), name) for t, name in shown)] for what in _each(rows, "what")]
+    return pages.table(["step", *(f"{kinds[target]}: {name}" for target, name in shown)], lines)
+
+
+def _cell(row: Row | None, name: str) -> str:
+    if row is None:
+        return "–"
+    return "not compiled" if "error" in row else COLUMNS[name](row)
+
+
+def _any(rows: list[Row], field: str) -> bool:
+    return any(row.get(field) for row in rows)
+
+
+def _each(rows: list[Row], field: str) -> list[str]:
+    """Its values, once each."""
+    return list(dict.fromkeys(row[field] for row in rows))
 
 
 def page(rows: list[Row], name: str) -> str:
@@ -107,23 +133,17 @@ def page(rows: list[Row], name: str) -> str:
     head = f"""# Compiled for accelerators, not run
 
 Peak memory of the train step as one program, in MB and in copies of the parameters, as the compilers of XLA for these
-devices plan it: arguments, results and temporaries, those that are donated counted once. Behind it, how many kernels
-the device has to start, away from mask updates. None of these devices was at hand: **nothing was run there, and nothing
-is said of time or accuracy.** Convolutions may take more on a GPU than
-planned, as their algorithms are chosen by trying them out. Of {len(rows)} programs
-{sum("error" not in row for row in rows)} compiled;
-{sum(bool(row.get("to_host")) for row in rows)} send anything to the host.
+devices plan it: arguments, results and temporaries, those that are donated counted once. Kernels are what the device
+has to start for a step without a mask update; convolutions, those among them, are a third each for outputs, inputs and
+kernels. None of these devices was at hand: **nothing was run there, and nothing is said of time or accuracy.**
+Convolutions may take more on a GPU than planned, as their algorithms are chosen by trying them out.
+Of {len(rows)} programs {sum("error" not in row for row in rows)} compiled; {sum(_any([row], "to_host") for row in rows)}
+send anything to the host.
 
 Compiled on: {pages.values(rows, "device")}; versions: {pages.values(rows, "versions")}; commits:
 {pages.values(rows, "commit")}. Made by `python -m experiments.aot --target TARGET` from `{name}`."""
-    tables = []
-    for section, title in TITLES.items():
-        mine = {(row["what"], row["target"]): row for row in rows if row["section"] == section}
-        lines = [
-            [what, *(_figures(mine[what, kind]) if (what, kind) in mine else "–" for kind in kinds)]
-            for what in dict.fromkeys(what for what, _ in mine)
-        ]
-        tables.append(f"## {title}\n\n{pages.table(['step', *kinds.values()], lines)}")
+    sections = [(title, [row for row in rows if row["section"] == name]) for name, title in TITLES.items()]
+    tables = [f"## {title}\n\n{table(mine, kinds)}" for title, mine in sections if mine]
     return "\n\n".join([head, *tables])
 
 
