@@ -118,10 +118,6 @@ def _cell(row: Row | None, name: str) -> str:
     return "not compiled" if "error" in row else COLUMNS[name](row)
 
 
-def _any(rows: list[Row], field: str) -> bool:
-    return any(row.get(field) for row in rows)
-
-
 def _each(rows: list[Row], field: str) -> list[str]:
     """Its values, once each."""
     return list(dict.fromkeys(row[field] for row in rows))
@@ -130,6 +126,8 @@ def _each(rows: list[Row], field: str) -> list[str]:
 def page(rows: list[Row], name: str) -> str:
     """A table a section, with a column a target."""
     kinds = {row["target"]: row["device_kind"] for row in rows}
+    good = sum("error" not in row for row in rows)
+    talking = sum(row.get("to_host", 0) > 0 for row in rows)
     head = f"""# Compiled for accelerators, not run
 
 Peak memory of the train step as one program, in MB and in copies of the parameters, as the compilers of XLA for these
@@ -137,8 +135,7 @@ devices plan it: arguments, results and temporaries, those that are donated coun
 has to start for a step without a mask update; convolutions, those among them, are a third each for outputs, inputs and
 kernels. None of these devices was at hand: **nothing was run there, and nothing is said of time or accuracy.**
 Convolutions may take more on a GPU than planned, as their algorithms are chosen by trying them out.
-Of {len(rows)} programs {sum("error" not in row for row in rows)} compiled; {sum(_any([row], "to_host") for row in rows)}
-send anything to the host.
+Of {len(rows)} programs {good} compiled; {talking} send anything to the host.
 
 Compiled on: {pages.values(rows, "device")}; versions: {pages.values(rows, "versions")}; commits:
 {pages.values(rows, "commit")}. Made by `python -m experiments.aot --target TARGET` from `{name}`."""

@@ -30,7 +30,7 @@ def test_a_row_a_program_and_a_page_of_them(here, tmp_path, capsys):
     assert 0 <= held["S2-SAM"] - held["SGD"] - 3 * (64 * 64 / 8 + 64) * 4 < 100  # and its norm, and rho
     assert {row["to_host"] for row in rows.values()} == {0}
     text = file.with_suffix(".md").read_text()
-    assert f"Of {len(rows)} programs {len(rows)} compiled; 0\nsend anything" in text
+    assert f"Of {len(rows)} programs {len(rows)} compiled; 0 send anything" in text
     assert "| S2-SAM, rigl | 0.1 | " in text
 
     capsys.readouterr()

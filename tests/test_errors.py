@@ -76,6 +76,7 @@ def scores():
 CONSTRUCTION = {
     "s2sam_rho": (lambda: s2sam(-0.1), ValueError, r"rho must be a number >= 0 or a schedule; got -0\.1"),
     "s2sam_nan_rho": (lambda: s2sam(float("nan")), ValueError, r"rho must be .* got nan"),
+    "s2sam_text": (lambda: s2sam("0.1"), TypeError, r"rho must be a number or a schedule; got '0\.1'"),
     "s2sam_eta": (lambda: s2sam(eta=-1.0), ValueError, r"eta must be .* got -1\.0"),
     "s2sam_eps": (lambda: s2sam(eps=-1.0), ValueError, r"eps must be .* got -1\.0"),
     "s2sam_compat": (lambda: s2sam(compat="code"), ValueError, r"compat must be 'paper' or 'authors'; got 'code'"),

@@ -249,7 +249,10 @@ ERRORS = {
     "msam_rho": (lambda: msam(-1.0), ValueError, r"rho must be .* got -1\.0"),
     "msam_eps": (lambda: msam(eps=-1.0), ValueError, r"eps must be .* got -1\.0"),
     "looksam_rho": (lambda: looksam(-1.0), ValueError, r"rho must be .* got -1\.0"),
-    "looksam_every": (lambda: looksam(every=0), ValueError, r"every >= 1; got start=0, every=0"),
+    "looksam_every": (lambda: looksam(every=0), ValueError, r"looksam needs every >= 1; got 0"),
+    "rate_is_no_schedule": (
+        lambda: rho_from_learning_rate(0.1, rho_max=0.1, rho_min=0.0, lr_max=0.1), TypeError, r"a schedule .* got 0\.1"
+    ),
     "looksam_alpha": (lambda: looksam(alpha=-1.0), ValueError, r"alpha must be .* got -1\.0"),
     "gsam_rho": (lambda: gsam(-1.0), ValueError, r"rho must be .* got -1\.0"),
     "gsam_alpha": (lambda: gsam(alpha=-0.5), ValueError, r"alpha must be .* got -0\.5"),

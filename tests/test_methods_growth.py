@@ -244,6 +244,17 @@ def test_dsr_worked_example():
     assert float(state.method_state) == np.float32(1e-3)
 
 
+def test_dsr_takes_a_fraction_of_any_float_type():
+    when = Every(0, 1)
+    results = []
+    for target in (0.25, np.float64(0.25), np.float32(0.25)):
+        tx = sparsify(optax.sgd(0.1), methods.dsr(target, threshold=0.5), sparsity=0.5, when=when)
+        params = {"kernel": jnp.linspace(-1, 1, 40).reshape(5, 8)}
+        results.append(tx.update(params, tx.init(params), params)[1].masks["kernel"])
+    assert (results[0] == results[1]).all()
+    assert (results[0] == results[2]).all()
+
+
 def test_dsr_threshold_neither_vanishes_nor_overflows():
     params = {"kernel": jnp.zeros((4, 4))}
     tx = sparsify(optax.sgd(0.0), methods.dsr(1, threshold=1e-37), sparsity=0.5, when=Every(0, 1))

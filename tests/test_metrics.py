@@ -85,6 +85,18 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_unbiased(dtype):
         stochastic_round(tree, jax.random.key(0), "float16")
 
 
+def test_formats_may_be_given_as_types():
+    x, key = jnp.asarray(RNG.normal(size=40), jnp.float32), jax.random.key(0)
+    for dtype in (jnp.bfloat16, np.dtype(jnp.bfloat16)):
+        assert (stochastic_round(x, key, dtype) == stochastic_round(x, key, "bfloat16")).all()
+        named, typed = (
+            sharpness_metrics(x, (), perturbed=x + 0.01, compute_dtype=given) for given in ("bfloat16", dtype)
+        )
+        assert named == typed
+    with pytest.raises(ValueError, match=r"compute_dtype must be one of .*; got 'int8'"):
+        sharpness_metrics(x, (), perturbed=x, compute_dtype=jnp.int8)
+
+
 @pytest.mark.parametrize("dtype", BITS)
 def test_stochastic_rounding_is_differentiated_as_a_cast(dtype):
     """A quadratic's gradient, 2 (w - target), and its Hessian, 2, at the rounded weights."""

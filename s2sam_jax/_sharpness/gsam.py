@@ -89,6 +89,7 @@ def rho_from_learning_rate(
 
     Raises:
       ValueError: unless ``0 <= rho_min <= rho_max`` and ``0 <= lr_min < lr_max``.
+      TypeError: for a learning rate that is no schedule.
 
     Reference:
       Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022, §4.
@@ -105,6 +106,11 @@ def rho_from_learning_rate(
         raise ValueError(
             "rho_from_learning_rate needs 0 <= rho_min <= rho_max and 0 <= lr_min < lr_max; got "
             f"rho_min={rho_min}, rho_max={rho_max}, lr_min={lr_min}, lr_max={lr_max}."
+        )
+    if not callable(learning_rate):
+        raise TypeError(
+            "rho_from_learning_rate needs a schedule of the step, such as optax.cosine_decay_schedule(...); got "
+            f"{learning_rate!r}. A constant rate goes with a constant radius."
         )
 
     def rho(count):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.arguments import NUMBERS, check_non_negative
 from s2sam_jax._base.clock import Every, tick
 from s2sam_jax._base.schedules import schedule
 from s2sam_jax._base.tree import at_least_f32, cond, norm
@@ -76,6 +76,8 @@ def looksam(
     """
     check_non_negative(eps, "eps")
     rho_at, alpha_at = schedule(rho, "rho"), schedule(alpha, "alpha")
+    if isinstance(every, NUMBERS) and every < 1:
+        raise ValueError(f"looksam needs every >= 1; got {every}.")
     clock = Every(start=0, every=every)
 
     def init_fn(params):

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from s2sam_jax._base.masks import SparseState, get_masks
 from s2sam_jax._base.state_rule import Unmasked
 from s2sam_jax._base.tree import at_least_f32, by_name, check_real, check_same_leaves, find_states, norm
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.perturb import perturb, perturbing
-from s2sam_jax._sharpness.rounding import FORMATS, round_to_nearest
+from s2sam_jax._sharpness.rounding import FORMATS, check_format, round_to_nearest
 from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
 
 
@@ -23,7 +24,7 @@ def sharpness_metrics(
     grads: Params | None = None,
     *,
     loss_fn: Callable[[Params], jax.Array] | None = None,
-    compute_dtype: str | None = None,
+    compute_dtype: DTypeLike | None = None,
     perturbed: Params | None = None,
 ) -> dict[str, jax.Array]:
     r"""What the perturbation of this step is, and what is left of it where products are computed.
@@ -44,8 +45,8 @@ def sharpness_metrics(
       opt_state: the optimizer state, or a train state around it.
       grads: gradient of this step, if its cosine with the last one is wanted.
       loss_fn: ``params -> loss[]`` on the current batch; costs two more forward passes.
-      compute_dtype: ``"bfloat16"``, ``"tensorfloat32"`` (what recent GPUs multiply float32 in by default),
-        ``"float16"`` or ``"float32"``.
+      compute_dtype: bfloat16, float16 or float32, or ``"tensorfloat32"`` (what recent GPUs multiply float32 in by
+        default).
       perturbed: the perturbed parameters, where :func:`perturb` does not know them: for ``sam`` and ``ssam``, whose
         ascent is inside their update, or the loop's own parameters under :func:`s2sam_wrapper`.
 
@@ -73,8 +74,7 @@ def sharpness_metrics(
       epsilon_kept 0.000
       epsilon_cosine 0.000
     """
-    if compute_dtype is not None and compute_dtype not in FORMATS:
-        raise ValueError(f"compute_dtype must be one of {', '.join(FORMATS)}; got {compute_dtype!r}.")
+    compute_format = None if compute_dtype is None else check_format(compute_dtype, FORMATS, "compute_dtype")
     clean = jax.tree.map(at_least_f32, params)
     if perturbed is None:
         if not perturbing(opt_state):
@@ -93,9 +93,9 @@ def sharpness_metrics(
     if loss_fn is not None:
         stored = jax.tree.map(lambda p, q: q.astype(p.dtype), params, point)
         metrics["loss_increase"] = loss_fn(stored) - loss_fn(params)
-    if compute_dtype is not None:
+    if compute_format is not None:
         check_real(params, "sharpness_metrics(compute_dtype=...)")
-        kept = jax.tree.map(lambda p, q: _rounded(q, compute_dtype) - _rounded(p, compute_dtype), clean, point)
+        kept = jax.tree.map(lambda p, q: _rounded(q, compute_format) - _rounded(p, compute_format), clean, point)
         metrics["epsilon_kept"] = _ratio(norm(kept), metrics["epsilon_norm"])
         metrics["epsilon_cosine"] = _cosine(jax.tree.leaves(kept), jax.tree.leaves(epsilon))
     return metrics

@@ -1,9 +1,11 @@
 """Numbers as a narrower floating-point format would hold them, to nearest or at random."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from s2sam_jax._base.types import Params
 
@@ -23,7 +25,15 @@ def round_to_nearest(x: jax.Array, dtype: str) -> jax.Array:
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=_MANTISSA[dtype])
 
 
-def stochastic_round(tree: Params, key: jax.Array, dtype: str) -> Params:
+def check_format(dtype: DTypeLike, allowed: Sequence[str], name: str) -> str:
+    """The name of the format, which may be given as a type."""
+    found = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if found not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {found!r}.")
+    return found
+
+
+def stochastic_round(tree: Params, key: jax.Array, dtype: DTypeLike) -> Params:
     r"""Rounds to one of the two neighbours in a narrower format, so that the mean is the number itself.
 
     .. math:: P(\hat x = \lceil x \rceil) = \frac{x - \lfloor x \rfloor}{\lceil x \rceil - \lfloor x \rfloor}
@@ -35,7 +45,7 @@ def stochastic_round(tree: Params, key: jax.Array, dtype: str) -> Params:
     Args:
       tree: any pytree of floating arrays; what is wider than float32 is first rounded to that.
       key: PRNG key; a new one for each step, or the noise is always the same.
-      dtype: ``"bfloat16"`` or ``"tensorfloat32"`` (ten bits of mantissa, what NVIDIA's matrix units multiply).
+      dtype: bfloat16 or ``"tensorfloat32"`` (ten bits of mantissa, what NVIDIA's matrix units multiply).
 
     Returns:
       The rounded tree, as bfloat16, or as float32 whose lower bits are zero. Infinities and NaNs stay.
@@ -51,9 +61,8 @@ def stochastic_round(tree: Params, key: jax.Array, dtype: str) -> Params:
       >>> print(jnp.unique(rounded), abs(rounded.astype(jnp.float32).mean() - x[0]) < 1e-4)
       [1 1.00781] True
     """
-    if dtype not in ("bfloat16", "tensorfloat32"):
-        raise ValueError(f"stochastic_round's dtype must be 'bfloat16' or 'tensorfloat32'; got {dtype!r}.")
-    drop, stored = 23 - _MANTISSA[dtype], jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
+    name = check_format(dtype, ("bfloat16", "tensorfloat32"), "stochastic_round's dtype")
+    drop, stored = 23 - _MANTISSA[name], jnp.bfloat16 if name == "bfloat16" else jnp.float32
     leaves, treedef = jax.tree.flatten(tree)
 
     def rounded(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from s2sam_jax.methods.grasp import grasp as grasp
 from s2sam_jax.methods.grasp import grasp_scores as grasp_scores
 from s2sam_jax.methods.itop import explored_fraction as explored_fraction
 from s2sam_jax.methods.itop import itop as itop
+from s2sam_jax.methods.lottery import Round as Round
 from s2sam_jax.methods.lottery import lottery as lottery
 from s2sam_jax.methods.lottery import lottery_rounds as lottery_rounds
 from s2sam_jax.methods.lrr import lrr as lrr
