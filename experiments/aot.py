@@ -40,6 +40,7 @@ class Arguments:
 
     target: Target = "h100"
     sections: tuple[Section, ...] = get_args(Section)
+    skip: tuple[str, ...] = ()  # Programs that take too long to compile, by their names.
     width: int = 32  # Of the ResNet-32.
     batch_size: int = 128
     rows: Path = jsonl.RESULTS / "compiled.jsonl"
@@ -86,7 +87,7 @@ def run(arguments: Arguments) -> None:
     common["versions"] |= {targets.COMPILERS[arguments.target]: version(targets.COMPILERS[arguments.target])}
     for section in arguments.sections:
         for program in made[section]():
-            if (arguments.target, section, program.what) in done:
+            if program.what in arguments.skip or (arguments.target, section, program.what) in done:
                 continue
             placed = program if section == "sharded" else programs.on_one(devices[0], program)
             row = common | {"section": section, "what": program.what} | compiled(placed)
