@@ -99,18 +99,19 @@ def run(arguments: Arguments) -> None:
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "MB": lambda row: f"{row['peak_bytes'] / 1e6:,.1f}",
     "copies": lambda row: f"{row['peak_bytes'] / row['parameter_bytes']:.2f}",
-    "kernels": lambda row: f"{row['kernels']:,}",
-    "convolutions": lambda row: str(row["convolutions"]),
+    # A TPU's programs spell their copies out, and have products of matrices as convolutions.
+    "kernels": lambda row: f"{row['kernels']:,}" if row["target"] == "h100" else "",
+    "convolutions": lambda row: str(row["convolutions"] or "") if row["target"] == "h100" else "",
 }
 
 
-def table(rows: list[Row], kinds: dict[str, str]) -> str:
+def table(rows: list[Row]) -> str:
     """A line a program, with the columns of each target that has any."""
     found = {(row["what"], row["target"]): row for row in rows}
-    network = rows[0]["section"] == "networks"  # elsewhere a TPU's products of matrices would be called so
-    shown = [(target, name) for target in kinds for name in COLUMNS if network or name != "convolutions"]
+    said = [(target, name) for target in _each(rows, "target") for name in COLUMNS]
+    shown = [(t, n) for t, n in said if any(_cell(row, n) for row in rows if row["target"] == t)]
     lines = [[what, *(_cell(found.get((what, t)), name) for t, name in shown)] for what in _each(rows, "what")]
-    return pages.table(["step", *(f"{kinds[target]}: {name}" for target, name in shown)], lines)
+    return pages.table(["step", *(f"{target}: {name}" for target, name in shown)], lines)
 
 
 def _cell(row: Row | None, name: str) -> str:
@@ -126,22 +127,22 @@ def _each(rows: list[Row], field: str) -> list[str]:
 
 def page(rows: list[Row], name: str) -> str:
     """A table a section, with a column a target."""
-    kinds = {row["target"]: row["device_kind"] for row in rows}
+    kinds = "; ".join(f"{row['target']}: {row['device_kind']}" for row in {row["target"]: row for row in rows}.values())
     good = sum("error" not in row for row in rows)
     talking = sum(row.get("to_host", 0) > 0 for row in rows)
     head = f"""# Compiled for accelerators, not run
 
 Peak memory of the train step as one program, in MB and in copies of the parameters, as the compilers of XLA for these
-devices plan it: arguments, results and temporaries, those that are donated counted once. Kernels are what the device
-has to start for a step without a mask update; convolutions, those among them, are a third each for outputs, inputs and
-kernels. None of these devices was at hand: **nothing was run there, and nothing is said of time or accuracy.**
+devices plan it: arguments, results and temporaries, those that are donated counted once. Kernels are what a GPU has to
+start for a step without a mask update; convolutions are those among them, for outputs and for the gradients of inputs
+and of weights. None of these devices was at hand: **nothing was run there, and nothing is said of time or accuracy.**
 Convolutions may take more on a GPU than planned, as their algorithms are chosen by trying them out.
 Of {len(rows)} programs {good} compiled; {talking} send anything to the host.
 
-Compiled on: {pages.values(rows, "device")}; versions: {pages.values(rows, "versions")}; commits:
+{kinds}. Compiled on: {pages.values(rows, "device")}; versions: {pages.values(rows, "versions")}; commits:
 {pages.values(rows, "commit")}. Made by `python -m experiments.aot --target TARGET` from `{name}`."""
     sections = [(title, [row for row in rows if row["section"] == name]) for name, title in TITLES.items()]
-    tables = [f"## {title}\n\n{table(mine, kinds)}" for title, mine in sections if mine]
+    tables = [f"## {title}\n\n{table(mine)}" for title, mine in sections if mine]
     return "\n\n".join([head, *tables])
 
 
