@@ -28,6 +28,9 @@ Section = Literal[
 ]  # fmt: skip
 
 
+OF_OTHERS = ("throughput", "peak", "loop", "inference")  # Not of the ResNet-32: their rows name the network.
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Measures side by side, in turns, and prints medians with quartiles of the paired ratios."""
@@ -51,13 +54,14 @@ def main(arguments: Arguments) -> None:
     console = Console()
     config = Config(dataset="cifar10", model="resnet32", width=arguments.width, batch_size=arguments.batch_size)
     everything = _sections(arguments, config, console)
-    provenance = runs.provenance(config) | {"bench": {"rounds": arguments.rounds}}
+    measured = {"bench": {"rounds": arguments.rounds}}
     rows: list[dict[str, Any]] = []
     file = arguments.out / f"bench_{_device()}.jsonl"
     for section in arguments.sections:
         begin = time.perf_counter()
+        provenance = runs.environment() if section in OF_OTHERS else runs.provenance(config)
         for row in everything[section]():
-            rows.append(provenance | {"section": section} | row._asdict() | {"met": row.met})
+            rows.append(provenance | measured | {"section": section} | row._asdict() | {"met": row.met})
             console.print(f"{section}: {row.what} {row.value:.4g} {row.unit}  {row.detail}", soft_wrap=True)
         jsonl.write(file, _merged(file, rows))  # now, so that they outlast an interruption
         jax.clear_caches()
@@ -116,6 +120,8 @@ def _sections(arguments: Arguments, config: Config, console: Console) -> dict[st
 def _throughput(arguments: Arguments) -> Iterator[Row]:
     count = 1 if jax.default_backend() == "cpu" else 20  # an accelerator's steps queue up, as in training
     for model in arguments.models:
+        if models.MODELS[model].text:
+            raise ValueError(f"throughput is measured on images; {model} takes text.")
         large = models.MODELS[model].image_size == 224
         config = Config(dataset="imagenet2012" if large else "cifar10", model=model, batch_size=arguments.batch_size)
         yield from throughput.rows(config, arguments.formats, arguments.rounds, count)
@@ -166,9 +172,9 @@ def draw_growth(file: Path) -> None:
 
 
 def _merged(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of sections that were not run again stay."""
-    fresh = {row["section"] for row in rows}
-    return [row for row in jsonl.read(file) if row["section"] not in fresh] + rows
+    """What was not measured again stays."""
+    fresh = {(row["section"], row["what"]) for row in rows}
+    return [row for row in jsonl.read(file) if (row["section"], row["what"]) not in fresh] + rows
 
 
 def _device() -> str:

@@ -35,7 +35,9 @@ def held() -> Iterator[None]:
     finally:
         _held -= 1
         if not _held and _pending is not None:
-            stop, _pending = _pending, None
+            stop, _pending = _pending(), None
+            if (error := sys.exc_info()[1]) is not None:
+                stop.add_note(f"{type(error).__name__}: {error}")
             raise stop
 
 

@@ -1,12 +1,13 @@
 """Compiling for accelerators that are not there, with this machine's virtual devices in their place."""
 
 import json
+import re
 
 import jax
 import pytest
 
 from experiments import aot, report
-from experiments.benchmarks import peak, programs, targets
+from experiments.benchmarks import programs, targets
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def here(monkeypatch):
     """A target whose compiler is that of this machine, and a small network."""
     monkeypatch.setattr(targets, "devices", lambda target: jax.devices())
     monkeypatch.setattr(targets, "COMPILERS", {"h100": "jaxlib", "v5e": "jaxlib"})
-    monkeypatch.setattr(peak, "WIDTH", 64)
+    monkeypatch.setattr(programs, "WIDTH", 64)
 
 
 def test_a_row_a_program_and_a_page_of_them(here, tmp_path, capsys):
@@ -57,7 +58,20 @@ def test_a_program_that_is_refused_has_the_compilers_words():
     row |= {"versions": {}, "commit": "0"} | aot.compiled(programs.Program("x", Refused(), state, None))
     assert row["error"] == "out of memory in space hbm"
     assert "Of 1 programs 0 compiled" in aot.page([row], "x")
-    assert "| x | not compiled | not compiled | not compiled |" in aot.page([row], "x")
+    assert "\n| step | v5e: MB |\n|---|---|\n| x | not compiled |" in aot.page([row], "x")
+    compiled = row | {"peak_bytes": 3e6, "parameter_bytes": 2e6, "kernels": 9, "convolutions": 4}
+    del compiled["error"]
+    assert "\n| step | v5e: MB | v5e: copies |\n|---|---|---|\n| x | 3.0 | 1.50 |" in aot.page([row, compiled], "x")
+
+
+def test_what_takes_too_long_is_given_up_and_said(here, tmp_path):
+    file = tmp_path / "compiled.jsonl"
+    words = ["--sections", "sharded", "--rows", str(file), "--give-up"]
+    names = [program.what for program in programs.sharded(jax.devices())]
+    aot.main([*words, *names])
+    assert "Of 7 programs 0 compiled" in file.with_suffix(".md").read_text()
+    aot.main([*words, *names[1:]])  # what was given up is tried again
+    assert "Of 7 programs 1 compiled" in file.with_suffix(".md").read_text()
 
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
@@ -79,7 +93,17 @@ ENTRY %main (x: f32[2]) -> (f32[2], f32[]) {
   %both = (f32[2]{0}, f32[]) fusion(%x), kind=kInput, calls=%branch, metadata={op_name="jit(f)/add(x)"}
   %one = f32[2]{0} get-tuple-element(%both), index=0
   %conv = (f32[2]{0}, u8[9]{0}) custom-call(%one), custom_call_target="__cudnn$convForward"
+  %wait-start = (f32[2]{0}, f32[2]{0}) copy-start(%one)
+  %wait-done = f32[2]{0} copy-done(%wait-start), metadata={op_name="jit(callback)/copy"}
+  %kept = f32[2]{0} opt-barrier(%one)
   ROOT %t = (f32[2]{0}, f32[]) tuple(%one, %one)
 }
 """
-    assert aot.kernels(text) == 2
+    assert [line.split(" =")[0].strip() for line in aot.kernels(text)] == ["%both", "%conv", "%wait-start"]
+    assert len(re.findall(aot.TO_HOST, text)) == 0
+    for line in (
+        "  %s = (f32[2]{0}, u32[], token[]) send(%x, %token), channel_id=1, is_host_transfer=true",
+        '  %c = (f32[2]{0}) custom-call(%x), custom_call_target="xla_ffi_python_gpu_callback"',
+        "  %o = token[] outfeed(%x, %token)",
+    ):
+        assert len(re.findall(aot.TO_HOST, text + line)) == 1

@@ -15,8 +15,8 @@ from s2sam_jax import TrainState, make_train_step, methods, perturb, s2sam, spar
 WIDTH, DEPTH, EXAMPLES = 1800, 3, 8
 
 
-def mlp() -> Any:
-    return {f"layer{n}": {"kernel": jnp.ones((WIDTH, WIDTH)), "bias": jnp.zeros(WIDTH)} for n in range(DEPTH)}
+def mlp(width: int = WIDTH) -> Any:
+    return {f"layer{n}": {"kernel": jnp.ones((width, width)), "bias": jnp.zeros(width)} for n in range(DEPTH)}
 
 
 def loss_fn(params: Any, model_state: Any, x: jax.Array, key: jax.Array) -> Any:

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 from jax.experimental import topologies
 
 Target = Literal["h100", "v5e"]
-PACKAGES = {"h100": "cuda12", "v5e": "tpu"}  # extras of jax
-COMPILERS = {"h100": "jax-cuda12-plugin", "v5e": "libtpu"}
+EXTRAS = {"h100": "cuda12", "v5e": "tpu"}  # Of jax.
+COMPILERS = {"h100": "jax-cuda12-plugin", "v5e": "libtpu"}  # The packages that these bring.
 
 # What XLA asks of a device before it compiles for it: an H100 SXM of 80 GB under CUDA 12.9.
 H100 = """
@@ -39,7 +39,7 @@ def devices(target: Target) -> list[Any]:
     try:
         version(COMPILERS[target])
     except PackageNotFoundError as error:
-        extra = f"jax[{PACKAGES[target]}]"
+        extra = f"jax[{EXTRAS[target]}]"
         raise ValueError(
             f"{COMPILERS[target]} is not installed, with which XLA compiles for {target}: add --with '{extra}' to "
             f"uv run, or pip install '{extra}'."

@@ -1,4 +1,4 @@
-"""Images a second and peak memory of steps of SGD, S2-SAM and SAM, on noise: the paper's table without its data."""
+"""Images a second and peak memory of steps of SGD, S2-SAM and SAM under RigL, on noise: a table without its data."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def rows(config: Config, formats: Sequence[ComputeName], rounds: int, steps: int
     """Of a network, in each format of its products. The memory is XLA's figure of the step as one program."""
     for compute in formats:
         workload = Workload(config, compute=compute)
-        name = f"{config.model}, batch {config.batch_size}, {compute}"
+        name = f"{config.model}, RigL-ERK 90 %, batch {config.batch_size}, {compute}"
         runners, peaks = {}, {}
         for which in OPTIMIZERS:
             runners[which], peaks[which] = _runner(workload, which, steps)

@@ -24,8 +24,8 @@ def rounded_up(amount: Any) -> Any:
 
 
 def part(number: jax.Array, fraction: jax.typing.ArrayLike) -> jax.Array:
-    """``floor(fraction * number)`` of an int32, in float32; never more than all, which float32 may round up to."""
-    return jnp.minimum(rounded_down(number.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)), number)
+    """``floor(fraction * number)`` of an int32, in float32: none to all, more than which float32 may round up to."""
+    return jnp.clip(rounded_down(number.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)), 0, number)
 
 
 def kept(size: int, sparsity: float) -> int:

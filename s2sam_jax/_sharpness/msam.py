@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from s2sam_jax._base.arguments import check_non_negative
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.schedules import schedule
@@ -67,10 +68,11 @@ def msam(rho: ScalarOrSchedule = 0.3, *, eps: float = 1e-12) -> optax.GradientTr
       >>> print(perturb(params, state))
       [2.7 3.6]
     """
-    rho_at, eps_at = schedule(rho, "rho"), schedule(eps, "eps")
+    check_non_negative(eps, "eps")
+    rho_at = schedule(rho, "rho")
 
     def state_at(step) -> MSAMState:
-        return MSAMState(step, rho_at(step), eps_at(step))
+        return MSAMState(step, rho_at(step), jnp.array(eps, jnp.result_type(float)))
 
     def init_fn(params):
         del params

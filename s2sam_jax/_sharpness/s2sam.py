@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.arguments import check_compat, check_floating
+from s2sam_jax._base.arguments import check_compat, check_floating, check_non_negative
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.schedules import schedule
 from s2sam_jax._base.state_rule import Unmasked
@@ -94,13 +94,16 @@ def s2sam(
     """
     check_compat(compat)
     check_floating(grad_dtype, "grad_dtype")
-    rho_at, eps_at, eta_at = schedule(rho, "rho"), schedule(eps, "eps"), schedule(eta, "eta")
+    check_non_negative(eta, "eta")
+    check_non_negative(eps, "eps")
+    rho_at = schedule(rho, "rho")
     cubic = adaptive and compat == "authors"
 
     def state_at(step, length, last_grad) -> Any:
         """Every number anew, as ``inject_hyperparams`` may have changed any."""
         kept = Unmasked(last_grad) if perturb_pruned else last_grad
-        return S2SAMState(step, rho_at(step), eps_at(step), eta_at(step) if adaptive else None, length, kept)
+        added, offset = jnp.array(eps, jnp.result_type(float)), jnp.array(eta, jnp.result_type(float))
+        return S2SAMState(step, rho_at(step), added, offset if adaptive else None, length, kept)
 
     def init_fn(params):
         length = jnp.zeros((), jnp.result_type(float)) if cubic else None

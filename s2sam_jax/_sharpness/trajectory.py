@@ -32,7 +32,7 @@ def trajectory_loss(
       float[], the mean over all examples, in float32 or wider.
 
     Raises:
-      ValueError: for logits of different shapes, or a weight of another shape than ``[batch]``.
+      ValueError: for logits of different shapes, or a weight that does not broadcast to ``[batch]``.
 
     Reference:
       Du et al., "Sharpness-Aware Training for Free", NeurIPS 2022.

@@ -157,9 +157,9 @@ def chase(
     def counts(x: MaskInputs, live: jax.Array) -> tuple[jax.Array, jax.Array]:
         """How many weights to prune to and to grow to."""
         _, last = first_and_last(x, "chase")
-        budget = sum(planned_counts(x))
-        exploring = x.step < rounded_up(exploration_end * last)
-        more = rounded_down(cosine(extra, x.step, round(exploration_end * last)) * sparse_size(x))
+        budget, end = sum(planned_counts(x)), rounded_up(exploration_end * last)
+        exploring = x.step < end
+        more = rounded_down(cosine(extra, x.step, end) * sparse_size(x))
         fraction = cosine(drop_fraction, x.step, last, final_fraction)
         left = live - rounded_up(live.astype(jnp.float32) * fraction)
         return jnp.where(exploring, budget, jnp.minimum(budget, left)), budget + jnp.where(exploring, more, 0)
