@@ -2,9 +2,12 @@
 
 import json
 import re
+import types
+from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental import topologies
 
 from experiments import aot, report
 from experiments.benchmarks import programs, targets
@@ -107,3 +110,12 @@ ENTRY %main (x: f32[2]) -> (f32[2], f32[]) {
         "  %o = token[] outfeed(%x, %token)",
     ):
         assert len(re.findall(aot.TO_HOST, text + line)) == 1
+
+
+def test_the_guides_example_runs(monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "guide" / "devices.md").read_text()
+    code = page.partition("## Will it fit?")[2].partition("```python\n")[2].partition("```")[0]
+    topology = types.SimpleNamespace(devices=jax.devices())
+    monkeypatch.setattr(topologies, "get_topology_desc", lambda **options: topology)
+    exec(code, {})
+    assert "temp_size_in_bytes" in capsys.readouterr().out

@@ -200,7 +200,7 @@ def test_a_norm_sums_small_leaves_of_one_type_together():
     assert float(norm([])) == 0
 
 
-def test_a_norm_of_leaves_that_are_sharded_unlike_stacks_none_of_them():
+def test_a_norm_stacks_only_leaves_that_are_sharded_alike():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     leaves = [jnp.full((8, 8), value) for value in (1.0, 2.0, 3.0)]
     specs = (PartitionSpec("a"), PartitionSpec(None, "b"), PartitionSpec("a"))
