@@ -81,7 +81,7 @@ def make_train_step(
       fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
       freeze: whether to keep the state from before a step whose loss or update is not finite, at that step and all
         after it. ``False`` takes such a step, and ``first_bad_step`` alone tells: that saves the memory of the state
-        before, with S2-SAM about two copies of the parameters on CPU.
+        before, with S2-SAM one or two copies of the parameters.
       vmap: several networks at once, such as seeds: every leaf of state and batch has one more leading axis. All must
         be at the same step, as one clock on the host, on every backend, tells when masks are updated; in a ``lax.cond``
         under ``vmap`` every step would pay for it.
