@@ -19,6 +19,8 @@ def test_rows_of_another_network_stay(tmp_path):
 def test_throughput_is_images_by_the_second(monkeypatch):
     seconds = {"sgd": np.array([2.0, 4.0, 4.0]), "s2sam": np.array([4.0] * 3), "sam": np.array([8.0] * 3)}
     monkeypatch.setattr(throughput, "paired", lambda cases, rounds: seconds)
+    monkeypatch.setattr(throughput, "_runner", lambda *_: (lambda: None, 0))
+    monkeypatch.setattr(throughput, "perturbation", lambda *_: {"epsilon_cosine": 1.0})
     config = Config(dataset="cifar10", model="resnet8", width=2, batch_size=4)
     sgd, _, s2sam, _, sam, *_ = throughput.rows(config, ["float32"], rounds=3, steps=10)
     assert (sgd.value, sgd.low, sgd.high) == (10.0, 10.0, 15.0)
