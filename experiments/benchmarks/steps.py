@@ -1,6 +1,5 @@
 """Whole training steps: time, memory and compilation of S2-SAM, SAM and SSAM against SGD under RigL."""
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -36,8 +35,8 @@ def optimizer(name: str, *, sparse: bool = True, when: Every = masks.RARELY) -> 
 class Workload:
     """A network, its loss, and a batch of noise."""
 
-    def __init__(self, config: Config, **changes: Any):
-        self.config = config = dataclasses.replace(config, **changes)
+    def __init__(self, config: Config):
+        self.config = config
         self.network = tasks.build(config)
         self.loss_fn = tasks.losses(config, self.network).loss_fn
         kind, size = kinds.KINDS[config.dataset], models.MODELS[config.model].image_size or 32

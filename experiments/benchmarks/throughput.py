@@ -1,5 +1,6 @@
 """Images a second and peak memory of steps of SGD, S2-SAM and SAM under RigL, on noise: a table without its data."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ OPTIMIZERS = ("sgd", "s2sam", "sam")
 def rows(config: Config, formats: Sequence[ComputeName], rounds: int, steps: int) -> Iterator[Row]:
     """Of a network, in each format of its products. The memory is XLA's figure of the step as one program."""
     for compute in formats:
-        workload = Workload(config, compute=compute)
+        workload = Workload(dataclasses.replace(config, compute=compute))
         name = f"{config.model}, RigL-ERK 90 %, batch {config.batch_size}, {compute}"
         runners, peaks = {}, {}
         for which in OPTIMIZERS:

@@ -116,9 +116,7 @@ def build(
         _check_widths(name, widths, nnx.eval_shape(lambda: make({})))
     model = make(widths or {})
     if precision is not None:
-        for _, module in nnx.iter_modules(model):
-            if hasattr(module, "precision"):
-                setattr(module, "precision", precision)  # noqa: B010, as not every module has it
+        model.set_attributes(precision=precision)
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     has_dropout = any(isinstance(module, nnx.Dropout) for _, module in nnx.iter_modules(model))
 

@@ -10,6 +10,8 @@ NUMBERS = (int, float, np.integer, np.floating)
 
 
 def check_non_negative(value: Any, name: str) -> None:
+    if isinstance(value, str):  # which jnp.array would read
+        raise TypeError(f"{name} must be a number or a schedule; got {value!r}.")
     if isinstance(value, NUMBERS) and not value >= 0:
         raise ValueError(f"{name} must be a number >= 0 or a schedule; got {value!r}.")
 

@@ -1,6 +1,7 @@
 """Whole numbers out of fractions: rounding errors must not cost one."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,9 +24,9 @@ def rounded_up(amount: Any) -> Any:
     return jnp.ceil(amount - _slack(amount)).astype(jnp.int32)
 
 
-def part(number: jax.Array, fraction: jax.typing.ArrayLike) -> jax.Array:
-    """``floor(fraction * number)`` of an int32, in float32: none to all, more than which float32 may round up to."""
-    return jnp.clip(rounded_down(number.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)), 0, number)
+def part(number: jax.Array, fraction: jax.typing.ArrayLike, rounded: Callable[[Any], Any] = rounded_down) -> jax.Array:
+    """A fraction of an int32, in float32: none to all, more than which float32 may round up to."""
+    return jnp.clip(rounded(number.astype(jnp.float32) * jnp.asarray(fraction, jnp.float32)), 0, number)
 
 
 def kept(size: int, sparsity: float) -> int:

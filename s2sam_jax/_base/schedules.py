@@ -12,8 +12,6 @@ from s2sam_jax._base.arguments import check_non_negative
 def schedule(value: float | jax.Array | Callable[[jax.Array], Any], name: str) -> Callable[[jax.Array], jax.Array]:
     """A scalar or a schedule as a function of the step, in the default float type."""
     if not callable(value):
-        if isinstance(value, str):  # which jnp.array would read
-            raise TypeError(f"{name} must be a number or a schedule; got {value!r}.")
         check_non_negative(value, name)
     return lambda step: jnp.array(value(step) if callable(value) else value, jnp.result_type(float))
 

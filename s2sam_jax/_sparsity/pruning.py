@@ -1,11 +1,14 @@
 """The pieces that methods which rank all leaves together are made of."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from s2sam_jax._base.select import keep_best
+from s2sam_jax._base.tree import at_least_f32
 from s2sam_jax._base.types import MaskInputs, Masks, MaskUpdate
 from s2sam_jax._sparsity.distributions import Prunable, is_kernel, same_everywhere
 from s2sam_jax._sparsity.growth import global_count, replace_sparse, sparse_leaves
@@ -26,6 +29,20 @@ def keep_largest(x: MaskInputs, scores: Any, count: int | jax.Array, keep_at_lea
         return x.masks
     at_least = [min(keep_at_least, s.size) for s in ranked]
     return replace_sparse(x, x.masks, keep_best(ranked, count, at_least, live))
+
+
+def saliency(weight: jax.Array, slope: jax.Array) -> jax.Array:
+    """Their product in float32 or wider: those of float16 underflow, and ties are settled by the order of weights."""
+    return at_least_f32(weight) * at_least_f32(slope)
+
+
+def summed(trees: Iterable[Any]) -> Any:
+    """In float32 or wider: in bfloat16 many small trees would be lost beside their sum. ``None`` if there are none."""
+    total = None
+    for tree in trees:
+        tree = jax.tree.map(at_least_f32, tree)
+        total = tree if total is None else optax.tree.add(total, tree)
+    return total
 
 
 def one_shot_skip(x: MaskInputs, masks: Masks) -> bool | jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.arguments import check_fractions, check_sparsity
-from s2sam_jax._base.counts import rounded_down, rounded_up
+from s2sam_jax._base.counts import part, rounded_down, rounded_up
 from s2sam_jax._base.schedules import cosine
 from s2sam_jax._base.select import keep_best, ones, select
 from s2sam_jax._base.types import Compat, MaskInputs, MaskUpdate, SparseMethod
@@ -161,7 +161,7 @@ def chase(
         exploring = x.step < end
         more = rounded_down(cosine(extra, x.step, end) * sparse_size(x))
         fraction = cosine(drop_fraction, x.step, last, final_fraction)
-        left = live - rounded_up(live.astype(jnp.float32) * fraction)
+        left = live - part(live, fraction, rounded_up)
         return jnp.where(exploring, budget, jnp.minimum(budget, left)), budget + jnp.where(exploring, more, 0)
 
     def update(x: MaskInputs, state: ChaseState) -> MaskUpdate:

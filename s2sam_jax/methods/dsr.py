@@ -46,7 +46,8 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
       >>> print(tx.init({"kernel": jnp.ones((1000, 1000))}).nnz)
       [100000]
     """
-    if not (0 < target < 1 if isinstance(target, float | np.floating) else target >= 1):
+    is_fraction = isinstance(target, float | np.floating)
+    if not (0 < target < 1 if is_fraction else target >= 1):
         raise ValueError(f"dsr needs a target count >= 1, or a fraction of the live weights in (0, 1); got {target}.")
     if threshold <= 0:
         raise ValueError(f"dsr needs threshold > 0; got {threshold}.")
@@ -78,7 +79,7 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
         scores = [s - m.astype(s.dtype) for s, m in zip(random_scores(score_key, magnitudes), old, strict=True)]
         masks = grow(x, keep, list(grown), scores)
 
-        wanted = target * jnp.sum(live.astype(jnp.float32)) if isinstance(target, float | np.floating) else target
+        wanted = target * jnp.sum(live.astype(jnp.float32)) if is_fraction else target
         return MaskUpdate(masks, _adapt(state, jnp.sum(pruned).astype(jnp.float32) / wanted))
 
     return SparseMethod(init=init, update=update, invariant="total")

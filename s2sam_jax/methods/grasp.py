@@ -1,7 +1,6 @@
 """GraSP: prune before training, keeping what carries the gradient flow."""
 
 from collections.abc import Callable, Iterable
-from functools import reduce
 from typing import Any
 
 import jax
@@ -9,10 +8,9 @@ import optax
 
 from s2sam_jax._base.clock import Every
 from s2sam_jax._base.optax_wrappers import check_nothing_hidden
-from s2sam_jax._base.tree import at_least_f32
 from s2sam_jax._base.types import GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.growth import global_count
-from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip
+from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip, saliency, summed
 
 
 def grasp(*, keep_at_least: int = 0) -> SparseMethod:
@@ -63,7 +61,7 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
             )
         check_nothing_hidden(x.params, "grasp", "sparsify(prunable=...) keeps leaves dense.")
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), x.grads, x.params)
-        scores = jax.tree.map(_flow, x.params, _hvp(x.grad_fn, x.params, grads))
+        scores = jax.tree.map(saliency, x.params, _hvp(x.grad_fn, x.params, grads))
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
         return MaskUpdate(masks, state, skip=one_shot_skip(x, masks))
 
@@ -118,19 +116,9 @@ def grasp_scores(
 
     gradient = jax.jit(jax.grad(loss_fn))
     product = jax.jit(lambda p, g, inputs, labels: _hvp(lambda q: jax.grad(loss_fn)(q, inputs, labels), p, g))
-    grads = optax.tree.cast_like(_sum(gradient(params, *batch) for batch in batches), params)
-    return jax.tree.map(_flow, params, _sum(product(params, grads, *batch) for batch in batches))
-
-
-def _flow(weight: jax.Array, product: jax.Array) -> jax.Array:
-    """In float32 or wider: products of float16 underflow, and ties are settled by the order of the weights."""
-    return at_least_f32(weight) * at_least_f32(product)
+    grads = optax.tree.cast_like(summed(gradient(params, *batch) for batch in batches), params)
+    return jax.tree.map(saliency, params, summed(product(params, grads, *batch) for batch in batches))
 
 
 def _hvp(grad_fn: GradFn, params: Params, vector: Params) -> Params:
     return jax.jvp(grad_fn, (params,), (vector,))[1]
-
-
-def _sum(trees: Iterable[Params]) -> Params:
-    """In float32 or wider: in bfloat16 many small trees would be lost beside their sum."""
-    return reduce(optax.tree.add, (jax.tree.map(at_least_f32, tree) for tree in trees))

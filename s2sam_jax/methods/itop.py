@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.arguments import check_fractions
-from s2sam_jax._base.counts import rounded_up
+from s2sam_jax._base.counts import part, rounded_up
 from s2sam_jax._base.schedules import cosine
 from s2sam_jax._base.select import random_scores
 from s2sam_jax._base.tree import find_states
@@ -76,7 +76,7 @@ def itop(
 
     def update(x: MaskInputs, state: ITOPState) -> MaskUpdate:
         fraction = cosine(drop_fraction, x.step, first_and_last(x, "itop")[1], final_fraction)
-        moved = [jnp.minimum(rounded_up(n.astype(jnp.float32) * fraction), n) for n in sparse_leaves(x, x.nnz)]
+        moved = [part(n, fraction, rounded_up) for n in sparse_leaves(x, x.nnz)]
         if growth == "random":
             scores = random_scores(x.key, sparse_leaves(x, x.params))
         else:

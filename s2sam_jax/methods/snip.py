@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.clock import Every
-from s2sam_jax._base.tree import at_least_f32
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.growth import global_count
-from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip
+from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip, saliency, summed
 
 
 def snip(*, keep_at_least: int = 0) -> SparseMethod:
@@ -49,7 +48,7 @@ def snip(*, keep_at_least: int = 0) -> SparseMethod:
         raise ValueError(f"snip needs keep_at_least >= 0; got {keep_at_least}.")
 
     def update(x: MaskInputs, state: Any) -> MaskUpdate:
-        scores = jax.tree.map(_sensitivity, x.params, x.grads)
+        scores = jax.tree.map(lambda w, g: jnp.abs(saliency(w, g)), x.params, x.grads)
         masks = keep_largest(x, scores, global_count(x), keep_at_least)
         return MaskUpdate(masks, state, skip=one_shot_skip(x, masks))
 
@@ -81,15 +80,8 @@ def snip_scores(loss_fn: Callable[[Params, Any], jax.Array], params: Params, bat
       >>> print(methods.snip_scores(lambda w, x: jnp.dot(w, x), jnp.array([0.5, -2.0]), [jnp.array([4.0, 3.0])]))
       [2. 6.]
     """
-    grad_fn, total = jax.jit(jax.grad(loss_fn)), None
-    for batch in batches:
-        grads = jax.tree.map(at_least_f32, grad_fn(params, batch))  # many small ones would be lost beside their sum
-        total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+    grad_fn = jax.jit(jax.grad(loss_fn))
+    total = summed(grad_fn(params, batch) for batch in batches)
     if total is None:
         raise ValueError("snip_scores needs at least one batch; got none.")
-    return jax.tree.map(_sensitivity, params, total)
-
-
-def _sensitivity(weight: jax.Array, grad: jax.Array) -> jax.Array:
-    """In float32 or wider: products of float16 underflow, and ties are settled by the order of the weights."""
-    return jnp.abs(at_least_f32(weight) * at_least_f32(grad))
+    return jax.tree.map(lambda w, g: jnp.abs(saliency(w, g)), params, total)
