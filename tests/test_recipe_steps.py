@@ -130,8 +130,8 @@ def test_a_batch_has_the_shape_of_its_data(dataset, shape):
     assert images.shape == (2, 32, 32, 3)
 
 
-def test_only_sizes_and_warm_up_are_changed():
-    sizes = {"width", "image_size", "vocabulary", "max_length", "batch_size", "warmup_epochs"}
+def test_only_sizes_warm_up_and_what_grasp_is_scored_on_are_changed():
+    sizes = {"width", "image_size", "vocabulary", "max_length", "batch_size", "warmup_epochs", "images_per_class"}
     for name in narrow_steps.combinations().values():
         full = recipes.get(name).config
         narrow = narrow_steps.narrowed(full)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import jax
 
 from experiments.config import structures
-from experiments.config.readers import READ_BY
+from experiments.config.readers import IN_MEMORY, READ_BY
 from experiments.config.variants import ROUNDS, method_names
 
 DatasetName = Literal["digits", "cifar10", "cifar100", "imagenet2012", "wmt14"]
@@ -37,7 +37,7 @@ _NOT_HASHED = ("data", "out", "eval_every", "checkpoint_every", "seed")
 _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("at least 1", lambda x: x >= 1, (
         "width", "image_size", "vocabulary", "max_length", "epochs", "batch_size", "accumulate", "sharpness_parts",
-        "looksam_every", "eval_every", "checkpoint_every", "rounds",
+        "looksam_every", "eval_every", "checkpoint_every", "rounds", "images_per_class",
     )),
     ("at least 0", lambda x: x >= 0, (
         "rho", "eta", "alpha", "learning_rate", "final_learning_rate", "warmup_epochs", "weight_decay", "rewind_epochs",
@@ -95,6 +95,7 @@ class Config:
     prune_fraction: float | None = None  # Of the remaining weights, a round of lottery and lrr; default: 0.2.
     channel_sparsity: float | None = None  # Fraction of channels that chase removes; default: 0.5.
     explore: float | None = None  # Fraction of channels that chex explores at first; default: 0.2.
+    images_per_class: int | None = None  # Score grasp on so many before training; default: on its first batch.
     rounds: int | None = None  # Prunings of lottery and lrr; default: as many as the sparsity takes.
     rewind_epochs: float = 0.0  # The point in training that lottery and lrr go back to.
 
@@ -127,9 +128,12 @@ class Config:
         if self.method in ROUNDS:
             prune = self.prune_fraction
             _check(prune is None or 0 < prune < 1, "prune_fraction", "in (0, 1)", prune)
+        if self.method == "grasp" and self.images_per_class is not None:
+            _check(self.dataset in IN_MEMORY, "images_per_class", f"left out for {self.dataset}", self.images_per_class)
+            _check(self.structure == "unstructured", "structure", "unstructured with images_per_class", self.structure)
         for name in ("validation", "label_noise"):
-            streamed = self.dataset in ("imagenet2012", "wmt14")
-            _check(not (getattr(self, name) and streamed), name, f"0 for {self.dataset}", getattr(self, name))
+            value = getattr(self, name)
+            _check(not value or self.dataset in IN_MEMORY, name, f"0 for {self.dataset}", value)
         structures.parse(self.structure)
 
     def _check_names(self):

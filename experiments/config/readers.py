@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from experiments.config.variants import ONE_SHOT, ROUNDS, in_library
 
+IN_MEMORY = ("digits", "cifar10", "cifar100")  # The other data sets are streamed from disk.
+
 
 class Readers(NamedTuple):
     """Runs whose field has one of these names, or with ``others`` none of them; a method stands for its variants."""
@@ -25,7 +27,7 @@ class Readers(NamedTuple):
 # What a run does not read does not tell it from another one.
 READ_BY: tuple[tuple[Readers, tuple[str, ...]], ...] = (
     (Readers("dataset", ("digits",), others=True), ("data",)),
-    (Readers("dataset", ("digits", "cifar10", "cifar100")), ("subset",)),
+    (Readers("dataset", IN_MEMORY), ("subset",)),
     (Readers("dataset", ("wmt14",)), ("vocabulary", "max_length")),
     (Readers("dataset", ("wmt14",), others=True), ("cutout",)),
     (Readers("dataset", ("imagenet2012",)), ("image_size",)),
@@ -43,6 +45,7 @@ READ_BY: tuple[tuple[Readers, tuple[str, ...]], ...] = (
     (Readers("method", ROUNDS), ("prune_fraction", "rounds", "rewind_epochs")),
     (Readers("method", ("chase",)), ("channel_sparsity",)),
     (Readers("method", ("chex",)), ("explore",)),
+    (Readers("method", ("grasp",)), ("images_per_class",)),
     (Readers("schedule", ("cosine",)), ("final_learning_rate",)),
     (Readers("base", ("sgd",)), ("nesterov",)),
 )

@@ -42,7 +42,7 @@ def combinations(names: tuple[str, ...] = ()) -> dict[Key, str]:
 
 
 def narrowed(config: Config) -> Config:
-    """A quarter of the width. Without the warm-up, in whose first step no weight would move."""
+    """A quarter of the width. No warm-up, in whose first step no weight would move; GraSP is scored at the first."""
     return dataclasses.replace(
         config,
         width=models.MODELS[config.model].width // 4,
@@ -51,6 +51,7 @@ def narrowed(config: Config) -> Config:
         max_length=8,
         batch_size=4,
         warmup_epochs=0.0,
+        images_per_class=None,
     )
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from experiments import sharding
 from experiments.config import Config
-from experiments.datasets import in_memory, kinds
+from experiments.datasets import in_memory, kinds, transforms
 from experiments.datasets.in_memory import Dataset
 from experiments.models import Network
 from experiments.tasks import images
@@ -63,6 +63,24 @@ class Task:
 
     def examples(self) -> Iterator[tuple[Any, jax.Array, jax.Array]]:
         return images.examples(self._test, kinds.KINDS[self._config.dataset])
+
+    def of_each_class(self, count: int) -> list[tuple[jax.Array, jax.Array]]:
+        """So many training images of each class, ready for the network, and labels; half of the classes are a batch.
+
+        Raises:
+          ValueError: when a class has fewer.
+        """
+        kind, labels = kinds.KINDS[self._config.dataset], np.asarray(self._dataset.train_labels)
+        order = self.order(0).ravel()
+        found = [order[labels[order] == name][:count] for name in range(kind.classes)]
+        if few := [f"{len(rows)} of class {name}" for name, rows in enumerate(found) if len(rows) < count]:
+            raise ValueError(f"images_per_class={count} is more than there are to train on: {', '.join(few)}.")
+        batches = []
+        for number, rows in enumerate(np.array_split(np.stack(found), 2)):
+            images, targets = _take(self._dataset.train_images, self._dataset.train_labels, rows.ravel())
+            key = jax.random.fold_in(self._config.key("of each class"), number)
+            batches.append((transforms.normalise(transforms.augment(key, images, kind), kind), targets))
+        return batches
 
     def batches(self, number: int) -> Iterator[Any]:
         return batches_of(self._dataset, self.order(number), self.mesh)

@@ -15,8 +15,9 @@ from experiments.tasks import images
 from experiments.tasks.base import Epoch, Losses, Reporter, Step, Task, run_epoch
 from experiments.training import optimizers
 from experiments.training.checkpoint import Checkpoints
+from experiments.training.grasp import ScoredMasks, scored_masks
 from experiments.training.record import Record
-from s2sam_jax import TrainState, checked, eval_params, make_train_step
+from s2sam_jax import TrainState, apply_masks, checked, eval_params, make_train_step, set_masks
 
 
 def initial_state(
@@ -25,18 +26,35 @@ def initial_state(
     tx: optax.GradientTransformation,
     start: TrainState | None = None,
     mesh: Mesh | None = None,
+    scored_masks: ScoredMasks | None = None,
 ) -> TrainState:
-    """Fresh, or with the weights and statistics of ``start``; each leaf is made where it is to lie."""
+    """Fresh, or with the weights and statistics of ``start``; each leaf is made where it is to lie.
+
+    With ``scored_masks`` the masks are what it gives for these weights, in place of the method's first ones.
+    """
     weights = network.params, network.model_state
     if start is not None:
         weights = eval_params(start.params, start.opt_state), start.model_state
 
-    def create(params: Any, model_state: Any) -> TrainState:
-        return TrainState.create(params, tx, model_state=model_state, seed=config.key("train"))
+    masks = None if scored_masks is None else scored_masks(*weights)
 
-    mesh = mesh or sharding.make_mesh()
-    shardings = sharding.of_state(mesh, jax.eval_shape(create, *weights))
-    return jax.jit(create, out_shardings=shardings)(*sharding.put(weights, sharding.replicated(mesh)))
+    def create(params: Any, model_state: Any, masks: Any) -> TrainState:
+        state = TrainState.create(params, tx, model_state=model_state, seed=config.key("train"))
+        if masks is None:
+            return state
+        opt_state = set_masks(state.opt_state, masks)
+        return state._replace(params=apply_masks(params, opt_state), opt_state=opt_state)
+
+    mesh, given = mesh or sharding.make_mesh(), (*weights, masks)
+    shardings = sharding.of_state(mesh, jax.eval_shape(create, *given))
+    return jax.jit(create, out_shardings=shardings)(*sharding.put(given, sharding.replicated(mesh)))
+
+
+def first_state(
+    config: Config, task: Task, tx: optax.GradientTransformation, start: TrainState | None = None
+) -> TrainState:
+    """Of a training, on the devices of its task."""
+    return initial_state(config, task.network, tx, start, task.mesh, scored_masks(config, task))
 
 
 def train_step(config: Config, losses: Losses, tx: optax.GradientTransformation, **options: Any) -> Any:
@@ -73,7 +91,7 @@ def train(
     record = Record(config, task, reporter, checkpoints)
     tx = optimizers.make(config, task.steps_per_epoch, task.network.groups)
     state = record.begin(
-        lambda: initial_state(config, task.network, tx, start, task.mesh),
+        lambda: first_state(config, task, tx, start),
         max(checkpoints.epochs, default=None) if checkpoints else None,
     )
     placed = sharding.of_state(task.mesh, state)

@@ -39,7 +39,7 @@ def train(
     groups = tasks[0].network.groups
     txs = [optimizers.make(config, tasks[0].steps_per_epoch, groups) for config in configs]
     states = [
-        record.begin(lambda c=config, t=task, tx=tx: loop.initial_state(c, t.network, tx, start), epoch)
+        record.begin(lambda c=config, t=task, tx=tx: loop.first_state(c, t, tx, start), epoch)
         for config, task, tx, record in zip(configs, tasks, txs, records, strict=True)
     ]
     # Seeds are in the states: the step is the same whichever config it is made from.
