@@ -1,5 +1,6 @@
 """checked: a clean run passes and is the same bit by bit; every seeded fault is found and named with its leaf."""
 
+import contextlib
 import gc
 import os
 import re
@@ -17,6 +18,7 @@ from experiments.training import loop
 from experiments.training.checkpoint import Checkpoints
 from s2sam_jax import (
     Every,
+    SparseState,
     TrainState,
     apply_masks,
     check_masks,
@@ -35,6 +37,7 @@ from s2sam_jax import (
     sparsify,
     ssam,
 )
+from s2sam_jax._base.tree import find_states
 
 # Without its fusion emitters XLA fuses multiplying and adding as it happens.
 AS_USUAL = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
@@ -85,6 +88,11 @@ def loss(params, batch):
 def sparse_start(tx, params):
     state = tx.init(params)
     return apply_masks(params, state), state
+
+
+def start(tx):
+    params = one_leaf()
+    return sparse_start(tx, params) if find_states(tx.init(params), SparseState) else (params, tx.init(params))
 
 
 def stepper(tx, perturbs):
@@ -173,6 +181,48 @@ def test_behind_a_mask_a_gradient_may_be_anything():
     error, (updates, _) = jax.jit(checkify.checkify(tx.update))(grads, state, params)
     error.throw()
     assert np.isfinite(updates["kernel"]).all()
+
+
+IN_FRONT = {
+    "decay": optax.add_decayed_weights(0.01),
+    "clip": optax.clip(1e-3),
+    "centralize": optax.centralize(),
+    "clip_by_global_norm": optax.clip_by_global_norm(1e-3),
+    "scale": optax.scale(0.3),
+}
+
+
+@pytest.mark.parametrize("sparse", [static, rigl, lambda tx: tx], ids=["static", "rigl", "dense"])
+@pytest.mark.parametrize("name", IN_FRONT)
+def test_what_turns_the_gradient_in_front_of_s2sam_is_found(name, sparse):
+    """What only stretches it is not, as S2-SAM takes its direction."""
+    tx = sparse(optax.chain(IN_FRONT[name], s2sam(0.1), SGD))
+    step = jax.jit(checkify.checkify(stepper(checked(tx), perturbs=True)))
+    error, _ = step(*start(tx), BATCHES[0], 0.0)
+    found = "checked found an s2sam that does not come first:\n  kernel: s2sam has remembered a direction that differs"
+    turned = pytest.raises(checkify.JaxRuntimeError, match=found)
+    with contextlib.nullcontext() if name in ("clip_by_global_norm", "scale") else turned:
+        error.throw()
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(s2sam(0.1), optax.add_decayed_weights(0.1), optax.clip(0.01), SGD),
+        rigl(optax.chain(s2sam(0.1, grad_dtype=jnp.bfloat16), SGD)),
+        static(optax.chain(s2sam(0.1, perturb_pruned=True), SGD), mask_grads=False),
+        optax.MultiSteps(static(optax.chain(s2sam(0.1), SGD)), 2).gradient_transformation(),
+        optax.apply_if_finite(rigl(optax.chain(s2sam(0.1), SGD)), 2),
+        optax.multi_transform({"on": optax.chain(s2sam(0.1), SGD), "off": SGD}, {"kernel": "on"}),
+    ],
+    ids=["behind", "bfloat16", "dense_memory", "MultiSteps", "apply_if_finite", "multi_transform"],
+)
+def test_an_s2sam_that_comes_first_is_no_fault(tx):
+    run = jax.jit(checkify.checkify(stepper(checked(tx), perturbs=True)))
+    held = start(tx)
+    for batch in BATCHES:
+        error, held = run(*held, batch, 0.0)
+        error.throw()
 
 
 def test_in_other_wrappers_and_transformations():

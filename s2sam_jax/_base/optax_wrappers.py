@@ -10,6 +10,12 @@ from s2sam_jax._base.tree import find_states
 
 # Wrappers that hold gradients back, which s2sam must not remember.
 HOLDING_BACK = ((optax.MultiStepsState, "optax.MultiSteps"), (optax.ApplyIfFiniteState, "optax.apply_if_finite"))
+# Wrappers inside of which calls and updates differ.
+SKIPPING = (
+    *(kind for kind, _ in HOLDING_BACK),
+    optax.transforms.ConditionallyTransformState,
+    optax.transforms.ConditionallyMaskState,
+)
 
 
 def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -110,7 +110,7 @@ def _check_order(opt_state: Any) -> None:
 
 
 def _check_first(opt_state: Any) -> None:
-    """An s2sam behind an optimizer would remember updates in place of gradients. Clipping and decay leave no trace."""
+    """Behind an optimizer s2sam would remember updates in place of gradients. Decay and clipping leave no trace."""
     for chain in _chains(opt_state):
         states = [find_states(part, S2SAMState) for part in chain]
         place = next((i for i, found in enumerate(states) if found), 0)

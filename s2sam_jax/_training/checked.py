@@ -11,12 +11,12 @@ import optax
 from jax.experimental import checkify
 
 from s2sam_jax._base.masks import SparseState, get_masks
-from s2sam_jax._base.optax_wrappers import check_state_of_tx, with_extra_args
-from s2sam_jax._base.state_rule import mask_mirrored
+from s2sam_jax._base.optax_wrappers import SKIPPING, check_state_of_tx, with_extra_args
+from s2sam_jax._base.state_rule import Unmasked, mask_mirrored
 from s2sam_jax._base.tree import at_least_f32, by_name, check_same_leaves, find_states, map_states, masked, norm, scalar
 from s2sam_jax._base.types import GradFn, Params
 from s2sam_jax._sharpness.perturb import perturb, perturbations, perturbing
-from s2sam_jax._sharpness.s2sam import S2SAMState
+from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
 from s2sam_jax._sparsity.mask_checks import Fault, not_finite, sparse_faults
 
 
@@ -46,8 +46,9 @@ def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     * where the gradient was taken: if the state perturbs and ``grad_fn`` is among the extra arguments, it is the
       gradient at ``perturb(params, opt_state)``, each leaf up to the norm of the whole times the square root of its
       dtype's precision. This costs a gradient a step; ``grad_fn`` must be of the same batch and random numbers;
-    * what comes out: masks, weights and the last gradient as above, a finite update; and no optimizer state off the
-      masks that went in there, unless updates leave such behind (Adamax's epsilon, ``mask_grads=False``).
+    * what comes out: masks, weights and the last gradient as above, a finite update; what :func:`s2sam` remembers has
+      the direction of the gradient, which decay or clipping in front of it would change; and no optimizer state off
+      the masks that went in there, unless updates leave such behind (Adamax's epsilon, ``mask_grads=False``).
 
     All else costs a few passes over parameters and state. A loss or gradient that is not finite is not reported
     around ``optax.apply_if_finite``, which handles it; ``make_train_step`` still freezes at one elsewhere, unless told
@@ -84,8 +85,10 @@ def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
             wrong_point = "a gradient that was not taken at perturb(params, opt_state), or a grad_fn of another batch"
             _check(wrong_point, _deviations(updates, state, params, grad_fn), operator.le)
         steps, new_state = optimizer.update(updates, state, params, **extra_args)
+        due = _due(state, extra_args.get("refresh_masks"))
         _check("after the update", _after(steps, new_state, params))
-        _check("state that no update leaves", _left_over(state, new_state, extra_args.get("refresh_masks")))
+        _check("an s2sam that does not come first", _remembered(updates, new_state, params, due), operator.le)
+        _check("state that no update leaves", _left_over(state, new_state, due))
         return steps, new_state
 
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
@@ -181,15 +184,38 @@ def _deviations(grads: Params, opt_state: Any, params: Params, grad_fn: GradFn) 
         yield Fault(path, text, deviation, length * float(jnp.finfo(grad.dtype).eps) ** 0.5)
 
 
-def _left_over(before: Any, after: Any, refresh: bool | None) -> Iterator[Fault]:
+def _remembered(grads: Params, opt_state: Any, params: Params, due: jax.Array) -> Iterator[Fault]:
+    """By how much the direction that s2sam has stored is another than that of the gradient.
+
+    What changes the gradient in front of it, such as decay, shows nowhere else. Calls that change masks may skip it.
+    """
+    if find_states(opt_state, SKIPPING):
+        return
+    text = "s2sam has remembered a direction that differs by {}, where rounding explains {}; put it first in its chain"
+    for state in find_states(opt_state, S2SAMState):
+        stored = by_name(last_gradient(state))
+        given = by_name(grads) if isinstance(state.last_grad, Unmasked) else _live(grads, opt_state, params)
+        given = {path: given[path] for path in stored}
+        lengths = [jnp.where((length := norm(tree)) > 0, length, 1.0) for tree in (stored, given)]
+        for path, x in stored.items():
+            deviation = norm(at_least_f32(x) / lengths[0] - at_least_f32(given[path]) / lengths[1])
+            yield Fault(path, text, jnp.where(due, 0, deviation), float(jnp.finfo(x.dtype).eps) ** 0.5)
+
+
+def _due(before: Any, refresh: bool | None) -> jax.Array:
+    """Whether this call changes masks."""
+    sparse = find_states(before, SparseState)
+    return jnp.array([s.step >= s.next_update if refresh is None else refresh for s in sparse], bool).any()
+
+
+def _left_over(before: Any, after: Any, due: jax.Array) -> Iterator[Fault]:
     """State off the masks that has not come from an update.
 
     Some optimizers, and ``mask_grads=False``, leave something there: they do again. But what is there before an update
     and is not after it, was zeroed by ``sparsify`` and came from elsewhere, unless the masks have changed in between.
     """
-    sparse = find_states(before, SparseState)
-    due = jnp.array([s.step >= s.next_update if refresh is None else refresh for s in sparse], bool).any()
-    due |= jnp.array([s.step == 0 for s in sparse], bool).any()  # what init has left there is masked at the first call
+    # What init has left there is masked at the first call.
+    due |= jnp.array([s.step == 0 for s in find_states(before, SparseState)], bool).any()
     text = "{} entries of pruned weights were not zero; restore the whole state, or set_masks(opt_state, masks)"
     left = _off_masks(after)
     for name, number in _off_masks(before).items():

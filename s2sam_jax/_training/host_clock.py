@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from s2sam_jax._base.masks import SparseState
+from s2sam_jax._base.optax_wrappers import SKIPPING
 from s2sam_jax._base.tree import find_states, scalar
 from s2sam_jax._sharpness.looksam import LookSAMState
 from s2sam_jax._sharpness.ssam import SSAMState
@@ -28,13 +28,6 @@ class HostClock:
         (SparseState, "refresh_masks"),
         (SSAMState, "refresh_perturbation"),
         (LookSAMState, "refresh_sam"),
-    )
-
-    _SKIPPING = (
-        optax.MultiStepsState,
-        optax.ApplyIfFiniteState,
-        optax.transforms.ConditionallyTransformState,
-        optax.transforms.ConditionallyMaskState,
     )
 
     def __init__(self):
@@ -69,7 +62,7 @@ class HostClock:
     def _find(self, structure: Any) -> dict[str, Any]:
         """Which leaves the counts are, by the name of the flag; none where calls and updates may differ."""
         numbered = structure.unflatten(range(structure.num_leaves))
-        if find_states(numbered, self._SKIPPING):
+        if find_states(numbered, SKIPPING):
             return {}
         found = {name: find_states(numbered, kind) for kind, name in self._FLAGS}
         owners = {name: states[0] for name, states in found.items() if len(states) == 1}
