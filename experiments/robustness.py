@@ -116,7 +116,7 @@ def _cells(arguments: Arguments, config: Config, loaded: Any) -> Iterator[Cell]:
     folder, names = arguments.corrupted, arguments.corruptions
     if folder is None:
         clean = np.asarray(loaded.test_images), np.asarray(loaded.test_labels)
-        return corruptions.computed(*clean, BATCH, names=names)
+        return corruptions.computed(*clean, min(BATCH, len(clean[1])), names=names)
     if any(folder.glob("*.npy")):
         return corruptions.from_npy(folder, BATCH, names=names)
     return corruptions.from_tfds(f"{config.dataset}_corrupted", BATCH, folder, image_size=_size(config), names=names)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from prepared import encoded, image_features, write_tfds
+from prepared import encoded, image_features, small_evaluations, write_tfds
 from safetensors import safe_open
 
 from experiments import models, shrink, tasks, train

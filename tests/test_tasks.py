@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import toy
-from prepared import encoded, image_features, write_tfds
+from prepared import encoded, image_features, small_evaluations, write_tfds
 from shallow import shallow
 
 from experiments import evaluate, sharding, tasks, train
@@ -20,7 +20,8 @@ from experiments.tasks import arrays
 from experiments.training import loop, optimizers
 from s2sam_jax import TrainState
 
-__all__ = ["shallow"]
+__all__ = ["shallow", "small_evaluations"]
+pytestmark = pytest.mark.usefixtures("small_evaluations")
 
 
 def last_row(folder):

@@ -45,7 +45,8 @@ class Task:
         self.steps_per_epoch = examples // config.batch_size
         self.losses = losses(config, network)
         self._predict = images.predictor(network, kinds.KINDS[config.dataset])
-        batches = in_memory.eval_batches(dataset.test_images, dataset.test_labels, sharding.fill(mesh, EVAL_BATCH))
+        size = sharding.fill(mesh, min(EVAL_BATCH, len(dataset.test_labels)))
+        batches = in_memory.eval_batches(dataset.test_images, dataset.test_labels, size)
         self._test = [sharding.put(batch, sharding.of_batch(mesh)) for batch in batches]
 
     def order(self, number: int) -> np.ndarray:
