@@ -65,6 +65,27 @@ def test_set_masks_through_nnx_optimizer():
     check_masks(nnx.state(model, nnx.Param), optimizer.opt_state)
 
 
+def test_a_whole_nnx_model_is_perturbed_only_where_it_keeps_nothing_else():
+    """Its statistics and random counts would change in the copy alone: in silence, for a whole run."""
+    tx = optax.chain(s2sam(0.5), optax.sgd(0.1))
+
+    class Net(nnx.Module):
+        def __init__(self, *layers):
+            self.layers = nnx.List(layers)
+
+    def perturbed(model):
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+        return perturb(model, optimizer.opt_state)
+
+    linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    epsilon = np.asarray(perturbed(Net(linear)).layers[0].kernel[...] - linear.kernel[...])
+    np.testing.assert_allclose(epsilon, 0.5 / np.sqrt(6), rtol=1e-5)  # six gradients of one
+    for layer, name in ((nnx.BatchNorm(2, rngs=nnx.Rngs(0)), "mean"), (nnx.Dropout(0.5, rngs=nnx.Rngs(0)), "count")):
+        with pytest.raises(ValueError, match=rf"layers/1/\S*{name}(.|\n)*nnx.split"):
+            perturbed(Net(linear, layer))
+
+
 def test_what_is_no_moving_average_survives_recalibration():
     """A spectral norm's vector, and the factor that follows from it, beside a mean and a key."""
 
@@ -100,6 +121,27 @@ def test_grown_weights_start_as_their_optimizer_starts():
     grown = get_masks(state)["kernel"] & ~first
     assert int(grown.sum()) > 0
     assert float(jnp.abs(params["kernel"])[grown].min()) > 0.1
+
+
+@pytest.mark.parametrize("eta", [None, 0.01])
+def test_sam_takes_a_whole_model_of_which_some_leaves_have_no_gradient(eta):
+    """As ``eqx.filter_grad`` gives them, for functions, integers and frozen layers."""
+    model = {"act": jnp.tanh, "frozen": jnp.ones(3), "w": jnp.array([3.0, 4.0]), "n": jnp.arange(2)}
+    points = []
+
+    def grad_fn(at):
+        points.append(at)
+        return model | {"act": None, "frozen": None, "w": 2 * at["w"], "n": None}
+
+    tx = sam(0.5) if eta is None else sam(0.5, adaptive=True, eta=eta)
+    grads = {"act": None, "frozen": None, "w": jnp.array([1.0, 2.0]), "n": None}
+    updates, _ = tx.update(grads, tx.init(None), model, grad_fn=grad_fn)
+    w, g = np.array([3.0, 4.0]), np.array([1.0, 2.0])
+    scale = np.ones(2) if eta is None else w + eta
+    expected = w + 0.5 * scale**2 * g / np.linalg.norm(scale * g)
+    np.testing.assert_allclose(points[0]["w"], expected, rtol=1e-6)
+    np.testing.assert_allclose(updates["w"], 2 * expected, rtol=1e-6)
+    assert all(points[0][name] is model[name] for name in ("act", "frozen", "n"))
 
 
 def test_multisteps_as_an_object_keeps_extra_arguments():

@@ -51,10 +51,12 @@ def ascent_point(
     eps: jax.typing.ArrayLike,
     eta: jax.typing.ArrayLike | None = None,
 ) -> Params:
-    """The parameters moved by :func:`ascent`."""
+    """The parameters moved by :func:`ascent`. What has no gradient stays, as the functions in an Equinox model."""
     leaves, treedef = jax.tree.flatten(params)
-    epsilon = ascent(treedef.flatten_up_to(grads), leaves, rho=rho, eps=eps, eta=eta)
-    return treedef.unflatten([add(w, e) for w, e in zip(leaves, epsilon, strict=True)])
+    pairs = list(zip(leaves, treedef.flatten_up_to(grads), strict=True))
+    moving = [(w, g) for w, g in pairs if g is not None]
+    epsilon = iter(ascent([g for _, g in moving], [w for w, _ in moving], rho=rho, eps=eps, eta=eta))
+    return treedef.unflatten([w if g is None else add(w, next(epsilon)) for w, g in pairs])
 
 
 def perpendicular(tree: Params, to: Params) -> Params:

@@ -1,5 +1,6 @@
 """The point at which a loop takes its gradient, where the optimizer state alone decides it."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +39,8 @@ def perturb(params: Params, opt_state: Any) -> Params:
     Raises:
       ValueError: when there is no such state (silence would mean plain SGD), two states claim one leaf, a state belongs
         to another model, ``s2sam`` stands behind an optimizer in its chain, ``s2sam`` or ``msam`` stands outside
-        ``sparsify`` or beside ``MultiSteps`` or ``apply_if_finite``, or ``msam`` finds no momentum.
+        ``sparsify`` or beside ``MultiSteps`` or ``apply_if_finite``, ``msam`` finds no momentum, or ``params`` is a
+        model of Flax NNX with statistics or random counts, which a perturbed copy of it would keep to itself.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,10 +56,25 @@ def perturb(params: Params, opt_state: Any) -> Params:
             "msam() into the optimizer chain (sam and its variants perturb inside their update); if the state comes "
             "from a checkpoint, restore it into the structure of tx.init(params)."
         )
+    _check_no_copy_of_states(params)
     moved: dict[str, jax.Array] = {}
     for _, _, epsilon in perturbations(by_name(params), opt_state):
         moved |= epsilon
     return map_named(lambda path, param: add(param, moved[path]) if path in moved else param, params)
+
+
+def _check_no_copy_of_states(params: Params) -> None:
+    """What a model of Flax NNX keeps besides parameters would change in the perturbed copy, and be thrown away with it.
+
+    Flax is asked only where the caller has imported it.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(params, nnx.Module) and (kept := by_name(nnx.state(params, nnx.Not(nnx.Param)))):
+        raise ValueError(
+            f"perturb was given a whole nnx.Module and would return a copy: what is in {sorted(kept)} (statistics, "
+            "random counts) would change in the copy alone, never in your model. Split it by graph, params, rest = "
+            "nnx.split(model, nnx.Param, ...), perturb params, and bring rest back by nnx.update."
+        )
 
 
 def perturbing(opt_state: Any) -> list[S2SAMState | MSAMState]:
