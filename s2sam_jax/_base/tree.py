@@ -12,7 +12,7 @@ from s2sam_jax._base.types import Masks
 
 T = TypeVar("T")
 
-SMALL = 1 << 16  # entries; to stack large ones takes memory, and moves those that lie on devices unlike
+SMALL = 1 << 16  # entries; stacking large leaves takes memory, and moves data between devices if their shardings differ
 NNX_VALUE = jax.tree_util.GetAttrKey("value")
 
 
