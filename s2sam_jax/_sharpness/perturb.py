@@ -36,9 +36,9 @@ def perturb(params: Params, opt_state: Any) -> Params:
       The perturbed parameters, in the parameters' structure and dtypes.
 
     Raises:
-      ValueError: when there is no such state (silence would mean plain SGD), two states claim one leaf, a state belongs
-        to another model, ``s2sam`` stands behind an optimizer in its chain, ``s2sam`` or ``msam`` stands outside
-        ``sparsify`` or beside ``MultiSteps`` or ``apply_if_finite``, or ``msam`` finds no momentum.
+      ValueError: if there is no such state (training would silently be plain SGD), two states claim one leaf, a state
+        belongs to another model, ``s2sam`` comes after an optimizer in its chain or stands beside ``MultiSteps`` or
+        ``apply_if_finite``, ``s2sam`` or ``msam`` stands outside ``sparsify``, or ``msam`` finds no momentum.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,12 +92,12 @@ def _directions(opt_state: Any, clean: dict[str, Any]) -> Iterator[tuple[S2SAMSt
     """Each state with what it perturbs along, by leaf."""
     for state in find_states(opt_state, S2SAMState):
         yield state, by_name(s2sam.last_gradient(state))
-    # Of a train state the optimizer's alone: any field mu elsewhere would be taken for a momentum.
+    # Of a train state only the optimizer's state: a field mu elsewhere would be taken for a momentum.
     yield from msam.momenta(getattr(opt_state, "opt_state", opt_state), set(clean))
 
 
 def _check_order(opt_state: Any) -> None:
-    """An s2sam around sparsify would remember dense gradients, around these wrappers gradients that they hold back."""
+    """Outside sparsify, s2sam would remember dense gradients; outside these wrappers, gradients they hold back."""
     _check_inside_sparsify(opt_state)
     _check_first(opt_state)
     for kind, name in HOLDING_BACK:
@@ -110,7 +110,7 @@ def _check_order(opt_state: Any) -> None:
 
 
 def _check_first(opt_state: Any) -> None:
-    """Behind an optimizer s2sam would remember updates in place of gradients. Decay and clipping leave no trace."""
+    """After an optimizer, s2sam would remember updates, not gradients. Decay and clipping before it leave no trace."""
     for chain in _chains(opt_state):
         states = [find_states(part, S2SAMState) for part in chain]
         place = next((i for i, found in enumerate(states) if found), 0)
