@@ -26,14 +26,14 @@ def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: 
     Args:
       drop_fraction: :math:`\alpha` in ``[0, 1]``, annealed by the cosine with :math:`T` = ``when.end``; or a function
         of the step that gives :math:`f_t` itself.
-      skip_step: do no gradient step on the calls that change the masks, as the paper's code does.
+      skip_step: take no gradient step on the calls that change the masks, as in the paper's code.
 
     Returns:
       A method that needs ``when`` (with an ``end``, for the cosine). The paper: every 100 steps over the first three
       quarters of training.
 
     Raises:
-      ValueError: for a fraction outside ``[0, 1]``, or a cosine without an end.
+      ValueError: for a fraction outside ``[0, 1]``, or a cosine and a clock without an end.
 
     Reference:
       Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, Algorithm 1. Its code adds noise of
