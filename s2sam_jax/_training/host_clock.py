@@ -60,7 +60,7 @@ class HostClock:
         return {name: (leaves[step], leaves[due]) for name, (step, due) in self._places.items()}
 
     def _find(self, structure: Any) -> dict[str, Any]:
-        """Which leaves the counts are, by the name of the flag; none where calls and updates may differ."""
+        """Which leaves are the counts, by the name of the flag; none if calls and updates may differ."""
         numbered = structure.unflatten(range(structure.num_leaves))
         if find_states(numbered, SKIPPING):
             return {}
@@ -86,5 +86,5 @@ def _read(counts: dict[str, Count]) -> dict[str, tuple[int, int]]:
 
 
 def _newest(count: Any) -> int:
-    """A count, or that of several networks side by side, of which all agree that have not been frozen."""
+    """A count; of several networks side by side the largest, on which all that are not frozen agree."""
     return int(np.max(count))
