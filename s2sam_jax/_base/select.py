@@ -98,7 +98,7 @@ def select(
 
 
 def _select_units(scores: Any, structure: Block | Channel, among: Masks | None, **options: Any) -> Masks:
-    """Masks of whole units: their pooled scores are selected from."""
+    """Masks of whole units, selected by their pooled scores."""
     leaves, treedef = jax.tree.flatten(scores)
     units = treedef.unflatten(map_alike(lambda x: pool(x, structure), leaves))
     if among is not None:
