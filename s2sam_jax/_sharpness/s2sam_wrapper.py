@@ -69,7 +69,7 @@ def s2sam_wrapper(
         ``params``.
 
     Reference:
-      As :func:`s2sam`.
+      Same as :func:`s2sam`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
