@@ -26,7 +26,7 @@ class ChannelGroup(NamedTuple):
     and do not qualify. The residual stream, which every block consumes and adds to, is best left out.
 
     Attributes:
-      name: the name of the group; :func:`materialize` reports its width under it.
+      name: the name of the group, as in the ``widths`` of :func:`materialize`.
       filters: kernels that compute the channels, along their output axis, and depthwise kernels in between; the first
         one is the leading filter.
       scales: scales of the norms that follow, with statistics per channel; may be empty.

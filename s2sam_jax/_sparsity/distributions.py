@@ -79,10 +79,10 @@ def erdos_renyi(
       overrides: as in :func:`uniform`.
 
     Returns:
-      As :func:`uniform`.
+      The same as :func:`uniform`.
 
     Raises:
-      ValueError: as :func:`uniform`.
+      ValueError: as in :func:`uniform`.
 
     Reference:
       Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018.
@@ -117,10 +117,10 @@ def erdos_renyi_kernel(
       overrides: as in :func:`uniform`.
 
     Returns:
-      As :func:`uniform`.
+      The same as :func:`uniform`.
 
     Raises:
-      ValueError: as :func:`uniform`.
+      ValueError: as in :func:`uniform`.
 
     Reference:
       Evci et al., "Rigging the Lottery", ICML 2020, §3.

@@ -48,7 +48,7 @@ def planned_counts(x: MaskInputs) -> list[int]:
 
 
 def global_count(x: MaskInputs) -> int:
-    """How many weights are to survive in all sparse leaves together: their mean sparsity, weighted by size."""
+    """How many weights are to survive in all sparse leaves together, by their mean sparsity, weighted by size."""
     planned = zip(sparse_leaves(x, x.params), sparse_leaves(x, x.sparsities), strict=True)
     return sparse_size(x) - rounded_down(sum(p.size * sparsity for p, sparsity in planned))
 

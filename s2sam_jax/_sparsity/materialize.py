@@ -38,7 +38,7 @@ def materialize(params: Params, model_state: Any, groups: Sequence[ChannelGroup]
 
     .. math:: \mathrm{dead}_G[i] = \bigwedge_{(l, a) \in D_G} \neg \bigvee_{j : j_a = i} m_{l,j}
 
-    where :math:`D_G` are the scales and biases of the group: where these are zero, a norm outputs zeros, whatever the
+    where :math:`D_G` are the scales and biases of the group: a norm in which they are zero outputs zeros, whatever the
     filters are. In a group without scales, they are its filters and biases. Removed channels must be zero for their
     readers in the sense of :class:`ChannelGroup`. That rules out LayerNorm and GroupNorm, which cannot be told from
     BatchNorm here: their statistics are over channels, so the small network would compute something else. A group keeps
