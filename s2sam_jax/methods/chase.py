@@ -1,4 +1,4 @@
-"""Chase: dynamic sparse training over all leaves together, which removes the sparsest channels."""
+"""Chase: dynamic sparse training over all leaves together, which also removes whole channels."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class ChaseState(NamedTuple):
     """State of :func:`chase`.
 
     Attributes:
-      alive: bool[channels] per group, in their order; false where a channel has been removed, for good.
+      alive: bool[channels] per group, in the order of the groups; false where a channel has been removed.
     """
 
     alive: list[jax.Array]
@@ -83,16 +83,16 @@ def chase(
       final_fraction: :math:`f_T` in ``[0, 1]``.
       compat: ``"authors"`` uses the thresholds of the released code: weights equal to the largest one to be dropped
         stay (without ties, one more in all), and growth takes only gradients above the smallest to be grown (one
-        fewer), and none that are zero. That code's choice of channels is random among ties and one more; here it is
-        exact in either form.
+        fewer), and none that are zero. That code also chooses channels at random among ties, and one more; here their
+        choice is exact in either form.
 
     Returns:
       A method that needs ``when`` with an ``end``: the end of training. The paper: every 1000 steps; on CIFAR-100
       ``channel_every=8, min_width=0.2`` for VGG-19, 1 and 0.5 for ResNet-50.
 
     Raises:
-      ValueError: for groups that do not fit, options out of range, a channel sparsity that leaves the groups less than
-        they keep, or a clock without an end or without time for a removal.
+      ValueError: for groups that do not fit, options out of range, a channel sparsity beyond what the groups must keep,
+        or a clock without an end or without time for a removal.
 
     Reference:
       Yin et al., "Dynamic Sparsity Is Channel-Level Sparsity Learner", NeurIPS 2023. Its code removes channels half an

@@ -20,7 +20,7 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
 
     that is, the weights of largest :math:`-w \odot Hg` are pruned. ``Hg`` is computed forward over reverse, at about
     the cost of two gradients. The call that makes the mask takes no gradient step: survivors keep their initial value,
-    and their optimizer state is untouched; pruned weights are zero for good, without state. This form uses one batch
+    and their optimizer state is untouched; pruned weights stay zero, without state. This form uses one batch
     and the loss's own temperature; for the paper's form (several batches, logits divided by 200), use
     :func:`grasp_scores` and :func:`masks_from_scores` with ``set_masks`` and ``methods.static``.
 

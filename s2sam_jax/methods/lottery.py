@@ -21,10 +21,10 @@ def lottery(prune_fraction: float = 0.2, *, rounds: int | None = None) -> Sparse
               \text{optimizer state} \leftarrow \text{that of step } k
 
     All rounds run inside one transformation. The clock's first firing, ``when.start`` = k, saves weights and optimizer
-    state; every later one ends a round: it prunes and restores both. None of them takes a gradient step, so with rounds
-    of L steps ``when = Every(start=k, every=L - k + 1)``. The learning rate schedule is in the optimizer state, so it
-    rewinds too. Pruned weights are zero for good; survivors get back the value and the moments of step k (the value up
-    to rounding, as an optax update is a difference). What lies outside of parameters and optimizer, such as BatchNorm's
+    state; every later one ends a round: it prunes and restores both. Firings take no gradient step, so with rounds of
+    L steps ``when = Every(start=k, every=L - k + 1)``. The learning rate schedule is in the optimizer state, so it
+    rewinds too. Pruned weights stay zero; survivors get back the value and the moments of step k (the value up to
+    rounding, as an optax update is a difference). What lies outside of parameters and optimizer, such as BatchNorm's
     statistics and the order of the data, does not rewind; :func:`recalibrate_batch_stats` re-estimates the statistics.
 
     Args:

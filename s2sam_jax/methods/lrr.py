@@ -13,7 +13,7 @@ def lrr(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMeth
     Like :func:`lottery`, but the weights keep their trained values: only the optimizer goes back to step
     ``when.start`` = k, and with it the learning rate schedule and the momentum (for k = 0, a fresh start). Calls on
     which the clock fires take no gradient step, so with rounds of L steps ``when = Every(start=k, every=L - k + 1)``.
-    Pruned weights are zero for good.
+    Pruned weights stay zero.
 
     Args:
       prune_fraction: p in ``(0, 1)``, the fraction of the remaining weights that a round prunes.

@@ -18,7 +18,7 @@ def snip(*, keep_at_least: int = 0) -> SparseMethod:
     .. math:: s_j = |w_j\, \partial L / \partial w_j|, \qquad m = \mathrm{top}_\kappa(s)
 
     The call that makes the mask takes no gradient step: survivors keep their initial value, and their optimizer state
-    is untouched; pruned weights are zero for good, without state. For scores over several batches use
+    is untouched; pruned weights stay zero, without state. For scores over several batches use
     :func:`snip_scores` and :func:`masks_from_scores` with ``set_masks`` and ``methods.static``.
 
     Args:
