@@ -39,7 +39,7 @@ class HostClock:
     def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
         """What is due at this call. ``beside`` are further arrays, the same as before if the state is."""
         counts = self._counts(opt_state)
-        # Where something is due, a wrapper of the user's may have skipped updates.
+        # Also read again if something is due: a wrapper of the user's may have skipped updates.
         if not self._knows(counts, beside) or any(now >= due for now, due in self._clocks.values()):
             self._clocks = _read(counts)
         return tuple((name, now >= due) for name, (now, due) in self._clocks.items())

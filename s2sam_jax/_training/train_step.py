@@ -76,8 +76,8 @@ def make_train_step(
         forward only. Both calls and the smaller batch get the ``key`` of the step. If an example is to have the same
         noise (dropout, augmentation) in all three, derive its key from the example itself, such as an index stored in
         the batch, not from its position.
-      fisher_examples: how many examples of the batch ``ssam(mask="fisher")`` takes its Fisher information from; takes
-        memory for up to 16 of their gradients at once.
+      fisher_examples: how many examples of the batch ``ssam(mask="fisher")`` computes its Fisher information from;
+        memory: up to 16 of their gradients at once.
       fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
       freeze: from the first step whose loss or update is not finite, keep parameters, model state and optimizer state
         as they were before it. ``False`` takes that step and only sets ``first_bad_step``; this saves the memory of the
