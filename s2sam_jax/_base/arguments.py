@@ -34,7 +34,7 @@ def check_sparsity(value: Any, name: str) -> None:
 
 
 def check_floating(dtype: Any, name: str) -> None:
-    """``None``, where there is a choice, is none."""
+    """``None`` passes: the argument is optional."""
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must be a floating type, such as jnp.bfloat16; got {jnp.dtype(dtype)}.")
 

@@ -1,6 +1,6 @@
 """The largest entries of arrays of unsigned integers, found by counting: no sort, few passes.
 
-The k-th largest value is found from its leading bits on, two a pass: one read of the data counts how many entries
+The k-th largest value is found from its leading bits on, two per pass: one read of the data counts how many entries
 reach each of three thresholds. Counting is elementwise work and a sum, so a sharded array keeps its sharding, and all
 arrays share one loop. Arrays of equal shape come stacked, as XLA's compile time grows with the number of distinct ones.
 """
@@ -17,10 +17,10 @@ BITS_A_PASS = 2  # 2**2 - 1 thresholds; with more of them, counting costs more t
 
 
 class _Found(NamedTuple):
-    """Per row, arrays of one length: the threshold, how many entries reach it, how many pass it.
+    """Per row, arrays of one length: the threshold, how many entries reach it, how many exceed it.
 
-    Where fewer than the asked number are eligible the threshold is 0. Where exactly the asked number reach the
-    threshold the search has stopped early, and ``above`` is only a lower bound.
+    If fewer than the requested number are eligible, the threshold is 0. If exactly the requested number reach the
+    threshold, the search has stopped early, and ``above`` is only a lower bound.
     """
 
     at: jax.Array
@@ -46,11 +46,11 @@ def largest(stacks: list[jax.Array], counts: jax.Array, first_places: list[jax.A
     found = _search(stacks, counts, stacks[0].dtype.itemsize * 8, most)
 
     def places() -> list[jax.Array]:
-        """Made where they are used: kept from one use to the other, they would be another array of every size."""
+        """Computed at each use: kept in between, they would take one more array per stack."""
         return [_places(x, first) for x, first in zip(stacks, first_places, strict=True)]
 
     def last_place() -> jax.Array:
-        """Where more entries are equal than there is room for: the place of the last that has room."""
+        """If more entries tie than there is room for: the place of the last one that has room."""
         tied = found.reached - found.above
         crowded = (found.reached > counts) & (found.at > 0)
         ties = [jnp.where(x == t, p, 0) for x, t, p in zip(stacks, _columns(found.at, stacks), places(), strict=True)]

@@ -14,7 +14,7 @@ from s2sam_jax._base.tree import at_least_f32
 
 
 def pool(x: jax.Array, structure: Block | Channel) -> jax.Array:
-    """One score a block, in float32 or wider; the mean of a block that is cut short is that of the entries it has."""
+    """One score per block, in float32 or wider; the mean of an incomplete block is over the entries it has."""
     block = structure.block(x.shape)
     entries = tuple(range(1, 2 * x.ndim, 2))
     x = at_least_f32(x)
@@ -34,7 +34,7 @@ def all_in_block(mask: jax.Array, structure: Block | Channel) -> jax.Array:
 
 
 def spread(units: jax.Array, structure: Block | Channel, like: jax.Array) -> jax.Array:
-    """The mask of blocks as a mask of the entries of ``like``, sharded as that is."""
+    """The mask of blocks as a mask of the entries of ``like``, with its sharding."""
     for axis, (length, size) in enumerate(zip(like.shape, structure.block(like.shape), strict=True)):
         if size > 1:
             shape = (*units.shape[: axis + 1], size, *units.shape[axis + 1 :])
@@ -43,7 +43,7 @@ def spread(units: jax.Array, structure: Block | Channel, like: jax.Array) -> jax
 
 
 def best_of_groups(images: jax.Array, structure: NM, taken: jax.Array) -> jax.Array:
-    """In each group, the largest ``n`` less those already ``taken`` there; equal ones by position, zeros never.
+    """In each group, the largest entries: ``n`` less those already ``taken``. Ties go by position; zeros never win.
 
     All pairs of a group are compared: m is small, and comparing is elementwise work.
     """
@@ -66,7 +66,7 @@ def _cut_all(x: jax.Array, block: Shape, fill: float | bool) -> jax.Array:
 
 
 def cut(x: jax.Array, axis: int, size: int, fill: float | bool = 0) -> jax.Array:
-    """An axis as two: the pieces, and the entries of one; a last piece that is cut short is filled up."""
+    """An axis as two: the pieces, and the entries of one; an incomplete last piece is padded."""
     if short := -x.shape[axis] % size:
         x = jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)], constant_values=fill)
     return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])

@@ -16,13 +16,13 @@ class Every:
 
     Args:
       start: first call that fires, counted from 0.
-      every: calls between two firings, at least 1.
+      every: calls from one firing to the next, at least 1.
       end: last call that may fire; ``None`` means no end. Methods that anneal over training (RigL) use it
-        as their horizon and ask for it.
+        as their horizon and require it.
 
     Raises:
       ValueError: when a bound is negative, out of order or beyond int32.
-      TypeError: for bounds that are no integers, or traced.
+      TypeError: for bounds that are not integers, or are traced.
 
     Example:
       >>> clock = Every(start=0, every=100, end=250)
@@ -61,7 +61,7 @@ class Every:
 
 
 def increment(step: jax.Array) -> jax.Array:
-    """The next step; saturates below ``NEVER``, as one that wraps, or gets there, would fire clocks that have ended."""
+    """The next step, at most ``NEVER - 1``: one that wrapped, or reached it, would fire clocks that have ended."""
     return jnp.minimum(step, NEVER - 2) + 1
 
 
@@ -70,8 +70,8 @@ def tick(
 ) -> tuple[bool | jax.Array, jax.Array, jax.Array]:
     """Whether this call fires, and ``step`` and ``next_update`` of the state after it.
 
-    ``refresh``, where the caller gives it, decides; else the ``next_update`` of the state does, also where the clock
-    has been exchanged since it was planned.
+    ``refresh`` decides if the caller gives it; otherwise the state's ``next_update`` does, even if the clock has been
+    replaced since.
     """
     step = increment(state.step)
     if clock is None:

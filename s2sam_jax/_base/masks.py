@@ -20,12 +20,12 @@ class SparseState(NamedTuple):
     Attributes:
       step: int32[], calls of update; the clock of the mask updates.
       next_update: int32[], the call at which the masks change next.
-      masks: bool, treedef, shapes and sharding of the parameters; all true on dense leaves.
-      nnz: int32[leaves], ones in each mask, in the order of ``jax.tree.leaves``; written only when masks are
-        (:func:`check_masks` compares). One array, as one a leaf would cost every step their handling.
-      key: typed PRNG key (Orbax keeps it; formats without such keys need ``jax.random.key_data``); a mask update uses
+      masks: bool, with the treedef, shapes and sharding of the parameters; all true on dense leaves.
+      nnz: int32[leaves], ones in each mask, in the order of ``jax.tree.leaves``; written only when the masks are
+        (:func:`check_masks` compares). A single array, since one per leaf would slow down every step.
+      key: typed PRNG key (Orbax saves it; formats without typed keys need ``jax.random.key_data``); a mask update uses
         ``fold_in(key, step)``.
-      method_state: what the method keeps.
+      method_state: the method's own state.
       inner_state: state of the wrapped optimizer.
     """
 
@@ -48,9 +48,9 @@ def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
     """The masks inside an optimizer state.
 
     Args:
-      opt_state: a state that holds one :class:`SparseState`, at any depth; or several on disjoint leaves, and then
-        ``params`` is needed to put them together.
-      params: if given, the result has exactly this structure, all true on leaves no state covers.
+      opt_state: a state that holds one :class:`SparseState`, at any depth, or several on disjoint leaves; with several,
+        ``params`` is needed to put the masks together.
+      params: if given, the result has exactly this structure, all true on leaves that no state covers.
 
     Returns:
       Bool tree like the parameters.
@@ -78,11 +78,11 @@ def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
 def set_masks(opt_state: Any, masks: Masks) -> Any:
     """Installs masks (from one-shot scores, a file, another run) in an optimizer state.
 
-    Counts are renewed and the state of the wrapped optimizer is zeroed off the new masks. Call :func:`apply_masks`
-    on the parameters afterwards. Under ``Block`` and ``Channel`` masks must cover whole units, as
-    ``select(..., structure=...)`` makes them; otherwise the next mask update revives every unit with one live weight.
-    In a state that has been trained with, a revived weight starts with a state of zeros. That suits SGD and Adam, but
-    not ``schedule_free`` or Rprop.
+    Counts are recomputed, and the state of the wrapped optimizer is zeroed off the new masks. Call :func:`apply_masks`
+    on the parameters afterwards. Under ``Block`` and ``Channel`` masks must cover whole units, as those of
+    ``select(..., structure=...)`` do; otherwise the next mask update revives every unit with at least one live weight.
+    If the state has been used in training, the optimizer state of revived weights starts from zero. That suits SGD and
+    Adam, but not ``schedule_free`` or Rprop.
 
     Args:
       opt_state: a state with a :class:`SparseState`.
@@ -125,7 +125,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
 
 
 def apply_masks(params: Params, opt_state: Any) -> Params:
-    """Zeroes pruned weights. Once after ``init`` (``TrainState.create`` does it); never needed between updates.
+    """Zeroes pruned weights. Call it once after ``init`` (``TrainState.create`` does); not needed between updates.
 
     Args:
       params: any pytree of parameters.
@@ -160,18 +160,18 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
 def update_masks(
     tx: optax.GradientTransformation, grads: Params, opt_state: Any, params: Params, **extra_args: Any
 ) -> tuple[Params, Any]:
-    """One update that changes the masks whatever the clock says: the second program of a two-program loop.
+    """One update that changes the masks, whatever the clock says: the second program of a two-program loop.
 
-    A loop that jits its ordinary step with ``refresh_masks=False`` and calls this every so often carries no mask
+    A loop that jits its ordinary step with ``refresh_masks=False``, and calls this when the clock fires, has no mask
     update in its hot path. With ``nnx.Optimizer``, whose state ``tx`` cannot read, call
-    ``optimizer.update(model, grads, refresh_masks=True)`` instead, the flag static under ``jit``.
+    ``optimizer.update(model, grads, refresh_masks=True)`` instead, with the flag static under ``jit``.
 
     Args:
-      tx: the optimizer, with :func:`sparsify` in it.
+      tx: the optimizer, containing :func:`sparsify`.
       grads: dense gradient.
-      opt_state: its state.
+      opt_state: the optimizer state.
       params: clean parameters.
-      **extra_args: handed to ``tx.update``, such as ``grad_fn`` and ``value``.
+      **extra_args: passed on to ``tx.update``, such as ``grad_fn`` and ``value``.
 
     Returns:
       New parameters and new optimizer state.

@@ -1,4 +1,4 @@
-"""What has to be known of optax: whose state one is, and which wrappers hold gradients back or hide leaves."""
+"""What has to be known about optax: whose a state is, and which wrappers hold gradients back or hide leaves."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,8 +19,9 @@ SKIPPING = (
 
 
 def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """As optax's own, which would keep them from a bare ``optax.MultiSteps``: its update takes them, but it is no
-    ``GradientTransformationExtraArgs``.
+    """``optax.with_extra_args_support``, except that a bare ``optax.MultiSteps`` gets its extra arguments too.
+
+    Its update takes them, but optax would drop them, as it is no ``GradientTransformationExtraArgs``.
     """
     if isinstance(tx, optax.MultiSteps):
         return optax.GradientTransformationExtraArgs(tx.init, tx.update)
@@ -51,7 +52,7 @@ def check_nothing_hidden(params: Any, caller: str, advice: str) -> None:
 
 
 def check_state_of_tx(state: Any, expected: Any, like: str) -> None:
-    """Raises a ``ValueError`` where an optimizer state has another structure than a fresh one; ``like`` names that."""
+    """Raises a ``ValueError`` if an optimizer state's structure is not that of a fresh one, which ``like`` names."""
     want, have = jax.tree.structure(expected), jax.tree.structure(state)
     if want != have:
         raise ValueError(

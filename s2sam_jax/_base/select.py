@@ -35,7 +35,7 @@ def select(
     scope: Scope = "leaf",
     structure: Structure = UNSTRUCTURED,
 ) -> Masks:
-    r"""Masks of the largest scores, with exactly the asked number of ones.
+    r"""Masks of the largest scores, with exactly the requested number of ones.
 
     .. math:: m_i = 1 \iff \#\{j : s_j > s_i\} + \#\{j < i : s_j = s_i\} < k
 
@@ -44,16 +44,16 @@ def select(
 
     Args:
       scores: pytree of floating arrays (bfloat16, float16, float32, float64), any shapes.
-      count: how many to keep, ``0 <= count <= size``: a tree of integers like ``scores``, or one integer for all
-        leaves; one integer in all for ``scope="global"``. Integers may be traced.
+      count: how many to keep, ``0 <= count <= size``: a tree of integers like ``scores``, or one integer for every
+        leaf; with ``scope="global"``, one integer for the total. Integers may be traced.
       sparsity: instead of ``count``, the fraction of zeros in ``[0, 1]``: keeps ``N - floor(sparsity * N)``.
       among: bool tree like ``scores``; only these entries may be chosen. If fewer than ``count`` are eligible, all
         of them are chosen.
-      scope: rank within each leaf, or over all leaves together (in the widest of their types, where casting may
-        lose subnormals).
+      scope: rank within each leaf, or over all leaves together (in the widest of their types; casting to it may lose
+        subnormals).
       structure: ``Block(...)`` or ``Channel(...)`` select whole units by their pooled scores, and count in units;
-        a unit may be chosen where all its entries may. ``NM(n, m)`` selects the best ``n`` of each group, which says
-        how many: leave ``count``, ``sparsity`` and ``scope`` out.
+        a unit is eligible if all its entries are. ``NM(n, m)`` selects the best ``n`` of each group, which fixes the
+        count: omit ``count``, ``sparsity`` and ``scope``.
 
     Returns:
       Bool masks with the structure and shapes of ``scores``.
@@ -61,7 +61,7 @@ def select(
     Raises:
       ValueError: for neither or both of ``count`` and ``sparsity``, for values out of range, a tree in ``among``
         that does not match, or leaves that the structure does not divide.
-      TypeError: for scores that are not floating.
+      TypeError: for scores that are not floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -98,7 +98,7 @@ def select(
 
 
 def _select_units(scores: Any, structure: Block | Channel, among: Masks | None, **options: Any) -> Masks:
-    """Masks of whole units: their pooled scores are selected from."""
+    """Masks of whole units, selected by their pooled scores."""
     leaves, treedef = jax.tree.flatten(scores)
     units = treedef.unflatten(map_alike(lambda x: pool(x, structure), leaves))
     if among is not None:
@@ -113,7 +113,7 @@ def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], sco
     alike = _alike(leaves)
     order = [index for indices in alike for index in indices]
     bits = max(jnp.finfo(x.dtype).bits for x in leaves)
-    # Stacked as images: stacked before that, both would be held.
+    # Stacked after conversion; the other way round, memory would hold both.
     images = [_image(x, mask, bits) for x, mask in zip(leaves, allowed, strict=True)]
     sizes = np.array([leaf.size for leaf in leaves], np.uint32)
     first = sizes if scope == "leaf" else np.cumsum(sizes[::-1], dtype=np.uint32)[::-1]
@@ -130,7 +130,7 @@ def _largest(leaves: list[Any], allowed: list[Any], counts: list[jax.Array], sco
 def keep_best(
     scores: list[jax.Array], count: int | jax.Array, at_least: list[int], among: list[jax.Array]
 ) -> list[jax.Array]:
-    """The best ``count`` of all leaves together, but that many of each leaf first."""
+    """The best ``count`` of all leaves together, after the best ``at_least`` of each leaf."""
     reserved = select(scores, count=at_least, among=among)
     others = [a & ~r for a, r in zip(among, reserved, strict=True)]
     rest = jnp.maximum(count - sum(ones(reserved)), 0)
@@ -146,7 +146,7 @@ def ones(masks: list[Any]) -> list[jax.Array]:
 def best_in_groups(
     scores: list[jax.Array], structure: NM, among: list[jax.Array], taken: list[jax.Array]
 ) -> list[jax.Array]:
-    """The best ``n`` of every group, less what is taken there, of those that may be chosen."""
+    """The best eligible entries of every group: ``n`` less those already taken there."""
 
     def best(x, allowed, taken):
         return best_of_groups(_image(x, allowed, jnp.finfo(x.dtype).bits), structure, taken)
@@ -155,7 +155,7 @@ def best_in_groups(
 
 
 def map_alike(fn: Callable[..., jax.Array], *columns: list[Any]) -> list[jax.Array]:
-    """``fn`` on the first leaves, on the second ones, and so on; those of one type are stacked and done at once."""
+    """``fn`` on corresponding leaves of the columns; leaves of one type are stacked and mapped at once."""
     done: dict[int, jax.Array] = {}
     for indices in _alike(*columns):
         stacked = jax.vmap(fn)(*(_stack(column, indices) for column in columns))
@@ -164,7 +164,7 @@ def map_alike(fn: Callable[..., jax.Array], *columns: list[Any]) -> list[jax.Arr
 
 
 def _alike(*columns: list[Any]) -> list[list[int]]:
-    """Indices of leaves of one type: compile time grows with the number of different ones, not of leaves."""
+    """Indices of leaves, grouped by type: compile time then grows with the number of types, not of leaves."""
     groups: dict[Any, list[int]] = {}
     for index, leaves in enumerate(zip(*columns, strict=True)):
         groups.setdefault(tuple(map(jax.typeof, leaves)), []).append(index)

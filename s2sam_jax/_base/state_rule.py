@@ -1,6 +1,6 @@
 """The state rule: what mirrors a parameter in an optimizer's state is zero wherever the parameter is pruned.
 
-It goes by key path and shape, so that there is no list of known optimizers.
+Leaves are matched by key path and shape; there is no list of known optimizers.
 """
 
 from collections.abc import Callable

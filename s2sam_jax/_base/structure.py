@@ -24,20 +24,20 @@ class Unstructured:
 
 @dataclasses.dataclass(frozen=True)
 class NM:
-    """Of each run of ``m`` entries along an axis exactly ``n`` live: 2:4 is ``NM(2, 4)``.
+    """Exactly ``n`` of every ``m`` consecutive entries along an axis are live: 2:4 is ``NM(2, 4)``.
 
-    A constraint on where masks may be. The sparsity follows from it: ``1 - n / m``.
+    The sparsity follows from it: ``1 - n / m``.
 
     Args:
-      n: live entries of a group, ``0 < n < m``.
-      m: entries of a group, up to 256.
-      axis: along which groups run; by default the input channels of kernels ``(..., inputs, outputs)``. An axis that is
-        sharded must have whole groups on each device.
+      n: live entries per group, ``0 < n < m``.
+      m: entries per group, up to 256.
+      axis: the axis along which groups run; by default the input channels of kernels ``(..., inputs, outputs)``. If it
+        is sharded, each device must hold whole groups.
       pad: allow an incomplete last group, which keeps ``min(n, entries)``; by default the length of
         the axis must be a multiple of ``m``.
 
     Raises:
-      ValueError: for n or m out of range, or no integers.
+      ValueError: for n or m that are out of range or not integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,11 +58,11 @@ class NM:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of zeros of a whole group."""
+        """The fraction of zeros in a whole group."""
         return 1 - self.n / self.m
 
     def sparsity_along(self, length: int) -> float:
-        """The fraction of zeros of an axis, whose last group may be incomplete."""
+        """The fraction of zeros along an axis of this length, whose last group may be incomplete."""
         live = length // self.m * self.n + min(length % self.m, self.n)
         return 1 - live / length
 
@@ -73,17 +73,17 @@ class NM:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Rectangles of weights live and die whole, ranked by one pooled score each. Counts are counts of blocks.
+    """Rectangles of weights live and die together, ranked by one pooled score each. Counts are counts of blocks.
 
     Args:
-      shape: of a block, in the last axes of a leaf: ``(4, 4)`` are 4 inputs by 4 outputs, ``(3, 3, 1, 1)`` whole 3x3
-        kernels of a convolution.
-      pool: the score of a block: the ``"mean"`` of its entries, their norm ``"l2"``, or the ``"max"``.
+      shape: the shape of a block, in the last axes of a leaf: ``(4, 4)`` is 4 inputs by 4 outputs, ``(3, 3, 1, 1)``
+        whole 3x3 kernels of a convolution.
+      pool: the score of a block: the ``"mean"`` of its entries, their L2 norm (``"l2"``) or the ``"max"``.
       pad: allow incomplete blocks at the end of an axis, pooled over the entries they have; by default each
-        length must be a multiple.
+        length must be a multiple of the block's.
 
     Raises:
-      ValueError: for another pool, or a shape that is not made of positive integers.
+      ValueError: for an unknown pool, or a shape that is not made of positive integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,16 +109,16 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Channel:
-    """Whole channels of a leaf live and die, ranked by one pooled score each. Counts are counts of channels.
+    """The weights of a channel live and die together, ranked by one pooled score. Counts are counts of channels.
 
-    Each leaf is ranked by itself: the biases, norms and readers of a channel are left as they are.
+    Each leaf is ranked by itself; a channel's bias and norm, and the layers that read it, are left as they are.
 
     Args:
-      axis: of the channels: the outputs by default, ``-2`` for the inputs of kernels ``(..., inputs, outputs)``.
-      pool: the score of a channel: the ``"mean"`` of its entries, their norm ``"l2"``, or the ``"max"``.
+      axis: the channel axis: the outputs by default, ``-2`` for the inputs of kernels ``(..., inputs, outputs)``.
+      pool: the score of a channel: the ``"mean"`` of its entries, their L2 norm (``"l2"``) or the ``"max"``.
 
     Raises:
-      ValueError: for another pool.
+      ValueError: for an unknown pool.
 
     Example:
       >>> import jax.numpy as jnp

@@ -12,7 +12,7 @@ from s2sam_jax._base.types import Masks
 
 T = TypeVar("T")
 
-SMALL = 1 << 16  # entries; to stack large ones takes memory, and moves those that lie on devices unlike
+SMALL = 1 << 16  # entries; stacking large leaves takes memory, and moves data between devices if their shardings differ
 NNX_VALUE = jax.tree_util.GetAttrKey("value")
 
 
@@ -25,7 +25,7 @@ def by_name(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by name, in order.
 
     Raises:
-      ValueError: where two leaves have one name, as those of ``{"a/b": x, "a": {"b": y}}``.
+      ValueError: if two leaves have the same name, as in ``{"a/b": x, "a": {"b": y}}``.
     """
     leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     found = dict(leaves)
@@ -76,7 +76,7 @@ def map_states(fn: Callable[[T], Any], tree: Any, kind: type[T]) -> Any:
 
 
 def explicit_sharding(leaf: jax.Array) -> Any:
-    """The sharding of an array, where it is part of its type; else ``None``."""
+    """The sharding of an array if it is part of its type, otherwise ``None``."""
     sharding = jax.typeof(leaf).sharding
     return sharding if any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types) else None
 

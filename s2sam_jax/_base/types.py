@@ -19,20 +19,20 @@ Invariant = Literal["per_layer", "total", "monotone", "bounded"]
 
 
 class MaskInputs(NamedTuple):
-    """What a mask-update function may look at. A superset: take what the method needs.
+    """The inputs of a mask-update function. A method uses only those it needs.
 
     Attributes:
       params: clean parameters (never the perturbed ones).
       masks: current masks; all true at initialisation.
       sparsities: planned fraction of zeros per leaf, Python floats; exactly 0.0 on leaves that stay dense.
-      grads: dense gradient at the point the loop chose; ``None`` at initialisation.
-      nnz: int32[] per leaf, the ones of the masks.
+      grads: dense gradient at the point where the loop took it; ``None`` at initialisation.
+      nnz: int32[] per leaf, the number of ones in its mask.
       step: int32[], calls so far.
       key: typed PRNG key, already folded with the step.
       when: the update clock, for schedules that need its horizon; ``None`` when masks never change.
-      grad_fn: ``params -> dense gradient`` on the current batch, or ``None`` if the loop offers none.
+      grad_fn: ``params -> dense gradient`` on the current batch, or ``None`` if the loop passes none.
       inner_state: state of the wrapped optimizer, for methods that rewind it.
-      structure: what masks must keep to; ``NM`` or ``Unstructured``. Under ``Block`` and ``Channel``, ``params`` and
+      structure: what masks must follow, ``NM`` or ``Unstructured``. Under ``Block`` and ``Channel``, ``params`` and
         ``grads`` hold pooled magnitudes, one entry per unit, and ``grad_fn`` and ``inner_state`` are ``None``.
     """
 
@@ -55,10 +55,10 @@ class MaskUpdate(NamedTuple):
     Attributes:
       masks: the new masks.
       state: the method's own state.
-      values: weights to go on from, for methods that rewind them; ``None`` keeps the present ones.
-      inner_state: state for the wrapped optimizer to go on from; ``None`` keeps the present one.
+      values: weights to continue from, for methods that rewind them; ``None`` keeps the current ones.
+      inner_state: state of the wrapped optimizer to continue from; ``None`` keeps the current one.
       restart: bool masks, true where weights start again from zero; ``None`` for nowhere.
-      skip: leave the inner optimizer alone on this call: surviving weights keep their value, dropped ones
+      skip: do not run the wrapped optimizer on this call: surviving weights keep their value, dropped ones
         become zero. A bool, possibly traced.
     """
 
@@ -80,11 +80,11 @@ class SparseMethod(NamedTuple):
       invariant: what every mask update preserves: ``"per_layer"`` (each leaf keeps its count), ``"total"`` (the sum
         of counts is kept), ``"monotone"`` (masks only shrink, which ``sparsify`` relies on) or ``"bounded"`` (counts
         rise and fall as the method plans, and nothing is checked). Under ``jax.experimental.checkify`` an update that
-        breaks it is an error (counts not where a structure pads).
-      ranks: whether it spends the sparsity ``"leaf"`` by leaf, or over all leaves together (``"global"``).
+        breaks it is an error (counts are not checked under a structure with ``pad=True``).
+      ranks: whether the sparsity is met in each leaf (``"leaf"``) or over all leaves together (``"global"``).
       when: the clock, if the method brings its own; ``sparsify(when=...)`` takes precedence.
-      structured: whether it works under ``sparsify(structure=...)``: it ranks within leaves, by magnitudes, and
-        keeps to ``MaskInputs.structure``.
+      structured: whether it works under ``sparsify(structure=...)``: it then ranks within leaves, by magnitude, and
+        follows ``MaskInputs.structure``.
     """
 
     init: Callable[[MaskInputs], MaskUpdate]

@@ -19,7 +19,7 @@ def ascent(
 ) -> list[jax.Array]:
     """``rho * g / (||g|| + eps)``, or with ``eta`` ASAM's ``rho * T**2 g / (||T g|| + eps)``, ``T = |w| + eta``.
 
-    ASAM alone needs ``params``. One norm over all leaves, in float32 or wider; the vectors come back in that precision.
+    Only ASAM needs ``params``. One norm over all leaves, in float32 or wider; the vectors are of that precision.
     A zero gradient gives a zero vector.
     """
     grads = [at_least_f32(g) for g in grads]

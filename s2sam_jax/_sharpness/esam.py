@@ -1,4 +1,4 @@
-"""Efficient SAM: perturbs some of the leaves, and looks at the examples that are sharpest."""
+"""Efficient SAM: perturbs some of the leaves, and takes its second gradient on the sharpest examples."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ class ESAMState(NamedTuple):
 
     Attributes:
       step: int32[], steps taken.
-      rho: float[], radius of the last perturbation (of the first one, before it).
+      rho: float[], radius of the last perturbation (initially, of the first one).
       key: typed PRNG key; a step uses ``fold_in(key, step)``.
     """
 
@@ -39,19 +39,19 @@ def esam(
               \epsilon_l = \frac{b_l}{\beta}\, \rho\, g_l / (\|(b_k\, g_k)_k\|_2 + \mathrm{eps}), \qquad
               \text{update} = \nabla L(w + \epsilon)
 
-    Leaves are drawn anew at every step, the first included (the released code has all of them there). The other half
-    of the method, the second gradient on the sharpest examples alone, is ``make_train_step(..., sharpest_fraction=0.5,
-    example_loss_fn=...)``, or :func:`sharpest_examples` in a loop of your own; it is what saves time here.
+    Leaves are drawn at every step, including the first (where the released code perturbs all of them). The other half
+    of the method, the second gradient on only the sharpest examples, is ``make_train_step(..., sharpest_fraction=0.5,
+    example_loss_fn=...)``, or :func:`sharpest_examples` in a loop of your own; only that half saves time here.
 
     Args:
       rho: radius of the perturbation (L2 over the leaves drawn, before the division by beta), or a schedule.
-      beta: probability in ``(0, 1]``; 1 is SAM. 0.6 for the ResNet-18 of the paper, else 0.5.
+      beta: probability in ``(0, 1]``; 1 gives SAM. The paper uses 0.6 for ResNet-18, otherwise 0.5.
       seed: integer or PRNG key, possibly traced.
-      eps: added to the norm; where no leaf is drawn, none is perturbed.
+      eps: added to the norm; if no leaf is drawn, nothing is perturbed.
 
     Returns:
       A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``second_grad_fn``, as in :func:`sam`;
-      the parts share what is drawn).
+      all parts share one draw).
 
     Raises:
       ValueError: for a negative ``rho`` or ``eps``, a ``beta`` out of range, or an update without ``params``.
@@ -95,7 +95,7 @@ def esam(
 
 
 def _drawn(grads: Params, key: jax.Array, beta: float) -> Params:
-    """Zero on the leaves that do not take part."""
+    """The gradient, zero on the leaves that are not drawn."""
     leaves, treedef = jax.tree.flatten(grads)
     chosen = jax.random.bernoulli(key, beta, (len(leaves),))
     return treedef.unflatten([jnp.where(b, g, jnp.zeros((), g.dtype)) for b, g in zip(chosen, leaves, strict=True)])
@@ -106,7 +106,7 @@ def sharpest_examples(before: jax.Array, after: jax.Array, fraction: float) -> j
 
     .. math:: \text{the } \max(1, \lfloor \gamma B \rfloor) \text{ largest of } \ell_i(w + \epsilon) - \ell_i(w)
 
-    The released code leaves out the last of them, by a strict comparison with it.
+    The released code leaves out the last of them, as it compares strictly.
 
     Args:
       before: the losses of the ``B`` examples of a batch at the clean weights.
@@ -114,10 +114,10 @@ def sharpest_examples(before: jax.Array, after: jax.Array, fraction: float) -> j
       fraction: share :math:`\gamma` of the batch in ``(0, 1]``, a Python number.
 
     Returns:
-      int32 indices of the examples, the largest rise first; the lower index where rises are equal.
+      int32 indices of the examples, the largest rise first; of equal rises, the lower index first.
 
     Raises:
-      ValueError: for a fraction out of range, or losses that are not one number an example.
+      ValueError: for a fraction out of range, or losses that are not one number per example.
 
     Reference:
       Du et al., "Efficient Sharpness-aware Minimization for Improved Training of Neural Networks", ICLR 2022, §3.2.

@@ -1,4 +1,4 @@
-"""GSAM: SAM that narrows the surrogate gap, too."""
+"""GSAM: SAM that also narrows the surrogate gap."""
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,19 @@ from s2sam_jax._sharpness.sam import SAMState, second_gradient
 def gsam(
     rho: ScalarOrSchedule = 0.05, *, alpha: ScalarOrSchedule = 0.2, eps: float = 1e-12
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Surrogate gap guided SAM: descends the perturbed loss, and its gap to the plain one.
+    r"""Surrogate gap guided SAM: minimizes the perturbed loss and its gap to the plain loss.
 
     .. math:: g_p = \nabla L(w + \rho\, g / (\|g\|_2 + \mathrm{eps})), \qquad
               g_\perp = g - \frac{g \cdot g_p}{\|g_p\|^2}\, g_p, \qquad \text{update} = g_p - \alpha\, g_\perp
 
-    Two gradients a step, as with :func:`sam`; put it first in its chain. With ``second_grad_fn`` both gradients are
+    Two gradients per step, as with :func:`sam`; put it first in its chain. With ``second_grad_fn`` both gradients are
     means over the parts of a batch before they are decomposed (its authors decompose on each device).
 
     Args:
       rho: radius of the perturbation (L2 over all leaves), or a schedule of the step; the paper ties it to the learning
-        rate, :func:`rho_from_learning_rate`.
-      alpha: weight of the component of ``g`` orthogonal to the perturbed gradient, or a schedule of the step. 0 is
-        SAM; 0.4 (earlier 0.2) in the CIFAR-10 example of its authors, 0.6 in their ViT-B/32.
+        rate (:func:`rho_from_learning_rate`).
+      alpha: weight of the component of ``g`` orthogonal to the perturbed gradient, or a schedule of the step. 0 gives
+        SAM; its authors use 0.4 (earlier 0.2) in their CIFAR-10 example and 0.6 for ViT-B/32.
       eps: added to the norm; a zero gradient gives a zero perturbation.
 
     Returns:
@@ -73,23 +73,23 @@ def gsam(
 def rho_from_learning_rate(
     learning_rate: optax.Schedule, *, rho_max: float, rho_min: float, lr_max: float, lr_min: float = 0.0
 ) -> optax.Schedule:
-    r"""A schedule of the radius that moves with the learning rate, as GSAM has it.
+    r"""A schedule of the radius that follows the learning rate, as in GSAM.
 
     .. math:: \rho_t = \rho_\min + (\rho_\max - \rho_\min)\, (\eta_t - \eta_\min) / (\eta_\max - \eta_\min)
 
     Args:
       learning_rate: the schedule of the learning rate.
-      rho_max: radius at ``lr_max``, and above it.
-      rho_min: radius at ``lr_min``, and below it, as in a warm-up from zero.
+      rho_max: radius at and above ``lr_max``.
+      rho_min: radius at and below ``lr_min``, as in a warm-up from zero.
       lr_max: the largest learning rate.
-      lr_min: the smallest, where it ends.
+      lr_min: the smallest learning rate, at the end of the schedule.
 
     Returns:
       A schedule for the ``rho`` of :func:`gsam`, or of any other transformation here.
 
     Raises:
       ValueError: unless ``0 <= rho_min <= rho_max`` and ``0 <= lr_min < lr_max``.
-      TypeError: for a learning rate that is no schedule.
+      TypeError: for a learning rate that is not a schedule.
 
     Reference:
       Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022, §4.

@@ -1,4 +1,4 @@
-"""LookSAM: SAM whose second gradient is taken now and then, and remembered in between."""
+"""LookSAM: SAM whose second gradient is taken every few steps, and remembered in between."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ class LookSAMState(NamedTuple):
     Attributes:
       step: int32[], steps taken.
       next_update: int32[], the step that takes a second gradient next.
-      rho: float[], radius at the last step (at the first one, before it).
+      rho: float[], radius at the last step (initially, at the first one).
       g_v: the part of SAM's gradient orthogonal to the plain one, a tree like the parameters, zero at first.
     """
 
@@ -34,26 +34,26 @@ class LookSAMState(NamedTuple):
 def looksam(
     rho: ScalarOrSchedule = 0.05, *, every: int = 5, alpha: ScalarOrSchedule = 0.7, eps: float = 1e-12
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LookSAM: takes SAM's second gradient every so many steps, and reuses its direction in between.
+    r"""LookSAM: takes SAM's second gradient every k steps and reuses its direction in between.
 
     .. math:: g_s = \nabla L(w + \rho\, g / (\|g\|_2 + \mathrm{eps})), \qquad
               g_v = g_s - \frac{g_s \cdot g}{\|g\|^2}\, g, \qquad
               \text{update} = g_s \;\text{ or, in between, }\; g + \alpha\, \|g\| \frac{g_v}{\|g_v\| + \mathrm{eps}}
 
-    The steps ``0, every, 2 * every, ...`` are SAM's. Put it first in its chain. Inside :func:`sparsify` the direction
-    kept is zeroed where masks change; its norm is taken when it is used.
+    Steps ``0, every, 2 * every, ...`` are SAM steps. Put it first in its chain. Inside :func:`sparsify` the stored
+    direction is zeroed where weights are pruned; its norm is taken when it is used.
 
     Args:
       rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
-      every: the k of the paper, 5 or 10 there; 1 is SAM.
-      alpha: weight of the direction kept, or a schedule of the step. 0.7 in the paper, 0.2 in the code released with
+      every: the paper's k, 5 or 10 there; 1 gives SAM.
+      alpha: weight of the stored direction, or a schedule of the step. 0.7 in the paper, 0.2 in the code released with
         Momentum-SAM.
-      eps: added to the norms of ``g`` and ``g_v`` that are divided by; a zero gradient gives a zero perturbation.
+      eps: added to the norms of ``g`` and ``g_v`` in the denominators; a zero gradient gives a zero perturbation.
 
     Returns:
       A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``second_grad_fn``, as in :func:`sam`),
-      and calls it on SAM's steps only. ``refresh_sam`` (a Python bool) says whether this is one; left out or traced, a
-      ``lax.cond`` decides. State: one gradient-sized tree.
+      which it calls on SAM steps only. ``refresh_sam`` (a Python bool) says whether this step is one; if it is omitted
+      or traced, a ``lax.cond`` decides. State: one gradient-sized tree.
 
     Raises:
       ValueError: for a negative ``rho``, ``alpha`` or ``eps``, an ``every`` below 1, or an update without ``params``.
@@ -94,7 +94,7 @@ def looksam(
         def look():
             found = gradient_at(lambda grads: ascent_point(params, grads, rho=radius, eps=eps))
             across = perpendicular(found, updates)
-            # Where the two gradients are parallel, as at rho = 0, it is rounding, which reuse() would blow up.
+            # If the two gradients are parallel, as at rho = 0, this is rounding error, which reuse() would amplify.
             length = norm(found)
             is_rounding = norm(across) <= 10 * jnp.finfo(length.dtype).eps * length
             across = jax.tree.map(lambda v: jnp.where(is_rounding, jnp.zeros_like(v), v), across)

@@ -1,4 +1,4 @@
-"""Telemetry of a perturbation: how long it is, how far the loss rises, and what low precision leaves of it."""
+"""Metrics of a perturbation: its norm, how far it raises the loss, and what low precision leaves of it."""
 
 import math
 import warnings
@@ -27,38 +27,38 @@ def sharpness_metrics(
     compute_dtype: DTypeLike | None = None,
     perturbed: Params | None = None,
 ) -> dict[str, jax.Array]:
-    r"""What the perturbation of this step is, and what is left of it where products are computed.
+    r"""Measures the perturbation of this step, and what low precision leaves of it.
 
     With :math:`\epsilon` from :func:`perturb`, and :math:`c` the rounding (to nearest) of weights to the format that
-    products are computed in:
+    matrix products are computed in:
 
     .. math:: \mathrm{kept} = \frac{\|c(w + \epsilon) - c(w)\|}{\|\epsilon\|}, \qquad
               \mathrm{cosine} = \cos(c(w + \epsilon) - c(w),\; \epsilon)
 
-    The norm of :math:`\epsilon` is ``rho``, except where a method makes it shorter (ASAM, a Sparse SAM's mask). A kept
-    norm of 1 alone says little: rounding that leaves most weights and moves a few by a whole step can also give it, so
-    read the cosine. Call it between the gradient and ``tx.update``; all is in float32 or wider, for bfloat16
-    parameters too.
+    The norm of :math:`\epsilon` is ``rho``, except for :func:`esam`, the mask of :func:`ssam` and the adaptive forms. A
+    kept norm of 1 alone says little: rounding that leaves most weights where they were and moves a few by a whole
+    spacing can also give it, so read the cosine. Call it between the gradient and ``tx.update``. Norms and cosines are
+    computed in float32 or wider, also for bfloat16 parameters.
 
     Args:
       params: the clean parameters (with :func:`s2sam_wrapper`: ``eval_params(params, opt_state)``).
       opt_state: the optimizer state, or a train state around it.
-      grads: gradient of this step, if its cosine with the last one is wanted.
+      grads: gradient of this step, to get its cosine with the last one.
       loss_fn: ``params -> loss[]`` on the current batch; costs two more forward passes.
-      compute_dtype: bfloat16, float16 or float32, or ``"tensorfloat32"`` (what recent GPUs multiply float32 in by
+      compute_dtype: bfloat16, float16 or float32, or ``"tensorfloat32"`` (in which recent GPUs multiply float32 by
         default).
-      perturbed: the perturbed parameters, where :func:`perturb` does not know them: for ``sam`` and ``ssam``, whose
-        ascent is inside their update, or the loop's own parameters under :func:`s2sam_wrapper`.
+      perturbed: the perturbed parameters, where :func:`perturb` cannot compute them: for ``sam`` and its variants,
+        whose ascent is inside their update, or the loop's own parameters under :func:`s2sam_wrapper`.
 
     Returns:
-      Device scalars: ``epsilon_norm``; with ``grads`` ``cosine_last_gradient``, over the leaves whose gradient is
-      remembered and, where that is masked, over live weights; with ``loss_fn`` ``loss_increase``,
-      :math:`L(w + \epsilon) - L(w)`; with ``compute_dtype`` ``epsilon_kept`` and ``epsilon_cosine``. What divides by a
-      norm of zero is 0, as at S2-SAM's first step.
+      Device scalars: ``epsilon_norm``; with ``grads``, ``cosine_last_gradient`` (over the leaves whose gradient is
+      remembered, and only over live weights if it is masked); with ``loss_fn``, ``loss_increase``,
+      :math:`L(w + \epsilon) - L(w)`; with ``compute_dtype``, ``epsilon_kept`` and ``epsilon_cosine``. Ratios with a
+      zero denominator are 0, as at S2-SAM's first step.
 
     Raises:
-      ValueError: for an unknown ``compute_dtype``, ``grads`` or ``perturbed`` that do not fit, ``grads`` where no state
-        remembers the last ones, or what :func:`perturb` raises.
+      ValueError: for an unknown ``compute_dtype``, ``grads`` or ``perturbed`` that do not fit, ``grads`` if no state
+        remembers the last gradient, and whenever :func:`perturb` does.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,15 +102,14 @@ def sharpness_metrics(
 
 
 def warn_if_perturbation_lost(metrics: Mapping[str, Any], threshold: float = 0.9) -> None:
-    """Warns when low precision takes the perturbation away. On the host: it waits for the device, so call it rarely.
+    """Warns if low precision removes the perturbation. Runs on the host and waits for the device: call it rarely.
 
     Args:
-      metrics: of :func:`sharpness_metrics`, past S2-SAM's first step, whose perturbation is zero by definition.
-      threshold: the cosine of what is kept with the perturbation, below which it counts as lost.
+      metrics: from :func:`sharpness_metrics`, after S2-SAM's first step, whose perturbation is zero by definition.
+      threshold: the perturbation counts as lost if ``epsilon_cosine`` is below it.
 
     Warns:
-      UserWarning: when the perturbation is zero or not finite, or ``epsilon_cosine`` is below the threshold or not a
-        number.
+      UserWarning: if the perturbation is zero or not finite, or ``epsilon_cosine`` is below the threshold or NaN.
 
     Example:
       >>> from s2sam_jax import warn_if_perturbation_lost

@@ -17,7 +17,7 @@ from s2sam_jax._sharpness.ascent import ascent
 
 
 class MSAMState(NamedTuple):
-    """State of :func:`msam`: scalars alone; the momentum is in the state of the optimizer.
+    """State of :func:`msam`: only scalars; the momentum is in the state of the optimizer.
 
     Attributes:
       step: int32[], gradients seen.
@@ -31,29 +31,29 @@ class MSAMState(NamedTuple):
 
 
 def msam(rho: ScalarOrSchedule = 0.3, *, eps: float = 1e-12) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum-SAM: SAM along the momentum, with one gradient a step and no memory of its own.
+    r"""Momentum-SAM: SAM along the momentum, with one gradient per step and no memory of its own.
 
     .. math:: \epsilon_t = -\rho\, v_{t-1} / (\|v_{t-1}\|_2 + \mathrm{eps}), \quad \epsilon_1 = 0, \quad
               \hat g_t = \nabla L_t(w_t + \epsilon_t)
 
     The gradient of a step is taken at ``perturb(params, opt_state)``, as with :func:`s2sam`, but *against* the momentum
-    buffer, where the next step would lead, as with Nesterov. The buffer is that of the optimizer after it:
-    ``optax.trace`` (``optax.sgd`` with momentum), or the first moment ``mu`` of Adam, Lion, Muon and their like, raw as
-    the optimizer keeps it. It has to cover every parameter once. In a group of ``optax.multi_transform`` it is that
-    group's, with a norm of its own. Inside :func:`sparsify` pruned weights are not perturbed.
+    buffer, that is, where the next step would lead, as in Nesterov's method. The buffer is that of the optimizer after
+    it: ``optax.trace`` (``optax.sgd`` with momentum), or the first moment ``mu`` of Adam, Lion, Muon and the like, as
+    the optimizer stores it. It must cover every parameter exactly once. In a group of ``optax.multi_transform`` it is
+    that group's buffer, with a norm of its own. Inside :func:`sparsify` pruned weights are not perturbed.
 
     Args:
-      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (Injected by
-        ``optax.inject_hyperparams`` it acts one step late, as ``eps`` does.) The released code: 0.3 by default, 3
-        in its runs.
-      eps: added to the norm; no momentum gives no perturbation.
+      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (If set by
+        ``optax.inject_hyperparams``, it acts one step late, as does ``eps``.) The released code uses 0.3 by default and
+        3 in its runs.
+      eps: added to the norm; zero momentum gives a zero perturbation.
 
     Returns:
       A transformation whose update is the identity on gradients. State: three scalars.
 
     Raises:
-      ValueError: for a negative ``rho`` or ``eps``; from :func:`perturb`, where no momentum is found, or two buffers
-        claim one leaf.
+      ValueError: for a negative ``rho`` or ``eps``; from :func:`perturb`, if no momentum is found or two buffers claim
+        one leaf.
 
     Reference:
       Becker et al., "Momentum-SAM: Sharpness Aware Minimization without Computational Overhead", 2024. The released
@@ -93,8 +93,8 @@ def epsilon(state: MSAMState, momentum: list[jax.Array]) -> list[jax.Array]:
 def momenta(opt_state: Any, leaves: Set[str] | None) -> Iterator[tuple[MSAMState, dict[str, jax.Array]]]:
     """Each :class:`MSAMState` with the momentum buffers around it, by leaf, zero where pruned.
 
-    A state looks no further than the ``sparsify`` or ``optax.masked`` that it is in; the groups of
-    ``optax.multi_transform`` are such. ``leaves`` are the paths that have to be covered, where they are known.
+    The search stays inside the ``sparsify`` or ``optax.masked`` that the state is in (groups of
+    ``optax.multi_transform`` are the latter). ``leaves`` are the paths that must be covered, if they are known.
     """
     scopes = find_states(opt_state, (MSAMState, SparseState, optax.MaskedState))
     for own in (x for x in scopes if isinstance(x, MSAMState)):

@@ -37,10 +37,10 @@ def perturb(params: Params, opt_state: Any) -> Params:
       The perturbed parameters, in the parameters' structure and dtypes.
 
     Raises:
-      ValueError: when there is no such state (silence would mean plain SGD), two states claim one leaf, a state belongs
-        to another model, ``s2sam`` stands behind an optimizer in its chain, ``s2sam`` or ``msam`` stands outside
-        ``sparsify`` or beside ``MultiSteps`` or ``apply_if_finite``, ``msam`` finds no momentum, or ``params`` is a
-        model of Flax NNX with statistics or random counts, which a perturbed copy of it would keep to itself.
+      ValueError: if there is no such state (training would silently be plain SGD), two states claim one leaf, a state
+        belongs to another model, ``s2sam`` comes after an optimizer in its chain or stands beside ``MultiSteps`` or
+        ``apply_if_finite``, ``s2sam`` or ``msam`` stands outside ``sparsify``, ``msam`` finds no momentum, or
+        ``params`` is a Flax NNX model with statistics or random counts, which would change in the returned copy only.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,16 +64,16 @@ def perturb(params: Params, opt_state: Any) -> Params:
 
 
 def _check_no_copy_of_states(params: Params) -> None:
-    """What a model of Flax NNX keeps besides parameters would change in the perturbed copy, and be thrown away with it.
+    """Whatever a Flax NNX model keeps besides parameters would change in the perturbed copy, and be lost with it.
 
-    Flax is asked only where the caller has imported it.
+    Flax is used only if the caller has imported it.
     """
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(params, nnx.Module) and (kept := by_name(nnx.state(params, nnx.Not(nnx.Param)))):
         raise ValueError(
-            f"perturb was given a whole nnx.Module and would return a copy: what is in {sorted(kept)} (statistics, "
-            "random counts) would change in the copy alone, never in your model. Split it by graph, params, rest = "
-            "nnx.split(model, nnx.Param, ...), perturb params, and bring rest back by nnx.update."
+            f"perturb was given a whole nnx.Module and would return a copy: {sorted(kept)} (statistics, random counts) "
+            "would change in the copy only, never in your model. Split it by graph, params, rest = nnx.split(model, "
+            "nnx.Param, ...), perturb params, and update the model by what is not a parameter."
         )
 
 
@@ -109,12 +109,12 @@ def _directions(opt_state: Any, clean: dict[str, Any]) -> Iterator[tuple[S2SAMSt
     """Each state with what it perturbs along, by leaf."""
     for state in find_states(opt_state, S2SAMState):
         yield state, by_name(s2sam.last_gradient(state))
-    # Of a train state the optimizer's alone: any field mu elsewhere would be taken for a momentum.
+    # Of a train state only the optimizer's state: a field mu elsewhere would be taken for a momentum.
     yield from msam.momenta(getattr(opt_state, "opt_state", opt_state), set(clean))
 
 
 def _check_order(opt_state: Any) -> None:
-    """An s2sam around sparsify would remember dense gradients, around these wrappers gradients that they hold back."""
+    """Outside sparsify, s2sam would remember dense gradients; outside these wrappers, gradients they hold back."""
     _check_inside_sparsify(opt_state)
     _check_first(opt_state)
     for kind, name in HOLDING_BACK:
@@ -127,7 +127,7 @@ def _check_order(opt_state: Any) -> None:
 
 
 def _check_first(opt_state: Any) -> None:
-    """Behind an optimizer s2sam would remember updates in place of gradients. Decay and clipping leave no trace."""
+    """After an optimizer, s2sam would remember updates, not gradients. Decay and clipping before it leave no trace."""
     for chain in _chains(opt_state):
         states = [find_states(part, S2SAMState) for part in chain]
         place = next((i for i, found in enumerate(states) if found), 0)

@@ -17,7 +17,7 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 def round_to_nearest(x: jax.Array, dtype: str) -> jax.Array:
-    """``x`` in float32 with the value that it has in a format, ties to even."""
+    """``x`` rounded to a format, ties to even, as float32."""
     x = x.astype(jnp.float32)
     if dtype == "float16":
         # The barrier keeps the compiler from dropping the two casts as excess precision.
@@ -34,24 +34,24 @@ def check_format(dtype: DTypeLike, allowed: Sequence[str], name: str) -> str:
 
 
 def stochastic_round(tree: Params, key: jax.Array, dtype: DTypeLike) -> Params:
-    r"""Rounds to one of the two neighbours in a narrower format, so that the mean is the number itself.
+    r"""Rounds at random to one of the two neighbours in a narrower format, so that the mean is the number itself.
 
     .. math:: P(\hat x = \lceil x \rceil) = \frac{x - \lfloor x \rfloor}{\lceil x \rceil - \lfloor x \rfloor}
 
-    Where weights are numbers of the format already, rounding to nearest discards any perturbation below half a unit in
-    the last place; here it is kept in expectation, at the price of noise in every weight. Inside a loss gradients pass
+    If weights are already numbers of the format, rounding to nearest discards any perturbation below half a unit in
+    the last place; here it is kept in expectation, at the price of noise in every weight. Inside a loss, gradients pass
     straight through, as through a plain cast.
 
     Args:
-      tree: any pytree of floating arrays; what is wider than float32 is first rounded to that.
-      key: PRNG key; a new one for each step, or the noise is always the same.
-      dtype: bfloat16 or ``"tensorfloat32"`` (ten bits of mantissa, what NVIDIA's matrix units multiply).
+      tree: any pytree of floating-point arrays; wider ones are first rounded to float32.
+      key: PRNG key; use a new one for each step, or the noise is always the same.
+      dtype: bfloat16 or ``"tensorfloat32"`` (ten bits of mantissa, the format of NVIDIA's matrix units).
 
     Returns:
-      The rounded tree, as bfloat16, or as float32 whose lower bits are zero. Infinities and NaNs stay.
+      The rounded tree, as bfloat16, or as float32 whose lower bits are zero. Infinities and NaNs are kept.
 
     Raises:
-      ValueError: for another ``dtype``.
+      ValueError: for any other ``dtype``.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -16,14 +16,14 @@ from s2sam_jax._sharpness.ascent import ascent, divisor, times
 
 
 class S2SAMState(NamedTuple):
-    """Everything :func:`perturb` needs, as arrays, so that any checkpoint format keeps it.
+    """Everything :func:`perturb` needs, as arrays, so that any checkpoint format can save it.
 
     Attributes:
       step: int32[], gradients seen.
       rho: float[], radius of the next perturbation.
       eps: float[], added to the norm.
-      eta: float[] in the adaptive form, else ``None``.
-      norm: float[], what the perturbation is divided by in the adaptive form of ``compat="authors"``, else ``None``.
+      eta: float[] in the adaptive form, otherwise ``None``.
+      norm: float[], norm in the divisor of the adaptive form of ``compat="authors"``, otherwise ``None``.
       last_grad: the last gradient, a tree like the parameters, zero at first.
     """
 
@@ -52,18 +52,18 @@ def s2sam(
 
     The gradient of a step is taken at ``perturb(params, opt_state)``; nothing else in a loop changes and no
     second gradient is computed. Put it first in its chain, so that it sees the raw gradient, before clipping
-    and weight decay, and inside :func:`sparsify`, which hands it masked gradients: then the perturbation
-    touches live weights only.
+    and weight decay, and inside :func:`sparsify`, which passes it masked gradients, so that only live weights
+    are perturbed.
 
     Args:
-      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (Injected by
-        ``optax.inject_hyperparams`` it acts one step late, as ``eta`` and ``eps`` do: optax sets it when the update
-        before has begun.)
+      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (If set by
+        ``optax.inject_hyperparams``, it acts one step late, as do ``eta`` and ``eps``: an update stores the values that
+        the next step uses.)
       adaptive: scale by ``T = |w| + eta``: :math:`\epsilon = \rho\, T^2 g / (\|T g\| + \mathrm{eps})` (ASAM).
-      eta: the constant in ``T``; used with ``adaptive`` alone.
+      eta: the constant in ``T``; used only with ``adaptive``.
       perturb_pruned: remember the dense gradient under :func:`sparsify`, so that pruned weights are perturbed
-        too, as the released code does. Combine with ``sparsify(mask_grads=False)`` for its dense momentum.
-      grad_dtype: storage type of the remembered gradient, e.g. ``jnp.bfloat16``; the parameters' own if ``None``.
+        too, as in the released code. Combine with ``sparsify(mask_grads=False)`` for its dense momentum.
+      grad_dtype: storage type of the remembered gradient, e.g. ``jnp.bfloat16``; that of the parameters if ``None``.
       eps: added to the norm.
       compat: ``"authors"`` reproduces the released adaptive branch, which perturbs by
         :math:`\rho\, \hat g^3 / (\||u| \hat g\| + \mathrm{eps})` with ``u`` the previously perturbed weights;
@@ -73,7 +73,8 @@ def s2sam(
       A transformation whose update is the identity on gradients. State: one gradient-sized tree.
 
     Raises:
-      ValueError: for a negative ``rho``, ``eta`` or ``eps``, an unknown ``compat``, or a ``grad_dtype`` of integers.
+      ValueError: for a negative ``rho``, ``eta`` or ``eps``, an unknown ``compat``, or a ``grad_dtype`` that is not
+        floating-point.
 
     Reference:
       Ji et al., "A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient and Accurate
@@ -100,7 +101,7 @@ def s2sam(
     cubic = adaptive and compat == "authors"
 
     def state_at(step, length, last_grad) -> Any:
-        """Every number anew, as ``inject_hyperparams`` may have changed any."""
+        """All numbers again, as ``inject_hyperparams`` may have changed any of them."""
         kept = Unmasked(last_grad) if perturb_pruned else last_grad
         added, offset = jnp.array(eps, jnp.result_type(float)), jnp.array(eta, jnp.result_type(float))
         return S2SAMState(step, rho_at(step), added, offset if adaptive else None, length, kept)

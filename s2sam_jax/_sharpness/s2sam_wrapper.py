@@ -46,17 +46,17 @@ def s2sam_wrapper(
     .. math:: w_{t+1} = w_t + \mathrm{inner}(\hat g_t, w_t), \qquad
               p_{t+1} = w_{t+1} + \rho\, \hat g_t / (\|\hat g_t\|_2 + \mathrm{eps})
 
-    Prefer :func:`s2sam` where the loop is yours. Evaluate and save :func:`eval_params`, never the loop's own
-    parameters. It goes outside everything but ``optax.MultiSteps`` and ``optax.apply_if_finite``, so
-    ``s2sam_wrapper(sparsify(...))``: methods and weight decay then see clean weights, and the perturbation
-    stays on live ones. It always perturbs along the newest gradient, while :func:`s2sam` inside ``sparsify`` keeps the
-    one before a skipped mask-update step.
+    Prefer :func:`s2sam` in a loop that you can edit. Evaluate and save :func:`eval_params`, never the loop's own
+    parameters. Wrap it around everything except ``optax.MultiSteps`` and ``optax.apply_if_finite``, as in
+    ``s2sam_wrapper(sparsify(...))``: methods and weight decay then see clean weights, and only live weights are
+    perturbed. It always perturbs along the latest gradient, while :func:`s2sam` inside ``sparsify`` keeps the
+    previous one when a mask update skips the step.
 
     Args:
       inner: the optimizer, possibly sparsified.
-      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (Injected by
-        ``optax.inject_hyperparams`` it acts one step late.)
-      clean_dtype: type of the clean copy, e.g. ``jnp.float32`` beside bfloat16 parameters; the parameters' own
+      rho: radius of the perturbation (L2 over all leaves), or a schedule of the step. (If set by
+        ``optax.inject_hyperparams``, it acts one step late.)
+      clean_dtype: type of the clean copy, e.g. ``jnp.float32`` with bfloat16 parameters; that of the parameters
         if ``None``.
       eps: added to the norm.
 
@@ -64,11 +64,12 @@ def s2sam_wrapper(
       A transformation whose updates move the loop's parameters from one perturbed point to the next.
 
     Raises:
-      ValueError: for a negative ``rho`` or ``eps``, a ``clean_dtype`` of integers, an ``inner`` with :func:`s2sam`,
-        :func:`msam`, ``optax.MultiSteps`` or ``optax.apply_if_finite`` in it, or an update without ``params``.
+      ValueError: for a negative ``rho`` or ``eps``, a ``clean_dtype`` that is not floating-point, an ``inner`` that
+        contains :func:`s2sam`, :func:`msam`, ``optax.MultiSteps`` or ``optax.apply_if_finite``, or an update without
+        ``params``.
 
     Reference:
-      As :func:`s2sam`.
+      Same as :func:`s2sam`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -111,8 +112,8 @@ def s2sam_wrapper(
 def eval_params(params: Params, opt_state: Any) -> Params:
     """The clean parameters to evaluate and save, whichever form of S2-SAM trains them.
 
-    The identity, unless :func:`s2sam_wrapper` is in the optimizer: then its clean copy, in the dtypes of
-    ``params``.
+    Returns ``params`` unchanged, unless the optimizer contains :func:`s2sam_wrapper`: then its clean copy, in the
+    dtypes of ``params``.
 
     Args:
       params: the loop's parameters.
@@ -122,7 +123,7 @@ def eval_params(params: Params, opt_state: Any) -> Params:
       Clean parameters, in the structure and dtypes of ``params``.
 
     Raises:
-      ValueError: when two wrappers hold a copy, or a checkpoint was restored without the types of its states.
+      ValueError: if two wrappers hold a copy, or a checkpoint was restored without the types of its states.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -145,7 +146,7 @@ def eval_params(params: Params, opt_state: Any) -> Params:
     covered = {path: p for path, p in by_name(params).items() if path in clean}
     check_same_named(covered, clean, "params", "the s2sam_wrapper in opt_state")
 
-    # optax.masked and the like may have kept some from the wrapper
+    # optax.masked and the like may have hidden some leaves from the wrapper
     return map_named(lambda path, param: clean[path].astype(param.dtype) if path in clean else param, params)
 
 

@@ -14,7 +14,7 @@ from s2sam_jax._base.schedules import schedule
 from s2sam_jax._base.types import GradFn, Params, ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent_point
 
-# From (the gradient of a part of the batch -> a point) to the mean of the parts' gradients, each at its point.
+# Takes (gradient of a part of the batch -> point) to the mean of the parts' gradients, each at its point.
 SecondGradFn = Callable[[Callable[[Params], Params]], Params]
 
 
@@ -23,7 +23,7 @@ class SAMState(NamedTuple):
 
     Attributes:
       step: int32[], steps taken.
-      rho: float[], radius of the last perturbation (of the first one, before it).
+      rho: float[], radius of the last perturbation (initially, of the first one).
     """
 
     step: jax.Array
@@ -37,24 +37,24 @@ def sam(
 
     .. math:: \epsilon = \rho\, g / (\|g\|_2 + \mathrm{eps}), \qquad \text{update} = \nabla L(w + \epsilon)
 
-    Two gradients a step: the loop's own, and one through the extra argument ``grad_fn`` of ``update``. Put it
-    first in its chain; weight decay and momentum after it then act at the unperturbed weights. Inside
-    :func:`sparsify`, the perturbation and both gradients live on the mask.
+    Two gradients per step: the loop's own, and one from ``grad_fn``, an extra argument of ``update``. Put it
+    first in its chain, so that weight decay and momentum act on the unperturbed weights. Inside :func:`sparsify`, the
+    perturbation and both gradients are zero off the mask.
 
-    For m-sharpness, ``second_grad_fn`` in place of ``grad_fn``: it takes a function from the gradient of a part of the
-    batch to the point that is perturbed by it, and returns the mean of the parts' gradients there
-    (``make_train_step(..., sharpness_parts=m)``).
+    For m-sharpness, pass ``second_grad_fn`` instead of ``grad_fn``. It receives a function that maps the gradient of
+    one part of the batch to that part's perturbed point, and returns the mean of the parts' gradients at their points.
+    ``make_train_step(..., sharpness_parts=m)`` does this.
 
     Args:
       rho: radius of the perturbation (L2 over all leaves), or a schedule of the step.
       adaptive: ASAM: :math:`\epsilon = \rho\, T^2 g / (\|T g\| + \mathrm{eps})` with ``T = |w| + eta`` on every
         leaf (its authors leave biases unscaled).
-      eta: the constant in ``T``; used with ``adaptive`` alone.
+      eta: the constant in ``T``; used only with ``adaptive``.
       eps: added to the norm; a zero gradient gives a zero perturbation.
 
     Returns:
       A transformation whose ``update`` needs ``params`` and ``grad_fn``, a function from parameters to the
-      gradient of the current batch.
+      gradient on the current batch.
 
     Raises:
       ValueError: for a negative ``rho``, ``eta`` or ``eps``, or an update without ``params``.
@@ -95,7 +95,7 @@ def sam(
 def second_gradient(
     name: str, params: Params | None, grads: Params, grad_fn: GradFn | None, second_grad_fn: SecondGradFn | None
 ) -> SecondGradFn:
-    """A function from ``point`` (of a gradient) to the gradient there, of the batch or by part."""
+    """A function of ``point``, which maps a gradient to a point, that returns the gradient there, or by part."""
     if params is None:
         raise ValueError(f"{name} needs params: call tx.update(grads, state, params, grad_fn=grad_fn).")
     check_nothing_hidden(params, name, "s2sam can perturb some of the leaves: optax.masked(s2sam(), ...).")

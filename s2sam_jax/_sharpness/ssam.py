@@ -25,7 +25,7 @@ class SSAMState(NamedTuple):
     Attributes:
       step: int32[], steps taken.
       next_update: int32[], the step that refreshes the perturbation mask next.
-      rho: float[], radius of the last perturbation (of the first one, before it).
+      rho: float[], radius of the last perturbation (initially, of the first one).
       perturb_masks: bool tree like the parameters, True where SAM perturbs.
       key: typed PRNG key; a refresh uses ``fold_in(key, step)``.
     """
@@ -50,46 +50,46 @@ def ssam(
     eps: float = 1e-12,
     compat: Compat = "paper",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sparse SAM: SAM whose perturbation lives on a fraction of the coordinates.
+    r"""Sparse SAM: SAM that perturbs only a fraction of the coordinates.
 
     .. math:: \epsilon = m \odot \rho\, g / (\|g\|_2 + \mathrm{eps}), \qquad \text{update} = \nabla L(w + \epsilon)
 
     The norm is that of the full gradient, so :math:`\|\epsilon\| \le \rho`. The mask keeps exactly
     :math:`\lfloor d (1 - s) \rfloor` of the ``d`` coordinates, ranked over all leaves together; inside :func:`sparsify`
-    ``d`` counts the live weights and dead ones are never chosen. It is refreshed every ``update_every`` steps:
+    ``d`` counts the live weights and pruned ones are never chosen. It is refreshed every ``update_every`` steps:
 
-    * ``"fisher"`` (SSAM-F) keeps the largest empirical Fisher information
+    * ``"fisher"`` (SSAM-F) keeps the coordinates of largest empirical Fisher information
       :math:`\sum_i (\partial \log p(y_i | x_i) / \partial w)^2`, from the extra argument ``fisher_fn``.
-    * ``"dynamic"`` (SSAM-D) drops the perturbed coordinates of smallest ``|g|``, a fraction
-      :math:`\tfrac{\alpha}{2}(1 + \cos(\pi t / T))` of them, and grows as many at random.
+    * ``"dynamic"`` (SSAM-D) drops a fraction :math:`\tfrac{\alpha}{2}(1 + \cos(\pi t / T))` of the perturbed
+      coordinates, those of smallest ``|g|``, and grows as many at random.
 
     Args:
       rho: radius before masking, or a schedule of the step.
       mask: how the mask is chosen.
       sparsity: fraction of coordinates that are *not* perturbed, in ``[0, 1)``.
       update_every: steps between refreshes (the paper: one or five epochs); the first is at step 0.
-      total_steps: :math:`T` of the cosine; needed by ``"dynamic"``.
-      drop_fraction: :math:`\alpha` in ``[0, 1]``; ``"dynamic"`` alone.
+      total_steps: :math:`T` of the cosine; required by ``"dynamic"``.
+      drop_fraction: :math:`\alpha` in ``[0, 1]``; used only by ``"dynamic"``.
       seed: integer or PRNG key, possibly traced.
-      structure: ``NM(2, 4)`` perturbs 2 of every 4 entries of each leaf along its axis, which says the sparsity too
-        (give ``1 - n / m``, the default for 2:4). Biases, and other leaves of one dimension or without that axis, are
+      structure: ``NM(2, 4)`` perturbs 2 of every 4 entries of each leaf along its axis; ``sparsity`` must then be
+        ``1 - n / m`` (for 2:4, the default). Leaves of one dimension, such as biases, and leaves without that axis are
         perturbed whole.
       eps: added to the norm (the released code: 1e-7).
-      compat: ``"authors"`` follows the released code where it leaves the paper. Fisher: the first step has an empty
-        mask, and refreshes come one step later, at the updated weights. Dynamic: a new mask acts from the next step
-        on, grows only where the old mask was off, and truncates the two counts separately, so that it can lose one.
-        What that code does by accident (a gradient left over in the first Fisher sample, BatchNorm statistics of
-        those passes) is left out.
+      compat: ``"authors"`` follows the released code where it departs from the paper. Fisher: the first step has an
+        empty mask, and refreshes come one step later, at the updated weights. Dynamic: a new mask acts from the next
+        step on, grows only where the old mask was off, and truncates the two counts separately, so that it can lose
+        one coordinate. Accidents of that code (a gradient left over in the first Fisher sample, BatchNorm statistics
+        of those passes) are not reproduced.
 
     Returns:
       A transformation whose ``update`` needs ``params``, ``grad_fn`` and, for ``"fisher"``, ``fisher_fn``: a function
       from parameters to the squared per-example gradients, summed (:func:`empirical_fisher`). It is called on refresh
-      steps only. ``refresh_perturbation`` (a Python bool) says whether this is one; left out, a ``lax.cond`` decides.
+      steps only. ``refresh_perturbation`` (a Python bool) says if this step is one; if omitted, a ``lax.cond`` decides.
 
     Raises:
-      ValueError: for arguments out of range, a structure that does not divide a leaf or whose sparsity is another, or
+      ValueError: for arguments out of range, a structure that does not divide a leaf or has a different sparsity, or
         an update without ``params``.
-      TypeError: for another structure, or an update without ``grad_fn`` or, where needed, ``fisher_fn``.
+      TypeError: for an unsupported structure, or an update without ``grad_fn`` or, where needed, ``fisher_fn``.
 
     Reference:
       Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach", NeurIPS 2022,
@@ -166,7 +166,7 @@ def ssam(
 def empirical_fisher(
     loss_fn: Callable[[Params, Any], jax.Array], *, chunk_size: int = 16
 ) -> Callable[[Params, Any], Params]:
-    r"""Builds the Fisher information that :func:`ssam` ranks by, from the loss of one example.
+    r"""Builds a function for the Fisher information that :func:`ssam` ranks by, from the loss of one example.
 
     .. math:: F = \sum_{i=1}^{N} \left( \partial L(w; x_i) / \partial w \right)^2
 
@@ -176,13 +176,13 @@ def empirical_fisher(
 
     Returns:
       ``(params, batch) -> tree like params``, for a batch of N examples along the leading axis of every leaf. Bind
-      the batch to make ssam's ``fisher_fn``: ``lambda params: fisher(params, batch)``.
+      the batch to get the ``fisher_fn`` of ``ssam``: ``lambda params: fisher(params, batch)``.
 
     Raises:
       ValueError: for a ``chunk_size`` below 1.
 
     Reference:
-      Mi et al., NeurIPS 2022, Eq. (5); it divides by N, which leaves the ranking as it is.
+      Mi et al., NeurIPS 2022, Eq. (5), which also divides by N; the ranking is the same.
 
     Example:
       >>> import jax.numpy as jnp

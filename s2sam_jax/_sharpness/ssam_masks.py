@@ -58,7 +58,7 @@ def move_as_released(
 
 
 def _fill(scores: Params, taken: Masks, among: Masks, structure: NM) -> Masks:
-    """Adds to what is taken of each group the best-scored that may be; of leaves without groups, all that may be."""
+    """Fills each group with its best-scored eligible entries; leaves without groups take all that are eligible."""
     grouped = [x.ndim > 1 and -x.ndim <= structure.axis < x.ndim for x in jax.tree.leaves(scores)]
     shapes = {name: x.shape for name, x in by_name(scores).items()}
     check_fits(structure, {name: shape for (name, shape), g in zip(shapes.items(), grouped, strict=True) if g})

@@ -12,7 +12,7 @@ from s2sam_jax._base.tree import at_least_f32
 def trajectory_loss(
     logits: jax.Array, past_logits: jax.Array, *, temperature: float = 5.0, weight: jax.typing.ArrayLike = 0.3
 ) -> jax.Array:
-    r"""The term that SAF and MESA add to the loss: outputs should not run away from past ones.
+    r"""The term that SAF and MESA add to the loss: it keeps outputs close to past ones.
 
     .. math:: \lambda\, \tau^2\, \frac{1}{b} \sum_i
               \mathrm{KL}\big(\mathrm{softmax}(z_i^{past} / \tau) \,\|\, \mathrm{softmax}(z_i / \tau)\big)
@@ -24,9 +24,9 @@ def trajectory_loss(
 
     Args:
       logits: ``[batch, classes]``.
-      past_logits: of the same examples; no gradient flows through them.
+      past_logits: past logits of the same examples; no gradient flows through them.
       temperature: :math:`\tau`.
-      weight: :math:`\lambda`, a number or one an example, zero where nothing is known of the past.
+      weight: :math:`\lambda`, a number or one per example, zero where past logits are unknown.
 
     Returns:
       float[], the mean over all examples, in float32 or wider.
@@ -63,11 +63,11 @@ def trajectory_loss(
 
 
 class TrajectoryBuffer(NamedTuple):
-    """Outputs of past epochs, for SAF: a ring of ``delay + 1`` epochs, part of the model state of a train step.
+    """Outputs of past epochs, for SAF: a ring buffer of ``delay + 1`` epochs, kept in the model state of a train step.
 
-    It takes ``(delay + 1) * n * classes`` numbers: 11.5 GB for ImageNet in float32 and two epochs of delay.
+    It takes ``(delay + 1) * n * classes`` numbers: 15.4 GB for ImageNet in float32 with a delay of two epochs.
     Micro-batches (``accumulate``) record one after another; ``sharpness_parts``, which averages the model state over
-    the parts, is refused beside a buffer.
+    the parts, is refused with a buffer.
 
     Attributes:
       logits: ``[delay + 1, n, classes]``.
@@ -97,8 +97,8 @@ class TrajectoryBuffer(NamedTuple):
 
         Args:
           n: examples of the training set.
-          classes: outputs an example.
-          delay: epochs that recalled outputs are old.
+          classes: outputs per example.
+          delay: age of recalled outputs, in epochs.
           dtype: type to store them in.
 
         Raises:
@@ -109,12 +109,13 @@ class TrajectoryBuffer(NamedTuple):
         return cls(jnp.zeros((delay + 1, n, classes), dtype), jnp.full((delay + 1, n), -1, jnp.int32))
 
     def record(self, indices: jax.Array, logits: jax.Array, epoch: jax.typing.ArrayLike) -> "TrajectoryBuffer":
-        """The buffer with the outputs of this epoch, of a batch.
+        """The buffer with a batch's outputs of this epoch added.
 
         Args:
-          indices: int ``[batch]``, rows of the training set, each once; others, as -1 or ``n`` of padding, are skipped.
+          indices: int ``[batch]``, rows of the training set, each once; others, such as padding of -1 or ``n``, are
+            skipped.
           logits: ``[batch, classes]``; no gradient flows into the buffer.
-          epoch: from 0, int[] or one an example (for batches that are cut up among micro-batches).
+          epoch: counted from 0; int[], or one per example (for batches that are cut into micro-batches).
         """
         epoch = jnp.asarray(epoch, jnp.int32)
         slot = epoch % len(self.epochs)
@@ -129,11 +130,11 @@ class TrajectoryBuffer(NamedTuple):
 
         Args:
           indices: int ``[batch]``, as in :meth:`record`.
-          epoch: the present one.
+          epoch: the current epoch.
 
         Returns:
-          Logits ``[batch, classes]``, and bool ``[batch]``: whether they are known. They are not in the first
-          ``delay`` epochs, nor for an example that its epoch left out, as of an incomplete batch.
+          Logits ``[batch, classes]``, and bool ``[batch]``: whether they are known. They are unknown in the first
+          ``delay`` epochs, and for examples that the past epoch left out, such as those of an incomplete batch.
         """
         then = jnp.asarray(epoch, jnp.int32) - (len(self.epochs) - 1)
         slot = then % len(self.epochs)

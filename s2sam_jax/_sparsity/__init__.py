@@ -1,1 +1,1 @@
-"""``sparsify``, and the pieces that sparse methods are made of."""
+"""``sparsify``, and the building blocks of sparse methods."""

@@ -11,7 +11,7 @@ from s2sam_jax._base.types import Masks, Params
 
 
 class ChannelAxis(NamedTuple):
-    """An axis of a leaf that runs over channels: ``ChannelAxis("conv1/kernel", -1)`` are the filters of that kernel."""
+    """An axis of a leaf that runs over channels: ``ChannelAxis("conv1/kernel", -1)`` is that of its filters."""
 
     path: str
     axis: int
@@ -20,21 +20,20 @@ class ChannelAxis(NamedTuple):
 class ChannelGroup(NamedTuple):
     """Slices of several leaves that share one channel index, so that a channel can be removed from all at once.
 
-    Zeroing a channel's slices must make its activation exactly zero at every layer that consumes it: what lies in
-    between maps zero to zero (ReLU, swish, pooling), and nothing is added. Removing a
-    channel must not change the others, so norms must keep statistics per channel, as BatchNorm does. LayerNorm, RMSNorm
-    and GroupNorm average over channels, so they do not qualify. The residual stream, which every
-    block consumes and adds to, is best left out.
+    Zeroing a channel's slices must make its activation exactly zero at every layer that consumes it: whatever lies in
+    between must map zero to zero (ReLU, swish, pooling) and add nothing. Removing a channel must not change the others,
+    so norms must keep statistics per channel, as BatchNorm does; LayerNorm, RMSNorm and GroupNorm average over channels
+    and do not qualify. The residual stream, which every block consumes and adds to, is best left out.
 
     Attributes:
-      name: under which a model is rebuilt with fewer channels.
-      filters: what computes the channels, the first kernel leading: kernels along their output axis, and depthwise
-        ones in between.
+      name: the name of the group, as in the ``widths`` of :func:`materialize`.
+      filters: kernels that compute the channels, along their output axis, and depthwise kernels in between; the first
+        one is the leading filter.
       scales: scales of the norms that follow, with statistics per channel; may be empty.
       biases: biases of the norms, and of the layers before them; may be empty.
-      inputs: kernels that read the channels, along their input axis. Behind a flatten that axis runs over positions
-        too, which no group can name: pool globally instead.
-      statistics: leaves of the model state with one entry a channel: running means and variances.
+      inputs: kernels that read the channels, along their input axis. After a flatten that axis also runs over
+        positions, which no group can name: use global pooling instead.
+      statistics: leaves of the model state with one entry per channel: running means and variances.
 
     Example:
       >>> from s2sam_jax import ChannelGroup, ChannelAxis
@@ -94,20 +93,20 @@ def group_sizes(tree: Params, groups: Sequence[ChannelGroup], *, statistics: Any
 
 
 def channel_masks(params: Params, groups: Sequence[ChannelGroup], alive: Mapping[str, jax.Array]) -> Masks:
-    r"""Masks of whole channels, in every leaf that has a slice of one.
+    r"""Masks that prune whole channels, in every leaf that holds a slice of one.
 
     .. math:: m_{l,i} = \bigwedge_{(l, a) \in G} \mathrm{alive}_G[i_a]
 
     Args:
       params: the parameters.
       groups: which slices share a channel index; a leaf may be in several.
-      alive: bool[channels] by the name of the group; groups that are missing keep all.
+      alive: bool[channels] by group name; groups that are missing keep all channels.
 
     Returns:
       Bool tree like ``params``.
 
     Raises:
-      ValueError: where groups do not fit the parameters, or ``alive`` does not fit the groups.
+      ValueError: if groups do not fit the parameters, or ``alive`` does not fit the groups.
 
     Example:
       >>> import jax.numpy as jnp

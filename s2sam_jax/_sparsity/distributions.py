@@ -17,12 +17,12 @@ Prunable = Callable[[str, Any], bool]
 Distribution = Callable[..., Any]
 
 
-# Attention has biases a head and scanned layers one more axis, so that dimensions alone do not tell.
+# Attention has biases per head, and scanned layers have an extra axis: the number of dimensions is not enough.
 NO_KERNELS = ("bias", "scale", "offset", "beta", "gamma")
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
-    """The default ``prunable``: floating leaves of two or more dimensions, but for those named as biases and scales."""
+    """The default ``prunable``: floating-point leaves of two or more dimensions, except biases and scales by name."""
     name = path.rpartition("/")[2].lower()
     if name in NO_KERNELS or name.endswith(("_bias", "_scale")):
         return False
@@ -40,15 +40,15 @@ def uniform(
       params: pytree of arrays (or of shapes, as from ``jax.eval_shape``).
       sparsity: fraction of zeros in ``[0, 1)``.
       prunable: ``(path, leaf) -> bool``, with paths such as ``"conv1/kernel"``.
-      overrides: sparsity by path pattern (``fnmatch``: ``"*.stem/kernel"``); the first pattern that matches wins, and
-        such leaves are left out of the distribution. ``0.0`` keeps a leaf dense.
+      overrides: sparsity by path pattern (``fnmatch``: ``"*.stem/kernel"``); the first pattern that matches wins.
+        Leaves that match are left out of the distribution; ``0.0`` keeps them dense.
 
     Returns:
       A tree like ``params`` of Python floats: the fraction of zeros per leaf, 0.0 where dense.
 
     Raises:
-      ValueError: when the sparsity is out of range or unreachable, when nothing is prunable, or a pattern matches no
-        prunable leaf.
+      ValueError: if the sparsity is out of range or unreachable, nothing is prunable, or a pattern matches no prunable
+        leaf.
 
     Reference:
       Evci et al., "Rigging the Lottery", ICML 2020, §3.
@@ -69,8 +69,8 @@ def erdos_renyi(
 
     .. math:: 1 - S_l = \varepsilon\, (n_{in} + n_{out}) / (n_{in}\, n_{out})
 
-    with the last two dimensions as :math:`n_{in}, n_{out}`, and :math:`\varepsilon` such that the whole budget is met.
-    A layer that would pass density 1 becomes dense and counts against the budget.
+    with the last two dimensions as :math:`n_{in}, n_{out}`, and :math:`\varepsilon` such that the total sparsity is
+    met. A layer whose density would exceed 1 stays dense, and the others become sparser to make up for it.
 
     Args:
       params: as in :func:`uniform`.
@@ -79,10 +79,10 @@ def erdos_renyi(
       overrides: as in :func:`uniform`.
 
     Returns:
-      As :func:`uniform`.
+      The same as :func:`uniform`.
 
     Raises:
-      ValueError: as :func:`uniform`.
+      ValueError: as in :func:`uniform`.
 
     Reference:
       Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity", 2018.
@@ -107,7 +107,8 @@ def erdos_renyi_kernel(
 
     .. math:: 1 - S_l = \varepsilon \sum_d n_{l,d} / \prod_d n_{l,d}
 
-    over all dimensions of the leaf. A layer that would pass density 1 becomes dense and counts against the budget.
+    over all dimensions of the leaf. A layer whose density would exceed 1 stays dense, and the others become sparser to
+    make up for it.
 
     Args:
       params: as in :func:`uniform`.
@@ -116,10 +117,10 @@ def erdos_renyi_kernel(
       overrides: as in :func:`uniform`.
 
     Returns:
-      As :func:`uniform`.
+      The same as :func:`uniform`.
 
     Raises:
-      ValueError: as :func:`uniform`.
+      ValueError: as in :func:`uniform`.
 
     Reference:
       Evci et al., "Rigging the Lottery", ICML 2020, §3.
@@ -148,7 +149,7 @@ def _distribute(
     overrides: Mapping[str, float] | None,
     density: Callable[[tuple[int, ...]], float] | None = None,
 ) -> Any:
-    """By a density for each shape, scaled to the budget; without it the same sparsity everywhere."""
+    """By a density for each shape, scaled to the budget; without one, the same sparsity everywhere."""
     check_sparsity(sparsity, "sparsity")
     shapes = _prunable_shapes(params, prunable)
     chosen = _overridden(shapes, overrides or {})

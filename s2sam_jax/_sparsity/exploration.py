@@ -1,6 +1,6 @@
-"""The pieces that methods which explore whole channels are made of: scores, widths, samples.
+"""The building blocks of methods that explore whole channels: scores, widths, samples.
 
-Everything comes and goes as a list with one entry a group, so that ties go to the groups in their given order.
+Everything is passed as a list with one entry per group, so that ties go to the groups in their given order.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from s2sam_jax._sparsity.channels import ChannelAxis, ChannelGroup, channel_mask
 
 
 def channels(tree: Any, parts: Sequence[ChannelAxis]) -> list[jax.Array]:
-    """Each slice's leaf as a matrix, one row a channel."""
+    """Each slice's leaf as a matrix, one row per channel."""
     leaves = by_name(tree)
     rows = [jnp.moveaxis(leaves[part.path], part.axis, 0) for part in parts]
     return [leaf.reshape(len(leaf), -1) for leaf in rows]
 
 
 def filters(params: Params, groups: Sequence[ChannelGroup]) -> list[jax.Array]:
-    """The leading filters of each group, one row a channel, in float32 or wider."""
+    """The leading filters of each group, one row per channel, in float32 or wider."""
     return [at_least_f32(rows) for rows in channels(params, [group.filters[0] for group in groups])]
 
 
@@ -77,7 +77,7 @@ def leverage_scores(rows: jax.Array, count: int | jax.Array) -> jax.Array:
 
     .. math:: \psi_j = \|[V_k]_{j,:}\|_2^2, \quad X = U \Sigma V^\top
 
-    with the channels in the columns of X. Where channels have fewer weights than there are channels, V tells nothing
+    with the channels in the columns of X. If channels have fewer weights than there are channels, V cannot tell them
     apart, and the score is :math:`\|x_j\|_1`.
     """
     size, weights = rows.shape
@@ -89,7 +89,7 @@ def leverage_scores(rows: jax.Array, count: int | jax.Array) -> jax.Array:
 
 def residuals(rows: jax.Array, keep: jax.Array) -> jax.Array:
     r"""What the kept channels cannot express of each channel: :math:`\|w_j - P w_j\|_2^2`, P their projector."""
-    # Of unit length, which leaves the projector as it is: pinv takes what is short beside the longest for rounding.
+    # Unit length leaves the projector as it is; pinv would take rows that are short beside the longest for rounding.
     base = jnp.where(keep[:, None], rows, 0.0)
     length = jnp.linalg.norm(base, axis=1, keepdims=True)
     base = base / jnp.where(length > 0, length, 1.0)

@@ -1,4 +1,4 @@
-"""The pieces that methods are made of: which leaves, drop and grow, first masks, schedules."""
+"""The building blocks of methods: which leaves, drop and grow, first masks, schedules."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def magnitude_init(x: MaskInputs) -> MaskUpdate:
 
 
 def first_masks(x: MaskInputs, scores: list[jax.Array]) -> MaskUpdate:
-    """The best-scored of each sparse leaf as planned, under N:M of each group."""
+    """The best-scored weights of each sparse leaf, as many as planned; under N:M, those of each group."""
     if isinstance(x.structure, NM):
         masks = select(scores, structure=x.structure)
     else:
@@ -48,7 +48,7 @@ def planned_counts(x: MaskInputs) -> list[int]:
 
 
 def global_count(x: MaskInputs) -> int:
-    """How many of all together, at their mean sparsity, weighted by size."""
+    """How many weights are to survive in all sparse leaves together, by their mean sparsity, weighted by size."""
     planned = zip(sparse_leaves(x, x.params), sparse_leaves(x, x.sparsities), strict=True)
     return sparse_size(x) - rounded_down(sum(p.size * sparsity for p, sparsity in planned))
 
@@ -64,7 +64,7 @@ def replace_sparse(x: MaskInputs, tree: Any, new: list[Any]) -> Any:
 def grow(x: MaskInputs, keep: list[Any], added: list[Any], scores: list[Any]) -> Masks:
     """The kept weights and, per sparse leaf, ``added`` more: the best-scored of all that were not kept.
 
-    Under N:M, of the :func:`openings`: where as many are added as were dropped, every group is full again.
+    Under N:M only :func:`openings` are candidates: if as many are added as were dropped, every group is full again.
     """
     free = [~m for m in keep]
     candidates = openings(keep, scores, x.structure) if isinstance(x.structure, NM) else free
@@ -84,7 +84,7 @@ def openings(keep: list[jax.Array], scores: list[jax.Array], structure: NM) -> l
 
 
 def move_smallest(x: MaskInputs, moved: list[jax.Array], growth_scores: list[jax.Array]) -> Masks:
-    """Per sparse leaf, drops so many of the smallest weights and grows as many of the best-scored.
+    """Per sparse leaf, drops the ``moved`` smallest weights and grows as many of the best-scored.
 
     All positions that were not kept are candidates, those just dropped among them.
     """

@@ -39,12 +39,12 @@ class Fault(NamedTuple):
 
 
 def check_masks(params: Params, opt_state: Any) -> None:
-    """Raises if anything that sparse training promises does not hold. For the host; costs a few passes.
+    """Raises an error if masks or pruned weights are not as they should be. Runs on the host; costs a few passes.
 
     Checked per leaf: structure and shape of the masks, their count against the one recorded at the last mask update,
     exact zeros off the mask in the parameters and in the gradient that :func:`s2sam` remembers, and finite weights.
-    Where such weights come back at every step, something outside of :func:`sparsify` changes its updates. Momenta are
-    not checked: they are zeroed before they are used, and some optimizers leave tiny numbers there.
+    If pruned weights become non-zero at every step, something outside of :func:`sparsify` changes its updates. Momenta
+    are not checked: they are zeroed before they are used, and some optimizers leave tiny numbers there.
 
     Args:
       params: clean parameters.
@@ -80,10 +80,10 @@ def check_masks(params: Params, opt_state: Any) -> None:
 
 
 def warn_if_collapsed(opt_state: Any) -> None:
-    """Warns of leaves of which no weight is left. On the host: it waits for the device, so call it rarely.
+    """Warns of leaves that have lost all their weights. Runs on the host and waits for the device: call it rarely.
 
-    Nothing passes through such a layer any more. It happens where all leaves are ranked together, as by SNIP, GraSP and
-    global magnitude; :func:`check_masks` has nothing against it.
+    No signal passes through such a layer. This can happen if all leaves are ranked together, as by SNIP, GraSP and
+    global magnitude; :func:`check_masks` does not report it.
 
     Args:
       opt_state: a state with a :class:`SparseState`, of one network or of several, after the mask update in question:

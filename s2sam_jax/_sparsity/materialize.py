@@ -21,10 +21,10 @@ class Materialized(NamedTuple):
     """What :func:`materialize` returns.
 
     Attributes:
-      params: the parameters that are left.
-      model_state: the statistics that are left.
-      widths: channels left, by the name of the group: what the model is to be rebuilt with.
-      masks: masks of the parameters that are left, which may still be sparse inside.
+      params: the remaining parameters.
+      model_state: the model state with the remaining statistics.
+      widths: remaining channels by group name, to rebuild the model with.
+      masks: masks of the remaining parameters, which may still be sparse.
     """
 
     params: Params
@@ -34,35 +34,35 @@ class Materialized(NamedTuple):
 
 
 def materialize(params: Params, model_state: Any, groups: Sequence[ChannelGroup], masks: Masks) -> Materialized:
-    r"""Slices dead channels out of all leaves, so that the network is really smaller and computes the same.
+    r"""Cuts dead channels out of all leaves, leaving a smaller network that computes the same.
 
     .. math:: \mathrm{dead}_G[i] = \bigwedge_{(l, a) \in D_G} \neg \bigvee_{j : j_a = i} m_{l,j}
 
-    where :math:`D_G` are the scales and biases of the group: a norm without them puts out zeros, whatever the filters
-    are. In a group without scales, they are its filters and biases. Removed channels must be zero for their readers in
-    the sense of :class:`ChannelGroup`. That rules out LayerNorm and GroupNorm, which cannot be told from BatchNorm
-    here: their statistics are over channels, so the small network would compute something else. A group keeps one
-    channel even where all are dead.
+    where :math:`D_G` are the scales and biases of the group: a norm in which they are zero outputs zeros, whatever the
+    filters are. In a group without scales, they are its filters and biases. Removed channels must be zero for their
+    readers in the sense of :class:`ChannelGroup`. That rules out LayerNorm and GroupNorm, which cannot be told from
+    BatchNorm here: their statistics are over channels, so the small network would compute something else. A group keeps
+    one channel even if all are dead.
 
-    Works on the host, as shapes depend on values. Leaves that lose nothing are the very ones given; others are on the
+    Runs on the host, as shapes depend on values. Leaves that lose nothing are returned as they are; others are on the
     default device.
 
     Args:
       params: any pytree of concrete arrays, zero off the masks.
       model_state: the rest of the model, with the statistics that the groups name.
       groups: the channels that may be removed.
-      masks: bool, leaf by leaf like ``params``.
+      masks: bool tree like ``params``.
 
     Returns:
-      The small network's :class:`Materialized` parameters, state, widths and masks.
+      A :class:`Materialized` with the small network's parameters, state, widths and masks.
 
     Warns:
-      UserWarning: naming leaves that look as if a group had forgotten them: as long as its channels, and in one module
+      UserWarning: naming leaves that a group seems to have forgotten: with one entry per channel, and in one module
         with its filters or scales.
 
     Raises:
-      ValueError: naming leaf and group where groups do not fit, overlap, or have a norm without scales; where masks
-        have other leaves or are not bool; where weights are not zero off their masks; and for traced arrays.
+      ValueError: naming leaf and group, if groups do not fit, overlap, or have a norm without scales; if masks have
+        other leaves or are not bool; if weights are not zero off their masks; and for traced arrays.
 
     Reference:
       Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017, §3.

@@ -1,4 +1,4 @@
-"""What a sparse method returns, held against what it promises."""
+"""Checks of what a sparse method returns against what it promises."""
 
 from typing import Any, get_args
 

@@ -17,14 +17,14 @@ from s2sam_jax._base.types import Masks, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NMPacked:
-    """A leaf of which ``n`` in every ``m`` entries are left.
+    """A leaf with ``n`` of every ``m`` entries left.
 
     Attributes:
-      values: shape of the leaf, but the axis of the groups holds ``n`` entries a group.
-      indices: uint8 like ``values``: where in its group a value stands, ascending. A group that is cut short may hold
-        fewer than ``n``; the rest are zeros, which stand beyond its end.
-      length: entries of the axis in the leaf.
-      structure: what the groups are.
+      values: of the leaf's shape, except that the axis of the groups has ``n`` entries per group.
+      indices: uint8, shaped like ``values``: the position of each value in its group, ascending. An incomplete group
+        may hold fewer than ``n`` weights; the rest are zeros, with positions beyond its end.
+      length: length of that axis in the leaf.
+      structure: the N:M structure of the groups.
     """
 
     values: jax.Array
@@ -34,20 +34,20 @@ class NMPacked:
 
 
 def nm_pack(params: Params, masks: Masks, structure: NM) -> Any:
-    """The weights that N:M masks leave, with their positions. For the host, to export a trained network.
+    """Packs N:M-sparse weights as values and their positions. Runs on the host, to export a trained network.
 
-    2:4 weights take half the memory and a byte a value; hardware formats hold the same positions in two bits.
+    2:4 weights take half the memory, plus one byte per value; hardware formats hold the same positions in two bits.
 
     Args:
       params: pytree of parameters, or one array.
-      masks: theirs, as from ``get_masks(opt_state, params)``. Leaves that are all true stay as they are.
-      structure: what the masks were trained under.
+      masks: their masks, as from ``get_masks(opt_state, params)``. Leaves whose mask is all true stay as they are.
+      structure: the structure that the masks were trained under.
 
     Returns:
       The tree with an :class:`NMPacked` for every sparse leaf.
 
     Raises:
-      ValueError: for masks that do not match, or have another number in some group.
+      ValueError: for masks that do not match, or do not have ``n`` weights in every group.
       TypeError: for a structure that is not ``NM``.
 
     Example:
@@ -81,13 +81,13 @@ def nm_unpack(packed: Any) -> tuple[Params, Masks]:
     """Undoes :func:`nm_pack`, exactly.
 
     Args:
-      packed: what it returned.
+      packed: the tree that it returned.
 
     Returns:
       The parameters, zero where they were pruned, and their masks.
 
     Raises:
-      ValueError: where values and positions are not of whole groups of their structure.
+      ValueError: if values and positions do not form whole groups of their structure.
 
     Example:
       >>> import jax.numpy as jnp

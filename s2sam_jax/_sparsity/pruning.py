@@ -1,4 +1,4 @@
-"""The pieces that methods which rank all leaves together are made of."""
+"""The building blocks of methods that rank all leaves together."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -32,12 +32,12 @@ def keep_largest(x: MaskInputs, scores: Any, count: int | jax.Array, keep_at_lea
 
 
 def saliency(weight: jax.Array, slope: jax.Array) -> jax.Array:
-    """Their product in float32 or wider: those of float16 underflow, and ties are settled by the order of weights."""
+    """The product in float32 or wider: in float16 products underflow, and the ties would go by position."""
     return at_least_f32(weight) * at_least_f32(slope)
 
 
 def summed(trees: Iterable[Any]) -> Any:
-    """In float32 or wider: in bfloat16 many small trees would be lost beside their sum. ``None`` if there are none."""
+    """The sum, in float32 or wider: in bfloat16 it would swallow many small trees. ``None`` if there are no trees."""
     total = None
     for tree in trees:
         tree = jax.tree.map(at_least_f32, tree)
@@ -54,24 +54,24 @@ def one_shot_skip(x: MaskInputs, masks: Masks) -> bool | jax.Array:
 
 
 def masks_from_scores(scores: Any, sparsity: float, *, prunable: Prunable = is_kernel, keep_at_least: int = 0) -> Masks:
-    r"""One-shot masks from scores, the largest kept, ranked over all prunable leaves together.
+    r"""One-shot masks that keep the largest scores, ranked over all prunable leaves together.
 
     .. math:: m = \mathrm{top}_\kappa(s), \qquad \kappa = N - \lfloor S N \rfloor
 
     Install them with ``set_masks`` and apply them with ``apply_masks``.
 
     Args:
-      scores: pytree like the parameters, e.g. of :func:`snip_scores`.
+      scores: pytree like the parameters, e.g. from :func:`snip_scores`.
       sparsity: fraction of zeros in ``[0, 1)`` over the prunable leaves.
       prunable: ``(path, leaf) -> bool``, as in ``sparsify``; other leaves get masks that are all true.
-      keep_at_least: weights each leaf keeps whatever its scores.
+      keep_at_least: number of weights that each leaf keeps regardless of their scores.
 
     Returns:
-      Bool masks like ``scores``. A layer may keep nothing; once they are installed,
+      Bool masks like ``scores``. A layer may lose all its weights; once the masks are installed,
       :func:`~s2sam_jax.warn_if_collapsed` names it.
 
     Raises:
-      ValueError: for a sparsity out of range, or when nothing is prunable.
+      ValueError: for a sparsity out of range, or if nothing is prunable.
 
     Example:
       >>> import jax.numpy as jnp

@@ -36,49 +36,50 @@ def sparsify(
     seed: int | jax.Array = 0,
     mask_grads: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains a sparse network with any optimizer: a method chooses the masks, this keeps them.
+    r"""Makes any optimizer sparse: a method chooses the masks, and this transformation keeps to them.
 
     .. math:: m \leftarrow \mathrm{method}(w, g, m), \quad u = \mathrm{inner}(m \odot g), \quad
               \text{update} = m\ ?\ u : -w
 
     After ``optax.apply_updates`` pruned weights are exactly 0.0, in any loop. One rule holds for the state of every
-    optimizer: every floating leaf with the path and shape of a parameter (momentum, second moments, the last gradient)
-    is zero where the mask is off, whenever ``inner`` is called. A newly grown weight gets the state that ``inner.init``
-    would give it, which is zero for nearly all optimizers. Everything that shapes the gradient goes inside::
+    optimizer: every floating-point leaf with the path and shape of a parameter (momentum, second moments, the last
+    gradient) is zero where the mask is off, whenever ``inner`` is called. A newly grown weight gets the state that
+    ``inner.init`` would give it, which is zero for nearly all optimizers. Everything that shapes the gradient goes
+    inside::
 
         sparsify(optax.chain(s2sam(), optax.clip_by_global_norm(1.0), optax.sgd(0.1)), methods.rigl(), sparsity=0.9)
 
-    and ``optax.MultiSteps`` and ``optax.apply_if_finite`` outside. Call ``apply_masks(params, opt_state)`` once
-    after ``init``.
+    ``optax.MultiSteps`` and ``optax.apply_if_finite`` go outside. Call ``apply_masks(params, opt_state)`` once after
+    ``init``.
 
     Args:
       inner: the optimizer.
       method: a mask-update method, e.g. ``methods.rigl()``.
       sparsity: fraction of zeros in ``[0, 1)``, over the prunable leaves.
       distribution: ``"uniform"``, ``"er"``, ``"erk"``, or a function with the signature of :func:`uniform`. By default
-        ``"erk"``, and ``"uniform"`` for methods that rank all leaves together, where only its total counts, and under
-        N:M, where no other will do.
-      when: when masks change, counted in calls of update; needed by methods whose masks change, unless they bring a
-        clock of their own.
-      prunable: ``(path, leaf) -> bool``; by default leaves of two or more dimensions, but for those named ``bias``,
-        ``scale``, ``offset``, ``beta`` or ``gamma``.
+        ``"erk"``, but ``"uniform"`` for methods that rank all leaves together (only the total matters there) and under
+        N:M (which allows no other).
+      when: when masks change, counted in calls of update; required by methods that change their masks, unless they
+        have a clock of their own.
+      prunable: ``(path, leaf) -> bool``; by default floating-point leaves of two or more dimensions, except those named
+        ``bias``, ``scale``, ``offset``, ``beta`` or ``gamma``, or ending in ``_bias`` or ``_scale`` (in any case).
       overrides: sparsity by path pattern, as in :func:`uniform`.
-      structure: ``NM(n, m)`` keeps n of every m, ``Block(shape)`` and ``Channel()`` keep whole units, so that the
-        sparsity of a leaf counts units. For methods that rank within leaves.
+      structure: ``NM(n, m)`` keeps n of every m weights; ``Block(shape)`` and ``Channel()`` keep whole units, and
+        sparsity then counts units. For methods that rank within leaves by magnitude.
       seed: integer or PRNG key, possibly traced, for random masks and growth.
-      mask_grads: ``False`` hands the dense gradient to ``inner`` and lets its state be dense, as the released S2-SAM
-        code does; weights are sparse all the same.
+      mask_grads: ``False`` passes the dense gradient to ``inner`` and lets its state be dense, as in the released
+        S2-SAM code; weights are sparse all the same.
 
     Returns:
-      A transformation whose ``update`` needs ``params``. It forwards all extra arguments inward, adds ``masks`` and
-      ``dense_grads``, and masks what ``grad_fn`` and ``second_grad_fn`` return. ``refresh_masks`` (a Python bool) says
-      whether this call changes the masks, where the caller keeps the clock; left out, a ``lax.cond`` decides.
+      A transformation whose ``update`` needs ``params``. It passes all extra arguments on to ``inner``, adds ``masks``
+      and ``dense_grads``, and masks what ``grad_fn`` and ``second_grad_fn`` return. ``refresh_masks`` (a Python bool)
+      says whether this call changes the masks, if the caller keeps the clock; if omitted, a ``lax.cond`` decides.
 
     Raises:
-      ValueError: for a sparsity out of range or unreachable, an unknown distribution, a method that needs ``when``,
-        an ``inner`` that must go outside, leaves or a method that do not fit the ``structure``, an update without
-        ``params``, or parameters of another tree.
-      TypeError: for a traced sparsity, or a ``method``, ``when`` or ``structure`` of another type.
+      ValueError: for a sparsity out of range or unreachable, an unknown distribution, a missing ``when``, an ``inner``
+        that must go outside, leaves or a method that do not fit the ``structure``, an update without ``params``, or
+        gradients or parameters with other leaves than the masks.
+      TypeError: for a traced sparsity, or a ``method``, ``when`` or ``structure`` of the wrong type.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -137,8 +138,8 @@ def _init(setup: _Setup, params: Params) -> SparseState:
         structure=setup.structure,
     )
     new = check_returned(setup.method.init(inputs), inputs, "init")
-    # Masked before the first update only, as set_masks may bring other weights to life until then; by masks that
-    # are all true it gets the types that it will have.
+    # The state rule applies from the first update on, as set_masks may revive other weights until then. Masking by
+    # all-true masks gives the state the types that it will have.
     inner_state = mask_mirrored(dense, inner_state)
     first = jnp.full((), NEVER, jnp.int32) if setup.when is None else setup.when.at_or_after(0)
     return SparseState(step, first, new.masks, count_masks(new.masks), key, new.state, inner_state)
@@ -181,7 +182,7 @@ def _update(
 def _new_masks(
     setup: _Setup, due: bool | jax.Array, grads: Params, state: SparseState, params: Params, grad_fn: GradFn | None
 ) -> tuple[MaskUpdate, jax.Array]:
-    """What the method wants at this step, and the ones per leaf of its masks."""
+    """The method's update at this step, and the ones per leaf of its masks."""
     if due is False or (update := setup.method.update) is None:
         return MaskUpdate(state.masks, state.method_state), state.nnz
 
@@ -221,7 +222,7 @@ def _new_masks(
 def _ruled(setup: _Setup, state: SparseState, new: MaskUpdate, due: bool | jax.Array, weights: Params) -> Any:
     """The state rule, before the inner update: after it, XLA would compute updates twice, masked and not.
 
-    The old masks come first, so that optimizers that add noise accumulate no state for weights yet to grow.
+    The old masks are applied first, so that optimizers that add noise accumulate no state for weights yet to grow.
     """
     inner_state = state.inner_state if new.inner_state is None else new.inner_state
     if setup.mask_grads and new.inner_state is None:

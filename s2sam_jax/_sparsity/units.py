@@ -1,4 +1,4 @@
-"""A plan and a method under a structure: what the plan must be, and any method that decides about whole units."""
+"""Structures: what they require of a plan, and how any method comes to decide about whole units."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +50,7 @@ def fit_plan(structure: Structure, params: Params, plan: Any) -> Any:
 
 
 def in_units(method: SparseMethod, structure: Block | Channel) -> SparseMethod:
-    """The method on one weight a unit: pooled magnitudes of weights and gradients, masks and counts of units.
+    """The method on one weight per unit: pooled magnitudes of weights and gradients, masks and counts of units.
 
     Leaves that stay dense are seen as they are. Sparsities are the planned ones, so that counts are exact in units.
     """

@@ -23,14 +23,14 @@ def recalibrate_batch_stats(
     .. math:: \bar s = \frac{1}{B} \sum_{b=1}^{B} s_b(w)
 
     S2-SAM gathers its statistics at perturbed weights and is evaluated at clean ones; this closes the gap. It works
-    for any statistic kept as a moving average :math:`r \leftarrow \mu r + (1 - \mu) s_b`, whatever :math:`\mu` is: the
-    first batch is seen from three values of ``r``, which give :math:`\mu`, one per leaf, and tell whether a leaf moves
-    like that at all. Others are kept, and named in a warning: the vectors of spectral norms, and statistics that depend
-    on these or on each other, as where running averages normalize in training mode too.
+    for any statistic kept as a moving average :math:`r \leftarrow \mu r + (1 - \mu) s_b`, for any :math:`\mu`: the
+    first batch is run from three values of ``r``, which give :math:`\mu`, one per leaf, and tell whether a leaf is such
+    an average at all. Others are kept, and named in a warning: the vectors of spectral norms, and statistics that
+    depend on these or on each other, as when running averages are used to normalize in training mode too.
 
     Args:
       loss_fn: the training loss of :func:`make_train_step`, in training mode.
-      params: the weights to be evaluated; ``eval_params(...)`` of them where a wrapper is in use.
+      params: the weights to be evaluated; with :func:`s2sam_wrapper`, those that :func:`eval_params` returns.
       model_state: the state to replace.
       batches: batches as in training; a handful is enough.
       seed: for dropout and the like.
@@ -39,7 +39,7 @@ def recalibrate_batch_stats(
       A model state with new statistics, of the same structure.
 
     Raises:
-      ValueError: when there is no batch.
+      ValueError: if there is no batch.
 
     Reference:
       Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, §3 (precise BatchNorm).
@@ -53,7 +53,7 @@ def recalibrate_batch_stats(
       >>> print(recalibrate_batch_stats(loss_fn, None, jnp.array(0.0), batches).round(3))
       4.0
     """
-    # Compiled anew at each call, as a loss may close over values that have changed.
+    # Compiled again at each call, as a loss may close over values that have changed.
     statistics = jax.jit(lambda *args: [x for x in jax.tree.leaves(loss_fn(*args)[1][0]) if _is_float(x)])
 
     def forward(values, batch, index):
@@ -87,9 +87,9 @@ def recalibrate_batch_stats(
 def _momentum(forward: Callable[[list[jax.Array]], list[jax.Array]], old: list[jax.Array]) -> list[jax.Array]:
     """The momentum of each moving average; NaN for what does not move like one.
 
-    From zero ``r`` moves to ``(1 - mu) s``, so from any other value to ``mu r`` more. The second look is from values on
-    the scale of what was seen, so that the difference does not cancel; the third, from the old ones and a
-    share of those, is the test.
+    From zero, ``r`` moves to ``(1 - mu) s``; from any other value, to ``mu r`` more. The second run starts from values
+    on the scale of what was seen, so that the difference does not cancel; the third, from the old values plus a share
+    of those, is the test.
     """
     dtypes = [x.dtype for x in jax.eval_shape(forward, old)]
 

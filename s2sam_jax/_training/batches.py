@@ -12,7 +12,7 @@ Batch = Any  # a pytree whose leaves have the examples along their leading axis
 
 
 def first_examples(batch: Batch, count: int) -> Batch:
-    """The first ones of a batch, or all that it has."""
+    """The first ``count`` examples of a batch, or all if it has fewer."""
     size = min((x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)), default=0)
     return take_examples(batch, jnp.arange(min(count, size)), "fisher_examples")
 
@@ -53,7 +53,7 @@ def split_batch(batch: Batch, parts: int, option: str, *, strided: bool) -> Batc
 
 
 def _fitting(sharding: Any, shape: tuple[int, ...], spec: Any) -> Any:
-    """That sharding, but whole along axes that it does not divide."""
+    """The sharding, but with axes that it does not divide left whole."""
 
     def devices(names):
         return math.prod(sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ()))
@@ -63,7 +63,7 @@ def _fitting(sharding: Any, shape: tuple[int, ...], spec: Any) -> Any:
 
 
 def shard_like(pieces: Batch, tree: Any) -> Any:
-    """Shards ``tree`` along its first axis like the parts, as ``vmap`` asks on meshes with explicit sharding."""
+    """Shards ``tree`` along its first axis like the parts, as ``vmap`` requires on meshes with explicit sharding."""
     sharding = next((s for s in map(explicit_sharding, jax.tree.leaves(pieces)) if s is not None), None)
     if sharding is None:
         return tree
@@ -77,6 +77,6 @@ def shard_like(pieces: Batch, tree: Any) -> Any:
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """A copy on every device of meshes with explicit sharding: to sort all takes all."""
+    """A copy on every device of meshes with explicit sharding: sorting needs all entries."""
     sharding = explicit_sharding(x)
     return x if sharding is None else jax.sharding.reshard(x, sharding.update(spec=jax.sharding.PartitionSpec()))

@@ -1,4 +1,4 @@
-"""The train step as it is called: from Python, compiled, or inside ``jit``, as it is."""
+"""How the train step is called: compiled when called from Python, as a pure function inside ``jit``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +16,10 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 class TrainStep:
-    """What :func:`make_train_step` makes: called as a function, and lowered like a jitted one.
+    """The step that :func:`make_train_step` returns: a function that can be lowered like a jitted one.
 
-    Called with arrays it is compiled, donates its state and keeps its clocks on the host; called inside ``jit``,
-    ``lax.scan`` or ``vmap`` it is a pure function.
+    Called with arrays, it is compiled and donates its state (on CPU, and with ``vmap=True``, its clocks are kept on the
+    host); called inside ``jit``, ``lax.scan`` or ``vmap``, it is a pure function.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -36,7 +36,7 @@ class TrainStep:
     __name__ = "train_step"  # and of programs that it is jitted to
 
     def __init__(self, pure: Step, eager: Step | None = None):
-        """``eager`` is what runs where nothing is traced; by default ``pure``, compiled as a whole."""
+        """``eager`` runs if nothing is traced; by default it is ``pure``, compiled as a whole."""
         self._pure = pure
         self._whole = jax.jit(pure, donate_argnames="state")
         self._eager = eager or self._whole
@@ -50,8 +50,8 @@ class TrainStep:
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The step as one program that donates its state, from arrays or ``jax.ShapeDtypeStruct``.
 
-        A call from Python runs two others on CPU, and with ``vmap=True``, where this one would make new masks at every
-        step. Shapes of arrays that are sharded need their ``sharding``.
+        On CPU, and with ``vmap=True``, a call from Python runs two other programs; under ``vmap`` this one would make
+        new masks at every step. The ``jax.ShapeDtypeStruct`` of a sharded array needs its ``sharding``.
         """
         _check_kind(state)
         return self._whole.lower(state, batch)

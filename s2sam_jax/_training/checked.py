@@ -21,21 +21,21 @@ from s2sam_jax._sparsity.mask_checks import Fault, not_finite, sparse_faults
 
 
 def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    r"""Debug mode: the same optimizer, whose every update checks what goes in and what comes out.
+    r"""Debug mode: the same optimizer, with checks of what goes into every update and what comes out.
 
-    Updates, and the state with its checkpoints, are those of ``tx``. The checks are ``checkify.check``, so the step has
-    to be functionalized; an error names every leaf at fault, how many of its entries are, and what to do::
+    Updates, state and checkpoints are those of ``tx``. The checks use ``checkify.check``, so the step must be
+    functionalized; an error names every leaf at fault, how many of its entries are wrong, and what to do::
 
         step = checkify.checkify(jax.jit(make_train_step(loss_fn, checked(tx))))
         error, (state, metrics) = step(state, batch)
         error.throw()
 
-    ``jax.jit(checkify.checkify(...))`` is called faster, but not for steps that mutate Flax NNX modules. Without
-    ``checkify`` JAX refuses to compile ("Cannot abstractly evaluate a checkify.check which was not functionalized");
-    outside ``jit`` a fault is raised at once. Checked are, in this order:
+    ``jax.jit(checkify.checkify(...))`` takes less time per call, but cannot be used for steps that mutate Flax NNX
+    modules. Without ``checkify`` JAX refuses to compile ("Cannot abstractly evaluate a checkify.check which was not
+    functionalized"); outside ``jit`` a fault is raised at once. The checks, in this order:
 
     * trees: gradient, parameters and state have the leaves, shapes and structure of ``tx.init(params)``;
-    * what goes in: the ones of each mask are as many as at the last mask update; weights, and the last gradient of
+    * what goes in: each mask has as many ones as at the last mask update; weights, and the last gradient of
       :func:`s2sam`, are exactly zero where pruned; parameters, state, loss (the extra argument ``value``) and the
       gradient of live weights are finite;
     * the length of the perturbation of :func:`s2sam` and :func:`msam`, with ``T = 1``, or ASAM's ``T = |w| + eta`` (not
@@ -43,25 +43,25 @@ def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
 
       .. math:: \|\epsilon / T\|_2 = \rho\, \|T g\|_2 / (\|T g\|_2 + \mathrm{eps});
 
-    * where the gradient was taken: if the state perturbs and ``grad_fn`` is among the extra arguments, it is the
-      gradient at ``perturb(params, opt_state)``, each leaf up to the norm of the whole times the square root of its
-      dtype's precision. This costs a gradient a step; ``grad_fn`` must be of the same batch and random numbers;
-    * what comes out: masks, weights and the last gradient as above, a finite update; what :func:`s2sam` remembers has
-      the direction of the gradient, which decay or clipping in front of it would change; and no optimizer state off
-      the masks that went in there, unless updates leave such behind (Adamax's epsilon, ``mask_grads=False``).
+    * where the gradient was taken: if the state perturbs and ``grad_fn`` is among the extra arguments, the gradient
+      must be that at ``perturb(params, opt_state)``, each leaf up to the global norm times the square root of its
+      dtype's precision. This costs one gradient per step; ``grad_fn`` must use the same batch and random numbers;
+    * what comes out: masks, weights and the last gradient as above, and a finite update; what :func:`s2sam` remembers
+      has the direction of the gradient, which decay or clipping before it would change; and no optimizer state went in
+      off the masks, unless updates leave some there themselves (Adamax's epsilon, ``mask_grads=False``).
 
-    All else costs a few passes over parameters and state. A loss or gradient that is not finite is not reported
-    around ``optax.apply_if_finite``, which handles it; ``make_train_step`` still freezes at one elsewhere, unless told
-    otherwise.
+    All other checks cost a few passes over parameters and state. A loss or gradient that is not finite is not reported
+    if ``tx`` contains ``optax.apply_if_finite``, which handles it; otherwise ``make_train_step`` still freezes at it,
+    unless ``freeze=False``.
 
     Args:
-      tx: the whole optimizer, with :func:`sparsify` in it if there is one.
+      tx: the whole optimizer, including any :func:`sparsify`.
 
     Returns:
       A transformation with the ``init`` of ``tx``. Its ``update`` needs ``params`` and forwards all extra arguments.
 
     Raises:
-      ValueError: from the update, while it is traced: for parameters that are missing, and for trees that do not fit.
+      ValueError: from the update, while it is traced: for missing parameters, and trees that do not fit.
       jax.experimental.checkify.JaxRuntimeError: from ``error.throw()``, or the update outside ``jit``: for all else.
 
     Example:
@@ -134,7 +134,7 @@ def _finite(leaves: dict[str, jax.Array], what: str) -> Iterator[Fault]:
 
 
 def _finite_state(opt_state: Any) -> Iterator[Fault]:
-    """Of its arrays: a lone number may start at infinity, as the best loss so far does."""
+    """Only arrays: a scalar may start at infinity, as the best loss so far does."""
     leaves = by_name(opt_state).items()
     arrays = {f"opt_state/{path}": x for path, x in leaves if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact)}
     yield from _finite(arrays, "entries")
@@ -185,9 +185,9 @@ def _deviations(grads: Params, opt_state: Any, params: Params, grad_fn: GradFn) 
 
 
 def _remembered(grads: Params, opt_state: Any, params: Params, due: jax.Array) -> Iterator[Fault]:
-    """By how much the direction that s2sam has stored is another than that of the gradient.
+    """By how much the direction that s2sam has stored differs from that of the gradient.
 
-    What changes the gradient in front of it, such as decay, shows nowhere else. Calls that change masks may skip it.
+    Changes of the gradient before s2sam, such as decay, show nowhere else. Calls that change masks may skip s2sam.
     """
     if find_states(opt_state, SKIPPING):
         return
@@ -211,10 +211,10 @@ def _due(before: Any, refresh: bool | None) -> jax.Array:
 def _left_over(before: Any, after: Any, due: jax.Array) -> Iterator[Fault]:
     """State off the masks that has not come from an update.
 
-    Some optimizers, and ``mask_grads=False``, leave something there: they do again. But what is there before an update
-    and is not after it, was zeroed by ``sparsify`` and came from elsewhere, unless the masks have changed in between.
+    Some optimizers, and ``mask_grads=False``, leave something there at every update. But what is there before an update
+    and not after it was zeroed by ``sparsify``, so came from elsewhere, unless the masks have changed in between.
     """
-    # What init has left there is masked at the first call.
+    # What init leaves there is masked at the first call.
     due |= jnp.array([s.step == 0 for s in find_states(before, SparseState)], bool).any()
     text = "{} entries of pruned weights were not zero; restore the whole state, or set_masks(opt_state, masks)"
     left = _off_masks(after)
@@ -223,14 +223,14 @@ def _left_over(before: Any, after: Any, due: jax.Array) -> Iterator[Fault]:
 
 
 def _off_masks(opt_state: Any) -> dict[str, jax.Array]:
-    """Of every state leaf that the state rule is about, the entries off the mask that are not zero."""
+    """The number of non-zero entries off the mask, for every state leaf that the state rule covers."""
     ruled = map_states(lambda s: s._replace(inner_state=mask_mirrored(s.masks, s.inner_state)), opt_state, SparseState)
     pairs = zip(by_name(opt_state).items(), jax.tree.leaves(ruled), strict=True)
     return {path: jnp.sum((x != 0) & (zeroed == 0)) for (path, x), zeroed in pairs if x is not zeroed}
 
 
 def _check(found: str, faults: Iterable[Fault], equal: Callable[[Any, Any], Any] = operator.eq) -> None:
-    """One check for all, as each would be compiled by itself."""
+    """A single check for all faults, as each check would be compiled by itself."""
     faults = list(faults)
     if not faults:
         return
@@ -242,7 +242,7 @@ def _check(found: str, faults: Iterable[Fault], equal: Callable[[Any, Any], Any]
 
 
 class _Lines(str):
-    """The text of a failed check, of which ``checkify`` has only those lines formatted that are at fault."""
+    """The text of a failed check: when ``checkify`` formats it, only the lines at fault remain."""
 
     def format(self, *args: Any, **kwargs: Any) -> str:
         del kwargs

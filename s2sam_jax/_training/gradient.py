@@ -75,8 +75,8 @@ def gradient_by_part(
 ) -> Callable[[Callable[[Any], Params], Any], Gradient]:
     """The gradients of the parts of a batch, side by side: if it is sharded across devices, each has its own.
 
-    The function returned takes ``point``, where a part's gradient is taken, and a tree with an entry a part that
-    ``point`` is called with. Statistics of the batch are averaged over the parts, as everything else is.
+    The function returned takes ``point``, a function to where a part's gradient is taken, and a tree with one entry
+    per part, which ``point`` is called with. Everything is averaged over the parts, batch statistics too.
 
     Raises:
       ValueError: for a ``TrajectoryBuffer`` in the model state, of which each part records rows of its own.
@@ -107,10 +107,10 @@ def gradient_of_sharpest(
     fraction: float,
     clean: Params,
 ) -> Callable[[Params], Params]:
-    """The gradient at a point, of the examples alone whose loss is above that at the clean parameters by most.
+    """The gradient at a point, on only the examples whose loss has risen most from the clean parameters.
 
     One key throughout, so that an example has the same noise before and after; in the smaller batch too, if the noise
-    follows from the example, and not from its place.
+    depends on the example and not on its position.
     """
 
     def gradient(params):

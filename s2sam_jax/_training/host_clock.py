@@ -39,7 +39,7 @@ class HostClock:
     def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
         """What is due at this call. ``beside`` are further arrays, the same as before if the state is."""
         counts = self._counts(opt_state)
-        # Where something is due, a wrapper of the user's may have skipped updates.
+        # Also read again if something is due: a wrapper of the user's may have skipped updates.
         if not self._knows(counts, beside) or any(now >= due for now, due in self._clocks.values()):
             self._clocks = _read(counts)
         return tuple((name, now >= due) for name, (now, due) in self._clocks.items())
@@ -60,7 +60,7 @@ class HostClock:
         return {name: (leaves[step], leaves[due]) for name, (step, due) in self._places.items()}
 
     def _find(self, structure: Any) -> dict[str, Any]:
-        """Which leaves the counts are, by the name of the flag; none where calls and updates may differ."""
+        """Which leaves are the counts, by the name of the flag; none if calls and updates may differ."""
         numbered = structure.unflatten(range(structure.num_leaves))
         if find_states(numbered, SKIPPING):
             return {}
@@ -86,5 +86,5 @@ def _read(counts: dict[str, Count]) -> dict[str, tuple[int, int]]:
 
 
 def _newest(count: Any) -> int:
-    """A count, or that of several networks side by side, of which all agree that have not been frozen."""
+    """A count; of several networks side by side the largest, on which all that are not frozen agree."""
     return int(np.max(count))

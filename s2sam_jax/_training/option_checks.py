@@ -1,4 +1,4 @@
-"""What the train step refuses, with the reason."""
+"""What the train step refuses, and why."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""All that changes during training, as one pytree."""
+"""Everything that changes during training, as one pytree."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from s2sam_jax._training.gradient import ModelState
 
 
 class TrainState(NamedTuple):
-    """All that changes during training, as one pytree of arrays.
+    """Everything that changes during training, as one pytree of arrays.
 
     Attributes:
       step: int32[], calls of the train step.
@@ -21,8 +21,8 @@ class TrainState(NamedTuple):
       model_state: what the model keeps besides parameters, such as BatchNorm statistics.
       opt_state: state of the optimizer, with masks, last gradient and keys inside.
       key: typed PRNG key; a step uses ``fold_in(key, step)``.
-      first_bad_step: int32[], the first step whose loss or update was not finite, else -1. From it on the
-        parameters are frozen, unless by ``make_train_step(freeze=False)``.
+      first_bad_step: int32[], the first step whose loss or update was not finite, or -1. From that step on the
+        parameters are frozen, except with ``make_train_step(freeze=False)``.
     """
 
     step: jax.Array
@@ -42,21 +42,21 @@ class TrainState(NamedTuple):
         seed: int | jax.Array = 0,
         masks: Masks | None = None,
     ) -> "TrainState":
-        """Initialises the optimizer and, where there are masks, applies them to the parameters.
+        """Initialises the optimizer and, if it has masks, applies them to the parameters.
 
         Args:
           params: initial parameters; copied, so that the state can be donated.
           tx: the optimizer.
           model_state: initial model state; copied.
           seed: integer or PRNG key for dropout and the like.
-          masks: to begin with, in place of the method's own, as by :func:`set_masks`.
+          masks: initial masks, in place of the method's own, as by :func:`set_masks`.
 
         Returns:
           The state to start from.
 
         Raises:
           TypeError: for complex parameters, or masks that are not bool.
-          ValueError: for masks that do not fit, or where ``tx`` is not sparse.
+          ValueError: for masks that do not fit, or if ``tx`` is not sparse.
 
         Example:
           >>> import jax.numpy as jnp, optax
@@ -66,10 +66,10 @@ class TrainState(NamedTuple):
           1.0
         """
         check_real(params, "TrainState.create")
-        # Copies, with types that are not weak, as steps return them; else the second step would be traced anew.
+        # Copies, with types that are not weak, as steps return them; otherwise the second step would be traced again.
         params, model_state = jax.tree.map(lambda x: jnp.array(x, jnp.asarray(x).dtype), (params, model_state))
         # Copies, too: some optimizers keep the parameters themselves, or arrays of yours, and a buffer is donated once.
-        # One by one, so that there are never two of the whole.
+        # One by one, so that there are never two full copies.
         leaves, treedef = jax.tree.flatten(tx.init(params))
         opt_state = treedef.unflatten([jnp.array(leaves.pop(0)) for _ in range(len(leaves))])
         if masks is not None:

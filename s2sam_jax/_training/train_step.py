@@ -55,52 +55,52 @@ def make_train_step(
 
     .. math:: \hat g = \nabla L(\mathrm{perturb}(w)), \qquad w \leftarrow w + \mathrm{tx}(\hat g, w)
 
-    Where the gradient is taken, and how many there are, follows from the state of ``tx``. The model state kept is that
-    of the first gradient's forward pass (the only one, except for SAM and its variants). Called inside ``jit`` or
-    ``lax.scan`` the step is a pure function; called from Python it is jitted, donates its state, and keeps the clocks
-    of mask and perturbation updates on the host, so that they are separate programs on CPU.
+    Where gradients are taken, and how many, follows from the state of ``tx``. The model state is kept from the forward
+    pass of the first gradient (the only one, except for SAM and its variants). Called inside ``jit`` or ``lax.scan``,
+    the step is a pure function; called from Python, it is jitted and donates its state, and on CPU the clocks of mask
+    and perturbation updates are kept on the host, so that these updates are programs of their own.
 
     Args:
       loss_fn: ``(params, model_state, batch, key) -> (loss[], (model_state, metrics))``, the mean over the batch;
         ``metrics`` is a dict of scalars.
       tx: the optimizer.
       accumulate: micro-batches per step. The batch is cut into as many equal parts; their gradients (and SAM's second
-        ones) are averaged at one fixed perturbation. Micro-batch ``i`` has the examples ``i::accumulate``, so that each
-        device has its share of every one if the batch is sharded.
+        ones) are averaged at one fixed perturbation. Micro-batch ``i`` has the examples ``i::accumulate``: if the batch
+        is sharded, each device then holds a share of every micro-batch.
       sharpness_parts: number of equal parts of the batch, for m-sharpness. ``sam`` and its variants perturb for each
         part along its own gradient, and average the gradients at those points. With the batch sharded over devices and
         one part per device, that is the per-device perturbation of SAM's authors. Memory: one gradient per part.
-      sharpest_fraction: share of the batch that ``sam`` and its variants take their second gradient on, as in ESAM: the
-        examples whose loss the perturbation raises most (:func:`sharpest_examples`).
-      example_loss_fn: ``(params, model_state, batch, key) -> losses[B]``, for that choice: it is called twice, forward
-        only. Both calls and the smaller batch get the ``key`` of the step. If noise (dropout, augmentation) is to be
-        the same for an example in all three, derive its key from the example, such as an index in the batch, not from
-        its position.
-      fisher_examples: examples of the batch that ``ssam(mask="fisher")`` gets its Fisher information from; memory for
-        up to 16 of their gradients at once.
+      sharpest_fraction: share of the batch on which ``sam`` and its variants take their second gradient, as in ESAM:
+        the examples whose loss the perturbation raises most (:func:`sharpest_examples`).
+      example_loss_fn: ``(params, model_state, batch, key) -> losses[B]``, to choose those examples; called twice,
+        forward only. Both calls and the smaller batch get the ``key`` of the step. If an example is to have the same
+        noise (dropout, augmentation) in all three, derive its key from the example itself, such as an index stored in
+        the batch, not from its position.
+      fisher_examples: how many examples of the batch ``ssam(mask="fisher")`` computes its Fisher information from;
+        memory: up to 16 of their gradients at once.
       fisher_loss_fn: the loss for those single examples, if it should differ (as for BatchNorm in evaluation mode).
-      freeze: whether to keep the state from before a step whose loss or update is not finite, at that step and all
-        after it. ``False`` takes such a step, and ``first_bad_step`` alone tells: that saves the memory of the state
-        before, with S2-SAM one or two copies of the parameters.
-      vmap: several networks at once, such as seeds: every leaf of state and batch has one more leading axis. All must
-        be at the same step, as one clock on the host, on every backend, tells when masks are updated; in a ``lax.cond``
-        under ``vmap`` every step would pay for it.
-      state_sharding: where every step leaves the state: a sharding a leaf. By default the compiler decides, which may
-        cut up what came in whole, and then the second step is compiled anew.
+      freeze: from the first step whose loss or update is not finite, keep parameters, model state and optimizer state
+        as they were before it. ``False`` takes that step and only sets ``first_bad_step``; this saves the memory of the
+        previous state, with S2-SAM one to three copies of the parameters.
+      vmap: trains several networks at once, such as seeds: every leaf of state and batch has an extra leading axis. All
+        must be at the same step, since one clock on the host (on every backend) decides when masks are updated; with a
+        ``lax.cond`` under ``vmap``, every step would pay for an update.
+      state_sharding: the sharding of the state after every step, one per leaf. By default the compiler decides; it may
+        shard what came in whole, and then the second step is compiled again.
 
     Returns:
       ``step(state, batch) -> (state, metrics)``. Metrics are device scalars: ``loss``, ``grad_norm``, ``update_norm``,
       ``first_bad_step``, those of ``loss_fn`` (averaged over micro-batches), and where they apply ``rho`` (of this
-      step) and ``sparsity`` (zeros over all parameters). ``step.lower(state, batch)`` lowers it as one program that
-      donates its state, to compile ahead of time or to ask for its memory and cost.
+      step) and ``sparsity`` (the fraction of zeros over all parameters). ``step.lower(state, batch)`` lowers it as one
+      program that donates its state, to compile ahead of time or to inspect its memory and cost.
 
     Raises:
       ValueError: for ``accumulate``, ``sharpness_parts`` or ``fisher_examples`` below 1, a ``sharpest_fraction`` out of
-        range or without ``example_loss_fn``, or more than one way to cut the batch in use, and from the step: a batch
+        range or without ``example_loss_fn``, or more than one of the ways to cut the batch; from the step, for a batch
         that does not divide, an ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` or ``sharpest_fraction``
-        without an optimizer that takes a second gradient, or such a one inside ``optax.MultiSteps`` (use
+        without an optimizer that takes a second gradient, or such an optimizer inside ``optax.MultiSteps`` (use
         ``accumulate``).
-      TypeError: from the step, for a ``loss_fn`` that returns something else, or a state that is no ``TrainState``.
+      TypeError: from the step, for a ``loss_fn`` that returns something else, or a state that is not a ``TrainState``.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -175,7 +175,7 @@ def make_train_step(
 
 
 def _key(state: TrainState) -> jax.Array:
-    """Of this step."""
+    """The key of this step."""
     return jax.random.fold_in(state.key, state.step)
 
 
@@ -213,8 +213,8 @@ def _take_step(
 ) -> TrainState:
     """Takes the step; with ``freeze``, not if its loss or update, or that of an earlier step, was not finite.
 
-    Gradients are not asked: what they hold behind a mask does not matter. Where a wrapper of ``tx`` skips bad steps, a
-    bad loss does not freeze the run either; only the model state of that step is thrown away.
+    Gradients are not checked: what they hold behind a mask does not matter. If a wrapper of ``tx`` skips bad steps, a
+    bad loss does not freeze the run either; only the model state of that step is discarded.
     """
     passed_over = _passes_over(state.opt_state)
     finite = jnp.isfinite(update_norm) & (passed_over | jnp.isfinite(loss))
@@ -236,7 +236,7 @@ def _take_step(
 
 
 def _passes_over(opt_state: Any) -> bool:
-    """Whether a wrapper leaves out the steps whose gradients are not finite."""
+    """Whether a wrapper skips the steps whose gradients are not finite."""
     skipping = any(outer.skip_state for outer in find_states(opt_state, optax.MultiStepsState))
     return skipping or bool(find_states(opt_state, optax.ApplyIfFiniteState))
 

@@ -1,4 +1,4 @@
-"""What a solution looks like: loss surfaces, curvature, sharpness. Any pytree of parameters will do."""
+"""What a solution looks like: loss surfaces, curvature, sharpness, FLOPs. Works on any pytree of parameters."""
 
 from s2sam_jax.analysis.flops import layer_flops as layer_flops
 from s2sam_jax.analysis.flops import masked_flops as masked_flops

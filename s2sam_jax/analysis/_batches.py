@@ -1,4 +1,4 @@
-"""The batches whose mean loss is looked at."""
+"""The batches whose mean loss is analysed."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def listed(batches: Iterable[Any], caller: str) -> list[Any]:
-    """The batches, after a check that they are of one shape: in the mean each counts alike.
+    """The batches, after a check that they are of one shape, since they are weighted equally in the mean.
 
     Raises:
       ValueError: for batches of several shapes.

@@ -15,7 +15,7 @@ exact = functools.partial(jnp.matmul, precision="highest")
 
 
 def ritz(product: Product, start: jax.Array, steps: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Ritz values, ascending, the eigenvectors of the tridiagonal matrix as columns, and what would come next in it."""
+    """Ritz values, ascending, eigenvectors of the tridiagonal matrix as columns, and its next off-diagonal entry."""
     alphas, betas = _lanczos(product, start, steps)
     tridiagonal = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
     values, vectors = np.linalg.eigh(tridiagonal)

@@ -1,4 +1,4 @@
-"""Floating-point operations: of every layer, of a masked network, and of training one."""
+"""Floating-point operations of every layer, of a masked network, and of its training."""
 
 import math
 from collections import Counter
@@ -28,19 +28,19 @@ def layer_flops(fn: Callable[..., Any], params: Params, *inputs: Any) -> dict[st
     ``fn`` is traced, never run, and its products are found at any depth: under ``jit``, ``checkpoint`` and custom
     derivatives, in ``scan`` (times its length), ``cond`` (the costliest branch) and ``shard_map`` (all devices
     together). A product belongs to the parameter that one of its operands is computed from without any input, as by a
-    cast, a mask, a reshape or a slice; where several go into it, to the largest. A parameter used twice is counted
-    twice. Taps on padding count as the others; zeros that a transposed convolution puts between its inputs do not:
-    every input meets every tap once. Everything else (norms, activation functions, biases, look-ups in an
-    embedding) is left out, as is usual.
+    cast, a mask, a reshape or a slice; if several go into it, to the largest. A parameter used twice is counted twice.
+    Taps on padding count like the others; zeros that a transposed convolution puts between its inputs do not: every
+    input meets every tap once. Everything else (norms, activation functions, biases, look-ups in an embedding) is left
+    out, as is usual.
 
     Args:
-      fn: ``(params, *inputs) -> anything``. Masks, flags and keys come in by closure.
+      fn: ``(params, *inputs) -> anything``. Pass masks, flags and keys by closure.
       params: any pytree of arrays, or of shapes (``jax.ShapeDtypeStruct``).
-      inputs: arrays or shapes. FLOPs are of the whole batch: a batch of one gives those of a sample.
+      inputs: arrays or shapes. FLOPs are those of the whole batch; for FLOPs per sample, use a batch of one.
 
     Returns:
-      FLOPs by path, such as ``"conv1/kernel"``, in the order of computation. Products without a parameter, as of
-      attention, are together under ``"(activations)"``.
+      FLOPs by path, such as ``"conv1/kernel"``, in the order of computation. Products without a parameter, such as
+      those of attention, are summed under ``"(activations)"``.
 
     Raises:
       ValueError: for products in a loop of unknown length, or inside a primitive of unknown cost.
@@ -105,27 +105,27 @@ def training_flops(
     gradients: float = 1.0,
     dense_gradient_every: int | None = None,
 ) -> float:
-    r"""FLOPs of training on one sample, on average over a run, as papers on sparse training count them.
+    r"""Training FLOPs per sample, averaged over a run, as papers on sparse training count them.
 
     .. math:: k\, \frac{3 \bar f_S\, \Delta T + 2 \bar f_S + f_D}{\Delta T + 1}
 
     for methods that need the dense gradient now and then, and :math:`3 k \bar f_S` for all others: a backward pass
-    costs two forward ones, one for the gradient of the weights, and the update itself nothing. Dense training has
-    :math:`f_S = f_D`. All of it is what training would cost if zeros were free; masks that are simulated save nothing.
+    costs two forward ones, one of them for the gradient of the weights, and the update itself nothing. Dense training
+    has :math:`f_S = f_D`. This is what training would cost if zeros were free; simulated masks save nothing.
 
     Args:
       dense: :math:`f_D`, forward FLOPs of the dense network on one sample.
-      sparse: :math:`f_S`, those of the sparse one; or where the density changes, those at evenly spaced times of
+      sparse: :math:`f_S`, those of the sparse network; if the density changes, those at evenly spaced times of
         training, whose mean is taken.
-      gradients: k, gradient evaluations a step: 1 for SGD and S2-SAM, 2 for SAM.
+      gradients: k, gradient evaluations per step: 1 for SGD and S2-SAM, 2 for SAM.
       dense_gradient_every: :math:`\Delta T`, steps between two that need the dense gradient (RigL: the interval of its
         mask updates); 0 if every step does, None if none.
 
     Returns:
-      FLOPs a sample; times samples and epochs they are those of the run.
+      FLOPs per sample; multiply by samples and epochs for the whole run.
 
     Raises:
-      ValueError: where FLOPs are negative or sparse ones exceed the dense, or for other arguments out of range.
+      ValueError: if FLOPs are negative or sparse FLOPs exceed dense ones, or other arguments are out of range.
 
     Reference:
       Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, appendix on FLOPs.

@@ -1,6 +1,6 @@
 """Curvature without the Hessian: products with vectors, spectrum, largest eigenvalues, trace.
 
-XLA on CPU is slow at gradients of convolutions inside loops, so that the loops here are Python's, around one compiled
+XLA on CPU is slow at gradients of convolutions inside loops, so the loops here are Python's, around one compiled
 program.
 """
 
@@ -20,16 +20,16 @@ from s2sam_jax.analysis._lanczos import Product, exact, ritz
 
 
 def hvp(loss_fn: BatchLoss, params: Params, vector: Params, batch: Any, *, masks: Masks | None = None) -> Params:
-    r"""The Hessian of the loss times a vector, by one forward- over one reverse-mode pass.
+    r"""The Hessian of the loss times a vector, by forward- over reverse-mode differentiation.
 
     .. math:: H v = \frac{\partial}{\partial t} \nabla L(w + t v) \Big|_{t=0}
 
     Args:
       loss_fn: ``(params, batch) -> loss[]``.
-      params: where.
+      params: the point.
       vector: tree like ``params``.
       batch: the data.
-      masks: if given, the Hessian of the live weights alone: :math:`M H M v`.
+      masks: if given, the Hessian of the live weights only: :math:`M H M v`.
 
     Returns:
       A tree like ``params``.
@@ -47,7 +47,7 @@ def hvp(loss_fn: BatchLoss, params: Params, vector: Params, batch: Any, *, masks
 
 
 class Spectrum(NamedTuple):
-    """What stochastic Lanczos quadrature knows of a spectrum: nodes with weights, for each random start.
+    """A spectrum estimated by stochastic Lanczos quadrature: nodes with weights, for each random start.
 
     Attributes:
       nodes: float64[runs, steps], Ritz values, ascending; steps that were not needed have weight 0.
@@ -58,9 +58,10 @@ class Spectrum(NamedTuple):
     weights: np.ndarray
 
     def density(self, grid: Any, sigma: float | None = None) -> np.ndarray:
-        """Smoothed by a Gaussian: ``mean over runs of sum_i weights_i N(x; nodes_i, sigma**2)`` at each ``x``.
+        """The density, smoothed by a Gaussian, at each ``x`` of the grid.
 
-        By default ``sigma**2 = 1e-5 max(1, largest - smallest node)``.
+        It is the mean over runs of ``sum_i weights_i N(x; nodes_i, sigma**2)``, by default with
+        ``sigma**2 = 1e-5 max(1, largest - smallest node)``.
         """
         live = self.nodes[self.weights > 0]
         if sigma is None:
@@ -86,17 +87,18 @@ def hessian_spectrum(
     .. math:: \phi(\lambda) \approx \frac{1}{R} \sum_r \sum_i \tau_{r,i}^2\, \delta(\lambda - \theta_{r,i})
 
     with Ritz values :math:`\theta` and the first components :math:`\tau` of the tridiagonal matrix's eigenvectors.
-    Every new vector is orthogonalised against all before it, twice, which takes ``steps`` copies of the parameters.
+    Every new vector is orthogonalised against all before it, twice, which takes memory for ``steps`` copies of the
+    parameters.
 
     Args:
       loss_fn: ``(params, batch) -> loss[]``, in evaluation mode.
       params: the solution.
-      key: PRNG key of the Rademacher starts.
-      batches: data whose mean loss is meant; batches of equal size.
-      steps: of Lanczos; each is a product over all batches. At most the number of weights is used.
+      key: PRNG key for the Rademacher starts.
+      batches: the data, in batches of equal size; the loss is their mean.
+      steps: Lanczos steps, each a product over all batches; at most as many as there are weights are used.
       runs: random starts.
-      masks: if given, the spectrum of the live weights alone. Without them pruned weights count as well: those are
-        directions in which the loss is curved too, though training never takes them.
+      masks: if given, the spectrum of the live weights only. Without them pruned weights count as well: the loss is
+        curved in those directions too, though training never takes them.
       progress: called with 1 after every product.
 
     Returns:
@@ -104,7 +106,7 @@ def hessian_spectrum(
 
     Raises:
       ValueError: for masks that do not fit, no batches, or fewer than one step or run.
-      FloatingPointError: where a product with the Hessian is not finite.
+      FloatingPointError: if a product with the Hessian is not finite.
 
     Reference:
       Ghorbani et al., "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density", ICML 2019.
@@ -145,17 +147,17 @@ def top_eigenvalues(
     .. math:: |\lambda - \theta_i| \le \beta_m |s_{m,i}| + \varepsilon \max_j |\theta_j|
 
     bounds how far a Ritz value may be from an eigenvalue. The first term is a bound in exact arithmetic; the second,
-    with the machine's epsilon, is the size of rounding errors, which may be a few times as large. An eigenvalue of
-    several dimensions is found once.
+    with the machine epsilon, is the scale of rounding errors, which may be a few times as large. A multiple eigenvalue
+    is found once.
 
     Args:
       loss_fn: ``(params, batch) -> loss[]``, in evaluation mode.
       params: the solution.
-      key: PRNG key of the start.
+      key: PRNG key for the start.
       batches: as in :func:`hessian_spectrum`.
-      k: how many; fewer are returned where Lanczos ends before (fewer distinct eigenvalues, or weights).
-      steps: of Lanczos, at least ``k``; several times ``k`` for good bounds.
-      masks: if given, of the live weights alone.
+      k: how many; fewer are returned if Lanczos ends early (for lack of distinct eigenvalues, or of weights).
+      steps: Lanczos steps, at least ``k``; several times ``k`` for good bounds.
+      masks: if given, the eigenvalues for the live weights only.
       progress: called with 1 after every product.
 
     Returns:
@@ -164,7 +166,7 @@ def top_eigenvalues(
 
     Raises:
       ValueError: for masks that do not fit, no batches, or ``steps`` below ``k``.
-      FloatingPointError: where a product with the Hessian is not finite.
+      FloatingPointError: if a product with the Hessian is not finite.
 
     Reference:
       Parlett, "The Symmetric Eigenvalue Problem", §13.2, for the bound.
@@ -205,8 +207,8 @@ def hessian_trace(
       params: the solution.
       key: PRNG key.
       batches: as in :func:`hessian_spectrum`.
-      samples: products; at least 2.
-      masks: if given, of the live weights alone.
+      samples: number of random vectors, with one product each; at least 2.
+      masks: if given, the trace over the live weights only.
       progress: called with 1 after every product.
 
     Returns:
@@ -214,7 +216,7 @@ def hessian_trace(
 
     Raises:
       ValueError: for masks that do not fit, no batches, or fewer than two samples.
-      FloatingPointError: where a product with the Hessian is not finite.
+      FloatingPointError: if a product with the Hessian is not finite.
 
     Reference:
       Hutchinson, "A stochastic estimator of the trace of the influence matrix", 1990.
@@ -237,7 +239,7 @@ def hessian_trace(
 def _product(
     loss_fn: BatchLoss, params: Params, batches: Iterable[Any], masks: Masks | None, progress: Progress | None
 ) -> tuple[Product, int, jax.Array]:
-    """Products of flat vectors with the Hessian, the number of weights that count, and ones where they are."""
+    """A function for products of flat vectors with the Hessian, the number of live weights, and ones at these."""
     batches = listed(batches, "The Hessian of a mean loss")
     if not batches:
         raise ValueError("The Hessian of a loss needs batches; got none.")

@@ -20,8 +20,8 @@ def gradient_difference_ratio(grads: Params, sam_grads: Params, *, masks: Masks 
 
     .. math:: r_j = \ln \left| \frac{g^{SAM}_j - g_j}{g_j} \right|
 
-    Below 0 the difference is smaller than the gradient itself: that most coordinates are, is what Sparse SAM starts
-    from.
+    Below 0 the difference is smaller than the gradient itself. That this holds for most coordinates is the starting
+    point of Sparse SAM.
 
     Args:
       grads: gradient at the weights.
@@ -32,7 +32,7 @@ def gradient_difference_ratio(grads: Params, sam_grads: Params, *, masks: Masks 
       A tree like ``grads``: NaN where the gradient is zero, ``-inf`` where both are equal.
 
     Raises:
-      ValueError: for trees that do not fit.
+      ValueError: for trees that do not match.
 
     Reference:
       Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach", NeurIPS 2022,
@@ -65,27 +65,27 @@ def sam_sharpness(
     steps: int = 1,
     masks: Masks | None = None,
 ) -> float:
-    r"""How far the loss rises within a radius, as far as gradient ascent finds.
+    r"""How far the loss rises within a radius, as found by gradient ascent.
 
     .. math:: \max_{\|\epsilon\| \le \rho} L(w + \epsilon) - L(w)
 
-    One step is SAM's own ascent, :math:`\epsilon = \rho\, g / \|g\|`. More steps go on along the gradient there,
-    each by a third of the radius, back onto the sphere; the highest loss seen counts.
+    One step is SAM's own ascent, :math:`\epsilon = \rho\, g / \|g\|`. Further steps follow the gradient at the point
+    reached, each by a third of the radius, and back onto the sphere if outside it; the highest loss seen counts.
 
     Args:
       loss_fn: ``(params, batch) -> loss[]``, in evaluation mode.
       params: the solution; numbers narrower than float32 are widened first.
-      batches: data whose mean loss is meant; batches of equal size.
+      batches: the data, in batches of equal size; the loss is their mean.
       rho: radius, L2 over all leaves.
-      steps: gradients taken.
-      masks: if given, live weights alone are perturbed.
+      steps: ascent steps.
+      masks: if given, only live weights are perturbed.
 
     Returns:
       A float, at least 0.
 
     Raises:
       ValueError: for masks that do not fit, no batches, a negative ``rho``, or ``steps`` below 1.
-      FloatingPointError: where the loss, or a gradient on the way, is not finite.
+      FloatingPointError: if the loss, or a gradient on the way, is not finite.
 
     Reference:
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021, equation 1.
@@ -135,7 +135,7 @@ def _finite(name: str, value: Any, rho: float) -> float:
 
 @jax.jit
 def _ascend(epsilon: Params, grads: Params, *, rho: float, length: float) -> Params:
-    """A step of that length along the gradient, and back onto the sphere if it leads out of it."""
+    """A step of that length along the gradient, and back onto the sphere if it ends outside."""
     leaves, treedef = jax.tree.flatten(grads)
     step = treedef.unflatten(ascent(leaves, rho=length, eps=1e-12))
     moved = jax.tree.map(jnp.add, epsilon, step)

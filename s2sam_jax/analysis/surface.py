@@ -18,20 +18,20 @@ EPS = 1e-10  # of the published normalisation
 def filter_normalized_directions(
     params: Params, key: jax.Array, *, count: int = 2, masks: Masks | None = None, axis: int = -1
 ) -> list[Params]:
-    r"""Random directions in which every filter is as long as the network's own.
+    r"""Random directions in which every filter has the norm of the network's own filter.
 
     .. math:: d_{l,i} \leftarrow \frac{d_{l,i}}{\|d_{l,i}\| + 10^{-10}}\, \|w_{l,i}\|, \qquad d \sim N(0, I)
 
-    for filter :math:`i` of layer :math:`l`; leaves with fewer than two dimensions (biases, norms) stay where they are.
+    for filter :math:`i` of layer :math:`l`; leaves with fewer than two dimensions (biases, norms) do not move.
     A network and its copy with rescaled layers thus have the same surface.
 
     Args:
       params: the solution, clean weights.
       key: PRNG key.
       count: directions to draw.
-      masks: as of ``get_masks``; if given, only live weights move, so that the surface is that of the sparse network.
+      masks: as from ``get_masks``; if given, only live weights move, so that the surface is that of the sparse network.
         Without them pruned weights inside a live filter move as well, as in the published figures of sparse networks.
-      axis: along which the filters lie: the last, outputs, in Flax; 0 in PyTorch's layout.
+      axis: the axis that runs over filters: the last (outputs) in Flax, 0 in PyTorch's layout.
 
     Returns:
       A list of trees like ``params``, in float32 or wider.
@@ -94,16 +94,16 @@ def loss_surface(
     .. math:: z(\alpha, \beta) = \frac{1}{B} \sum_b L_b(w + \alpha \delta + \beta \eta), \qquad
               \alpha, \beta \in \{-s, \dots, s\}
 
-    All points of a batch are one program; only forward passes are made.
+    One program computes all points for a batch, with forward passes only.
 
     Args:
       loss_fn: ``(params, batch) -> loss[]``, in evaluation mode (stored BatchNorm statistics).
       params: the solution; numbers narrower than float32 are widened, here and in the directions.
-      directions: trees like ``params``, one a dimension.
-      batches: the data, in batches of equal size and shape; each is weighted alike.
+      directions: trees like ``params``, one per dimension of the grid.
+      batches: the data, in batches of equal shape, which are weighted equally.
       span: the grid runs from ``-span`` to ``span``.
       n: points along each direction; odd numbers include the solution.
-      mesh: divide the points among its devices.
+      mesh: divides the points among its devices.
       progress: called with the number of losses (points times batches) that have been computed since its last call.
 
     Returns:
@@ -176,13 +176,13 @@ def roughness(surface: Any) -> float:
 
     .. math:: R_a = \frac{1}{n} \sum_i |z_i - \bar z|
 
-    It depends on the grid's span: compare surfaces of one span only.
+    It depends on the grid's span: compare only surfaces of equal span.
 
     Args:
       surface: heights, of any shape.
 
     Returns:
-      A float, in the units of the loss; NaN or inf where a height is.
+      A float, in the units of the loss; NaN if any height is not finite.
 
     Reference:
       Ji et al., "A Single-Step, Sharpness-Aware Minimization is All You Need to Achieve Efficient and Accurate Sparse
@@ -204,21 +204,21 @@ def error_barrier(
 
     .. math:: \max_\alpha \left[ L((1 - \alpha) a + \alpha b) - (1 - \alpha) L(a) - \alpha L(b) \right]
 
-    0 means linearly connected. BatchNorm's statistics do not interpolate: let ``loss_fn`` renew them, or use those of
-    the batch.
+    0 means linearly connected. BatchNorm's statistics do not interpolate: let ``loss_fn`` recompute them, or use those
+    of the batch.
 
     Args:
       loss_fn: ``(params, batch) -> loss[]``.
       first: a solution; numbers narrower than float32 are widened.
       second: another, of the same structure.
       batches: as in :func:`loss_surface`.
-      n: points on the line, the two solutions among them.
+      n: points on the line, including the two solutions.
 
     Returns:
       The barrier, and the losses at the ``n`` points.
 
     Raises:
-      ValueError: for solutions of another structure, or ``n`` below 2.
+      ValueError: for solutions that do not match, no batches, or ``n`` below 2.
 
     Reference:
       Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML 2020, with the chord in place

@@ -1,4 +1,4 @@
-"""Chase: dynamic sparse training over all leaves together that turns sparse channels into removed ones."""
+"""Chase: dynamic sparse training over all leaves together, which also removes whole channels."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class ChaseState(NamedTuple):
     """State of :func:`chase`.
 
     Attributes:
-      alive: bool[channels] per group, in their order; false where a channel has been removed, for good.
+      alive: bool[channels] per group, in the order of the groups; false where a channel has been removed.
     """
 
     alive: list[jax.Array]
@@ -47,52 +47,52 @@ def chase(
     final_fraction: float = 0.005,
     compat: Compat = "paper",
 ) -> SparseMethod:
-    r"""Moves weights to the largest gradients over all leaves, and removes channels of the smallest mean weight.
+    r"""Moves weights to the largest gradients over all leaves, and removes channels of the smallest mean magnitude.
 
     .. math:: c_t = C - \lfloor (1 - (1 - t/T_c)^3)\, S_c C \rfloor, \quad
               \text{alive} = \mathrm{top}_{c_t}\Big(\tfrac{1}{n} \textstyle\sum_{i \le n} |w_i|\Big), \quad
               \text{kept} = \mathrm{top}_{a_t}(|w|\ \text{in alive}), \quad
               m \leftarrow \text{kept} \cup \mathrm{top}_{b_t - |\text{kept}|}(|\nabla_w L|\ \text{in alive, off kept})
 
-    Each firing first removes channels: of the C channels of all groups :math:`c_t` stay, those with the largest mean
-    magnitude over all n entries of their leading filter, zeros included, ranked over all groups. A group keeps
-    ``min_width`` of what a uniform cut would leave it, and at least one. A removed channel is masked in all its
-    slices, also in leaves that are planned dense, and never comes back. The budget of the sparse leaves is that of
-    their plan, :math:`n_0`, whatever is removed: weights move to the channels that are left, and fill them should
-    they be too few.
+    Each firing first removes channels: of the C channels of all groups, :math:`c_t` stay, those with the largest mean
+    magnitude over all n entries of their leading filter, zeros included, ranked over all groups. A group keeps at least
+    ``min_width`` of what a uniform cut would leave it, and at least one channel. A removed channel is masked in all its
+    slices, even in leaves that are planned dense, and never comes back. The budget of the sparse leaves stays as
+    planned, :math:`n_0`: their weights move to the remaining channels, and fill these up if there are too few.
 
-    While exploring, until :math:`T_e`, :math:`a_t = n_0` and :math:`b_t = n_0 + \lfloor p_t N \rfloor`, N all weights
-    of the sparse leaves and :math:`p_t = \tfrac{p}{2}(1 + \cos(\pi t / T_e))`: a soft memory bound, as the network is
-    denser than planned between updates. From then on a fraction :math:`f_t` of the n live weights is dropped,
-    :math:`a_t = \min(n_0, n - \lceil f_t n \rceil)`, :math:`b_t = n_0`, with :math:`f_t` following a cosine over the
-    whole clock.
+    While exploring, until :math:`T_e`, :math:`a_t = n_0` and :math:`b_t = n_0 + \lfloor p_t N \rfloor`, where N counts
+    all weights of the sparse leaves and :math:`p_t = \tfrac{p}{2}(1 + \cos(\pi t / T_e))`: a soft memory bound, as the
+    network is denser than planned between updates. From then on a fraction :math:`f_t` of the n live weights is
+    dropped, :math:`a_t = \min(n_0, n - \lceil f_t n \rceil)`, :math:`b_t = n_0`, with :math:`f_t` following a cosine
+    over the whole clock.
 
     All counts are exact; ties go to the lower index, and to the group given first. A dropped weight becomes zero and
-    loses its optimizer state. A grown one starts from zero, also one that was dropped in the same update; that one
+    loses its optimizer state. A grown weight starts from zero, even if it was dropped in the same update; it then
     keeps its optimizer state, while a truly new one has none. No step is skipped.
 
     Args:
-      groups: the channels that may go.
+      groups: the channels that may be removed.
       channel_sparsity: :math:`S_c`, the fraction of channels that are removed in the end, in ``[0, 1)``.
-      channel_every: firings between two removals.
+      channel_every: firings from one removal to the next.
       min_width: in ``[0, 1]``; the paper calls it beta.
-      removal_end: fraction of the clock's last call by which channels are removed; the last removal no later than
-        that, at :math:`T_c`, reaches :math:`S_c`.
-      extra: p, how much of all weights may be live above the budget while exploring; 0 for a hard bound.
+      removal_end: when removal ends, as a fraction of the clock's last call; the last removal no later than that, at
+        :math:`T_c`, reaches :math:`S_c`.
+      extra: p, the fraction of all weights that may be live beyond the budget while exploring; 0 for a hard bound.
       exploration_end: :math:`T_e` as a fraction of the clock's last call.
       drop_fraction: :math:`f_0` in ``[0, 1]``.
       final_fraction: :math:`f_T` in ``[0, 1]``.
-      compat: ``"authors"`` for the thresholds of the released code: weights equal to the largest one to be dropped
-        stay (one more in all, without ties), and growth takes what exceeds the smallest to be grown (one less), and
-        no zero gradient. Its choice of channels is random among ties and one more; here it is exact in either form.
+      compat: ``"authors"`` uses the thresholds of the released code: weights equal to the largest one to be dropped
+        stay (without ties, one more in all), and growth takes only gradients above the smallest to be grown (one
+        fewer), and none that are zero. That code also chooses channels at random among ties, and one more; here their
+        choice is exact in either form.
 
     Returns:
       A method that needs ``when`` with an ``end``: the end of training. The paper: every 1000 steps; on CIFAR-100
       ``channel_every=8, min_width=0.2`` for VGG-19, 1 and 0.5 for ResNet-50.
 
     Raises:
-      ValueError: for groups that do not fit, options out of range, a channel sparsity that leaves a group nothing, or
-        a clock without an end or without time for a removal.
+      ValueError: for groups that do not fit, options out of range, a channel sparsity beyond what the groups must keep,
+        or a clock without an end or without time for a removal.
 
     Reference:
       Yin et al., "Dynamic Sparsity Is Channel-Level Sparsity Learner", NeurIPS 2023. Its code removes channels half an
@@ -123,7 +123,7 @@ def chase(
                 f"chase has no time to remove channels: the first removal comes {interval} calls after the start, "
                 f"later than removal_end={removal_end:g} of the clock allows. Lower channel_every={channel_every}."
             )
-        if not jax.tree.leaves(x.params):  # so asks optax.tree.map_params
+        if not jax.tree.leaves(x.params):  # optax.tree.map_params calls it without leaves
             return MaskUpdate(x.masks, ChaseState([jnp.ones(0, bool) for _ in groups]))
         widths(x)
         alive = [jnp.ones(size, bool) for size in group_sizes(x.params, groups).values()]
@@ -132,7 +132,7 @@ def chase(
     def removals(x: MaskInputs) -> tuple[int, int]:
         """Calls between two removals, and how many removals there are."""
         first, last = first_and_last(x, "chase")
-        when: Any = x.when  # there is one: that was checked just now
+        when: Any = x.when  # there is one: first_and_last has checked that
         interval = when.every * channel_every
         return interval, max(rounded_down(removal_end * last) - first, 0) // interval
 

@@ -26,42 +26,43 @@ from s2sam_jax._sparsity.growth import first_and_last
 
 
 def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat = "paper") -> SparseMethod:
-    r"""Prunes whole channels and regrows others, fewer and fewer, until the planned fraction is gone.
+    r"""Prunes whole channels and regrows others, fewer each time, until the planned fraction is removed.
 
     .. math:: \text{widths } \kappa_l = \#\{j \in \mathrm{top}_K |\gamma|\}, \quad
               \text{kept} = \mathrm{top}_{\kappa_l} \|[V_{\kappa_l}]_{j,:}\|_2^2, \quad
               \text{regrown} \sim \mathrm{softmax}\, \|w_j - P w_j\|_2^2, \quad
               \delta_t = \tfrac{\delta}{2} (1 + \cos(\pi t / T))
 
-    At each update all groups first share :math:`K = N - \lfloor S N \rfloor` of their N live channels by the largest
-    norm scales (of the leading norm), each group at least one. Each prunes to its share by the leverage scores of its
-    leading filters X (V are the right singular vectors; L1 norms where a filter has fewer weights than there are
-    filters). Then :math:`\lfloor \delta_t N \rfloor` channels regrow, shared in proportion to the groups' sizes as far
-    as there is room, and drawn without replacement by what the kept filters (projector P) cannot express of them. The
-    live total is thus exact after every update, and K at the last firing T, where :math:`\delta_T = 0`. The first masks
-    hold :math:`K + \lfloor \delta N \rfloor` channels, shared by size, those of the largest L1 norm. Shares are whole
-    by Sainte-Laguë's rule; equal scores go to the lower index, and to the group given first.
+    At each update the groups first share :math:`K = N - \lfloor S N \rfloor` live channels, of N in all, by the largest
+    norm scales (of the leading norm); each group gets at least one. Each group then prunes to its share by the leverage
+    scores of its leading filters X (V holds the right singular vectors; L1 norms if a filter has fewer weights than
+    there are filters). Then :math:`\lfloor \delta_t N \rfloor` channels regrow, shared in proportion to the groups'
+    sizes as far as there is room, and drawn without replacement by the part of each that the kept filters (projector P)
+    cannot express. The live total is thus exact after every update, and K at the last firing T, where
+    :math:`\delta_T = 0`. The first masks hold :math:`K + \lfloor \delta N \rfloor` channels, shared by size, those of
+    the largest L1 norm. Shares are rounded by Sainte-Laguë's rule; ties go to the lower index, and to the group given
+    first.
 
     ``sparsify(sparsity=...)`` is the fraction S of *channels* to remove, over all groups. A removed channel is masked
-    in all its slices, also in leaves that are planned dense; leaves in no group stay dense. It becomes zero and loses
-    its optimizer state. A regrown one comes back with its most recently used weights, without optimizer state. No step
-    is skipped. Running statistics of norms are in the model state, out of reach: a regrown channel finds them as they
-    are, so call ``recalibrate_batch_stats`` before evaluating.
+    in all its slices, even in leaves that are planned dense; leaves in no group stay dense. It becomes zero and loses
+    its optimizer state. A regrown channel returns with its most recent weights, without optimizer state. No step is
+    skipped. Running statistics of norms are in the model state, out of reach, and do not return with a regrown
+    channel: call ``recalibrate_batch_stats`` before evaluating.
 
     Args:
-      groups: the channels that may go; every group with scales.
+      groups: the channels that may be removed; every group needs scales.
       explore: :math:`\delta` in ``[0, S]``, the fraction of all channels explored at first.
-      compat: ``"authors"`` for the released ImageNet code: scales must exceed the threshold, so that one channel more
-        goes, and counts are truncated; as many regrow as pass the threshold at :math:`S - \delta_t`, so that widths
-        only shrink; norms are not squared, which changes the sampling alone.
+      compat: ``"authors"`` follows the released ImageNet code: scales must exceed the threshold, so that one more
+        channel is removed, and counts are truncated; as many regrow as pass the threshold at :math:`S - \delta_t`, so
+        that widths only shrink; norms are not squared, which changes only the sampling.
 
     Returns:
-      A method that needs ``when`` with an ``end``, and a start after some training: fresh scales are all alike, so that
-      the groups given last would lose most. The paper: every 2 of 250 epochs up to 180, S = 0.5, explore 0.2
-      for half of ResNet-50. It keeps a copy of the parameters.
+      A method that needs ``when`` with an ``end``, and a start after some training: initial scales are all equal, so
+      that the groups given last would lose most. The paper, for half of ResNet-50: every 2 epochs up to epoch 180 of
+      250, S = 0.5, explore 0.2. The method keeps a copy of the parameters.
 
     Raises:
-      ValueError: for groups that do not fit or lack scales, a sparsity that leaves no channel to a group or differs
+      ValueError: for groups that do not fit or lack scales, a sparsity that leaves some group no channel or differs
         between the leading filters, ``explore`` out of range, or a clock without an end.
 
     Reference:
@@ -83,7 +84,7 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
 
     def init(x: MaskInputs) -> MaskUpdate:
         first_and_last(x, "chex")
-        if not jax.tree.leaves(x.params):  # so asks optax.tree.map_params
+        if not jax.tree.leaves(x.params):  # optax.tree.map_params calls it without leaves
             return MaskUpdate(x.masks, x.params)
         sparsity, width = _plan(x, groups, explore)
         norms = [jnp.sum(jnp.abs(rows), axis=1) for rows in filters(x.params, groups)]

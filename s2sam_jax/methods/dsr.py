@@ -16,21 +16,21 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
               G_l = \mathrm{round}\Big(\tfrac{R_l}{\sum R} \sum K\Big), \quad
               H \leftarrow \begin{cases} H / 2 & \sum K > 1.1\, N_p \\ 2 H & \sum K < 0.9\, N_p \\ H \end{cases}
 
-    Leaves drift from their planned counts; the total never changes. Each leaf keeps its largest weight. A leaf takes
-    no more than it has room for; what that or rounding leaves over is shared again, and the last few weights go to the
-    leaves that follow a random one. Growth avoids the positions just pruned, unless nothing else is free anywhere.
+    Leaves drift from their planned counts; the total never changes. Each leaf keeps its largest weight. A leaf grows
+    no more weights than it has room for; what this or rounding leaves over is shared again, and the last few weights go
+    to the leaves that follow a random one. Growth avoids the positions just pruned, unless nothing else is free.
 
-    A pruned weight becomes zero and loses its optimizer state. A grown one starts from zero, without state; only one
-    that is regrown at once, for want of any other place, keeps both. No gradient step is skipped. The paper's code
-    leaves the momentum of pruned weights to decay; here it is zero.
+    A pruned weight becomes zero and loses its optimizer state. A grown weight starts from zero, without state; only one
+    that is regrown in the same update, for lack of any other free position, keeps both. No gradient step is skipped.
+    The paper's code lets the momentum of pruned weights decay; here it is zero.
 
     Args:
       target: :math:`N_p`, how many weights an update should prune: an integer, or a float in ``(0, 1)`` as a fraction
         of all live weights. The paper: 20 000 for WRN-28-2, 400 000 for ResNet-50, each about a tenth.
-      threshold: the first :math:`H`.
+      threshold: the initial :math:`H`.
 
     Returns:
-      A method that needs ``when``. The paper on CIFAR-10: every 100 steps, and less and less often later.
+      A method that needs ``when``. The paper on CIFAR-10: every 100 steps, later less and less often.
 
     Raises:
       ValueError: for a target or threshold out of range.
@@ -54,7 +54,7 @@ def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:
 
     def init(x: MaskInputs) -> MaskUpdate:
         live = sum(planned_counts(x))
-        if not live and jax.tree.leaves(x.params):  # optax.tree.map_params asks with no leaves at all
+        if not live and jax.tree.leaves(x.params):  # optax.tree.map_params calls it without leaves
             raise ValueError("dsr has no sparse weights to move; give a sparsity above 0, or leave it out.")
         if target >= live > 0:
             raise ValueError(f"dsr cannot prune target={target} of {live} live weights at a time; give less.")
@@ -107,7 +107,7 @@ def _fill(amount: jax.Array, room: jax.Array, first: jax.Array) -> jax.Array:
 
 
 def _adapt(threshold: jax.Array, ratio: jax.Array) -> jax.Array:
-    """Halved or doubled when a tenth too many or too few were pruned; never to 0 or infinity, which are for good."""
+    """Halved or doubled if a tenth too many or too few were pruned; never 0 or infinity, where it would stay."""
     factor = jnp.where(ratio > 1.1, 0.5, jnp.where(ratio < 0.9, 2.0, 1.0))
     limits = jnp.finfo(jnp.float32)
     return jnp.clip(threshold * factor.astype(jnp.float32), limits.tiny, limits.max)

@@ -25,21 +25,21 @@ def gmp(scope: Scope = "leaf") -> SparseMethod:
     .. math:: z_l(t) = \left\lfloor \left(1 - (1 - p)^3\right) z_l \right\rfloor, \quad
               p = \frac{t - t_0}{t_n - t_0}, \quad z_l = \lfloor S_l N_l \rfloor
 
-    zeros at call :math:`t`, from the first call :math:`t_0` of the clock to its last :math:`t_n`, where the count is
-    exactly :math:`z_l`. Masks only shrink. A pruned weight becomes zero, loses its optimizer state and never comes
-    back; the others go on undisturbed, and no gradient step is skipped. Under N:M the best n of each group are
-    out of danger, so that the last update leaves exactly them.
+    is the number of zeros at call :math:`t`, from the first call :math:`t_0` of the clock to its last, :math:`t_n`,
+    where it is exactly :math:`z_l`. Masks only shrink. A pruned weight becomes zero, loses its optimizer state and
+    never comes back; the others train on undisturbed, and no gradient step is skipped. Under N:M the best n of each
+    group are never pruned, so that the last update leaves exactly these.
 
     Args:
-      scope: rank within each ``"leaf"``, or over all sparse leaves together (``"global"``): the cubic then holds for
-        the total, and a leaf may lose all it has.
+      scope: rank within each leaf (``"leaf"``), or over all sparse leaves together (``"global"``): the cubic then holds
+        for the total, and a leaf may lose all its weights.
 
     Returns:
       A method that needs ``when`` with an ``end``. In RigL's comparison on ImageNet: ``Every(10_000, 1_000,
       25_000)`` of 32 000 steps.
 
     Raises:
-      ValueError: for another scope, or a clock without an end.
+      ValueError: for an unknown scope, or a clock without an end.
 
     Reference:
       Zhu and Gupta, "To prune, or not to prune", 2017, equation 1 with initial sparsity 0. Their code ranks the raw

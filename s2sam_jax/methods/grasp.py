@@ -18,18 +18,18 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
 
     .. math:: m = \mathrm{top}_\kappa\big(w \odot H g\big)
 
-    that is, the weights of largest :math:`-w \odot Hg` go. ``Hg`` is computed forward over reverse, at about the price
-    of two gradients. The call that makes the mask takes no gradient step: survivors keep their initial value, and
-    their optimizer state is untouched; pruned weights are zero, with no state, for good. This form sees one batch, at
-    the loss's own temperature; the paper's (several batches, logits divided by 200) is :func:`grasp_scores` and
-    :func:`masks_from_scores` with ``set_masks`` and ``methods.static``.
+    that is, the weights of largest :math:`-w \odot Hg` are pruned. ``Hg`` is computed forward over reverse, at about
+    the cost of two gradients. The call that makes the mask takes no gradient step: survivors keep their initial value,
+    and their optimizer state is untouched; pruned weights stay zero, without state. This form uses one batch
+    and the loss's own temperature; for the paper's form (several batches, logits divided by 200), use
+    :func:`grasp_scores` and :func:`masks_from_scores` with ``set_masks`` and ``methods.static``.
 
     Args:
-      keep_at_least: weights each leaf keeps whatever its scores; at 0 whole layers can vanish;
-        :func:`~s2sam_jax.warn_if_collapsed` names them.
+      keep_at_least: number of weights that each leaf keeps regardless of their scores; at 0 whole layers can vanish
+        (:func:`~s2sam_jax.warn_if_collapsed` names them).
 
     Returns:
-      A method with its own clock, the first call; that call of ``update`` needs ``grad_fn``.
+      A method with its own clock, which fires at the first call of ``update``; that call needs ``grad_fn``.
 
     Raises:
       ValueError: for a negative ``keep_at_least``.
@@ -38,7 +38,7 @@ def grasp(*, keep_at_least: int = 0) -> SparseMethod:
     Reference:
       Wang et al., "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020, Algorithm 1. Its
       code removes one weight fewer, by its threshold, re-initialises the last layer for scoring, and takes g and H over
-      the kernels alone; here none of that: H g is over all parameters, those that stay dense among them.
+      the kernels alone; none of that is done here: H g is over all parameters, including those that stay dense.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -85,14 +85,14 @@ def grasp_scores(
     Args:
       logits_fn: ``(params, inputs) -> logits[batch, classes]``.
       params: the initial weights.
-      batches: pairs of inputs and integer labels, all held at once: they are gone through twice.
+      batches: pairs of inputs and integer labels, all held at once, as they are iterated over twice.
       temperature: T, which divides the logits.
 
     Returns:
       A tree like ``params``, in float32 or wider; keep the largest.
 
     Raises:
-      ValueError: when there is no batch, or a temperature that is not positive.
+      ValueError: if there is no batch, or the temperature is not positive.
 
     Reference:
       Wang et al., ICLR 2020, Algorithm 1, with ``S = -s``.

@@ -28,7 +28,7 @@ class ITOPState(NamedTuple):
 def itop(
     growth: Literal["random", "gradient"] = "random", *, drop_fraction: float = 0.5, final_fraction: float = 0.005
 ) -> SparseMethod:
-    r"""Drops and grows as SET or RigL do, so rarely that new weights train before they are judged, to the very end.
+    r"""Drops and grows like SET or RigL, but rarely, so that new weights can train first, until the end of training.
 
     .. math:: k_l = \lceil f_t\, \|m_l\|_0 \rceil, \quad
               f_t = f_T + \tfrac{f_0 - f_T}{2}(1 + \cos(\pi t / T)), \quad
@@ -37,11 +37,11 @@ def itop(
 
     with :math:`u` uniformly random or :math:`|\nabla_w L|`. The count of each leaf never changes. A dropped weight
     becomes zero and loses its optimizer state. A weight that is dropped and regrown in one update keeps both. A newly
-    grown weight starts from zero, without momentum. No gradient step is skipped. :func:`explored_fraction` tells how
-    many weights have ever been active.
+    grown weight starts from zero, without momentum. No gradient step is skipped. :func:`explored_fraction` gives the
+    fraction of weights that have ever been active.
 
     Args:
-      growth: ``"random"``, as SET, or ``"gradient"``, by the dense gradient, as RigL.
+      growth: ``"random"``, as in SET, or ``"gradient"``, by the dense gradient, as in RigL.
       drop_fraction: :math:`f_0` in ``[0, 1]``.
       final_fraction: :math:`f_T` in ``[0, 1]``, reached at :math:`T`, the last call of the clock.
 
@@ -50,7 +50,7 @@ def itop(
       random growth, every 4000 with gradient growth, at batch size 128.
 
     Raises:
-      ValueError: for another growth, a fraction outside ``[0, 1]``, or a clock without an end.
+      ValueError: for an unknown growth, a fraction outside ``[0, 1]``, or a clock without an end.
 
     Reference:
       Liu et al., "Do We Actually Need Dense Over-Parameterization? In-Time Over-Parameterization in Sparse Training",
@@ -94,16 +94,16 @@ def explored_fraction(opt_state: Any) -> jax.Array:
 
     .. math:: R_s = \|m_1 \cup \dots \cup m_t\|_0 / N
 
-    over the leaves that are sparse; under blocks and channels, of units.
+    over the sparse leaves; under blocks and channels, in units.
 
     Args:
-      opt_state: an optimizer state with :func:`itop` in it, at any depth.
+      opt_state: an optimizer state that contains :func:`itop`, at any depth.
 
     Returns:
-      float32[], from the density (nothing explored yet) to 1; 0 where every leaf is dense.
+      float32[], from the density (nothing explored yet) to 1; 0 if every leaf is dense.
 
     Raises:
-      ValueError: when there is no such state.
+      ValueError: if there is no such state.
 
     Reference:
       Liu et al., "Do We Actually Need Dense Over-Parameterization?", ICML 2021, §3.

@@ -15,22 +15,22 @@ from s2sam_jax._sparsity.rewind import remaining_weights, rewinding
 
 
 def lottery(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMethod:
-    r"""Trains, prunes a fraction of the remaining weights by magnitude over all leaves, rewinds, and so on.
+    r"""Trains, prunes a fraction of the remaining weights by magnitude over all leaves, rewinds, and repeats.
 
     .. math:: n_{i+1} = \max(n_{target},\ n_i - \lceil p\, n_i \rceil), \qquad w \leftarrow m \odot w_k, \quad
               \text{optimizer state} \leftarrow \text{that of step } k
 
     All rounds run inside one transformation. The clock's first firing, ``when.start`` = k, saves weights and optimizer
-    state; every later one ends a round: it prunes and restores both. None of them takes a gradient step, so with rounds
-    of L steps ``when = Every(start=k, every=L - k + 1)``. The learning rate schedule is in the optimizer state, so it
-    rewinds too. Pruned weights are zero for good; survivors get value and moments of step k (the value
-    to rounding: an optax update is a difference). What lies outside of parameters and optimizer, as BatchNorm's
-    statistics and the order of the data, does not rewind: :func:`recalibrate_batch_stats` mends the statistics.
+    state; every later one ends a round: it prunes and restores both. Firings take no gradient step, so with rounds of
+    L steps ``when = Every(start=k, every=L - k + 1)``. The learning rate schedule is in the optimizer state, so it
+    rewinds too. Pruned weights stay zero; survivors get back the value and the moments of step k (the value up to
+    rounding, as an optax update is a difference). What lies outside of parameters and optimizer, such as BatchNorm's
+    statistics and the order of the data, does not rewind; :func:`recalibrate_batch_stats` re-estimates the statistics.
 
     Args:
-      prune_fraction: p in ``(0, 1)``, of the weights that remain.
-      rounds: number of prunings, if it is to be checked against ``sparsify(sparsity=...)``, which decides; the last
-        round prunes exactly to it.
+      prune_fraction: p in ``(0, 1)``, the fraction of the remaining weights that a round prunes.
+      rounds: number of prunings, only to check it against ``sparsify(sparsity=...)``, which decides; the last round
+        prunes exactly to that sparsity.
 
     Returns:
       A method that needs ``when``. It keeps a copy of parameters and optimizer state.
@@ -40,7 +40,7 @@ def lottery(prune_fraction: float = 0.2, *, rounds: int | None = None) -> Sparse
 
     Reference:
       Frankle & Carbin, "The Lottery Ticket Hypothesis", ICLR 2019; Frankle et al., "Linear Mode Connectivity and the
-      Lottery Ticket Hypothesis", ICML 2020, for k > 0. The published open_lth code prunes one weight more each round.
+      Lottery Ticket Hypothesis", ICML 2020, for k > 0. The published open_lth code prunes one more weight each round.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -77,15 +77,15 @@ def lottery_rounds(
     rewind: bool = True,
     prunable: Prunable = is_kernel,
 ) -> Iterator[Round]:
-    """The rounds of :func:`lottery` (or ``lrr``) for those who drive, and save, each round themselves.
+    """The rounds of :func:`lottery` (or ``lrr``), for loops that run and save each round themselves.
 
     Args:
       train: ``(params, masks, number) -> trained params``; install the masks with ``set_masks`` over
         ``methods.static``.
-      params: what to rewind to: the weights of step k.
+      params: the weights to rewind to, those of step k.
       sparsity: fraction of zeros to end at, in ``[0, 1)``.
-      prune_fraction: of the remaining weights, a round.
-      rewind: ``False`` goes on from the trained weights, as learning-rate rewinding does.
+      prune_fraction: the fraction of the remaining weights that a round prunes.
+      rewind: ``False`` continues from the trained weights, as learning-rate rewinding does.
       prunable: ``(path, leaf) -> bool``.
 
     Yields:

@@ -10,15 +10,15 @@ def lrr(prune_fraction: float = 0.2, *, rounds: int | None = None) -> SparseMeth
     .. math:: n_{i+1} = \max(n_{target},\ n_i - \lceil p\, n_i \rceil), \qquad w \leftarrow m \odot w, \quad
               \text{optimizer state} \leftarrow \text{that of step } k
 
-    As :func:`lottery`, but the weights keep their trained values: only the optimizer goes back to step
+    Like :func:`lottery`, but the weights keep their trained values: only the optimizer goes back to step
     ``when.start`` = k, and with it the learning rate schedule and the momentum (for k = 0, a fresh start). Calls on
     which the clock fires take no gradient step, so with rounds of L steps ``when = Every(start=k, every=L - k + 1)``.
-    Pruned weights are zero for good.
+    Pruned weights stay zero.
 
     Args:
-      prune_fraction: p in ``(0, 1)``, of the weights that remain.
-      rounds: number of prunings, if it is to be checked against ``sparsify(sparsity=...)``, which decides; the last
-        round prunes exactly to it.
+      prune_fraction: p in ``(0, 1)``, the fraction of the remaining weights that a round prunes.
+      rounds: number of prunings, only to check it against ``sparsify(sparsity=...)``, which decides; the last round
+        prunes exactly to that sparsity.
 
     Returns:
       A method that needs ``when``. It keeps a copy of the optimizer state.

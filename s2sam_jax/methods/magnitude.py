@@ -8,21 +8,23 @@ from s2sam_jax._sparsity.growth import global_count, magnitude_init, replace_spa
 
 
 def magnitude(scope: Scope = "leaf") -> SparseMethod:
-    r"""Prunes once, at ``tx.init``, to the largest weights of the given parameters: pre-trained ones, usually.
+    r"""Prunes once, at ``tx.init``, keeping the largest weights of the given parameters, usually pre-trained.
 
     .. math:: m_l = \mathrm{top}_{N_l - \lfloor S_l N_l \rfloor}(|w_l|)
 
-    or one ranking over all sparse leaves, with :math:`N = \sum_l N_l` and :math:`S = \sum_l S_l N_l / N`. Pruned
-    weights become zero with ``apply_masks``, never come back, and have no optimizer state.
+    or, with ``scope="global"``, one ranking over all sparse leaves, with :math:`N = \sum_l N_l` and
+    :math:`S = \sum_l S_l N_l / N`. Pruned weights become zero with ``apply_masks``, never come back, and have no
+    optimizer state.
 
     Args:
-      scope: rank within each ``"leaf"``, or over all of them together (``"global"``); then a leaf may lose all it has.
+      scope: rank within each leaf (``"leaf"``), or over all of them together (``"global"``), where a leaf may lose all
+        its weights.
 
     Returns:
       A method whose masks never change; ``sparsify`` needs no ``when``.
 
     Raises:
-      ValueError: for another scope.
+      ValueError: for an unknown scope.
 
     Reference:
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015.

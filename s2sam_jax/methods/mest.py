@@ -32,12 +32,11 @@ def mest(
 
     Elastic mutation (EM) prunes to :math:`L = S_l + p_t` and grows to :math:`U = S_l`: the network is never denser than
     planned. With a soft memory bound (EM&S) it prunes to :math:`L = S_l` and grows to :math:`U = S_l - p_t`: denser
-    between updates. In a phase of :math:`p_t = 0`, as the one after the last update always is, no weights are
-    exchanged; only those above the planned number are pruned. The first masks hold the planned number of the largest
-    initial weights.
+    between updates. In a phase with :math:`p_t = 0`, as always at the last update, no weights are exchanged; only those
+    above the planned number are pruned. The first masks hold the planned number of the largest initial weights.
 
-    Every grown weight starts from zero, also one that was pruned in the same update; that one keeps its optimizer
-    state, while a truly new one has none. A pruned weight becomes zero and loses its state. No step is skipped.
+    Every grown weight starts from zero, even if it was pruned in the same update; it then keeps its optimizer state,
+    while a truly new one has none. A pruned weight becomes zero and loses its state. No step is skipped.
 
     Args:
       extra: :math:`p_t` by phases ``(from, p)``: from that fraction of the clock's last call on, ``p`` more zeros
@@ -45,14 +44,15 @@ def mest(
         changing at epochs 100 and 130; MEST's own has the same amounts for 90 %, changing at 90 and 120. For EM&S at
         90 and 95 %: ``((0.0, 0.05), (90 / 160, 0.025), (120 / 160, 0.0))``.
       soft_bound: EM&S instead of EM.
-      lam: :math:`\lambda`, the weight of the dense gradient in the score; 0, as in the released code, is magnitude.
+      lam: :math:`\lambda`, the weight of the dense gradient in the score; 0, as in the released code, scores by
+        magnitude.
 
     Returns:
       A method that needs ``when`` with an ``end``. The paper: every 5 epochs.
 
     Raises:
-      ValueError: for a leaf that would lose all its weights, for EM&S under N:M, for phases that do not start at 0.0,
-        do not ascend or lie outside ``[0, 1]``, a negative ``lam``, or a clock without an end.
+      ValueError: for a leaf that would lose all its weights, EM&S under N:M, phases that do not start at 0.0, do not
+        ascend or lie outside ``[0, 1]``, a negative ``lam``, or a clock without an end.
 
     Reference:
       Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the Edge", NeurIPS 2021. Its

@@ -1,5 +1,6 @@
 """RigL: drop the smallest weights, grow where the dense gradient is largest."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,14 +27,17 @@ def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: 
     Args:
       drop_fraction: :math:`\alpha` in ``[0, 1]``, annealed by the cosine with :math:`T` = ``when.end``; or a function
         of the step that gives :math:`f_t` itself.
-      skip_step: do no gradient step on the calls that change the masks, as the paper's code does.
+      skip_step: take no gradient step on the calls that change the masks, as in the paper's code.
 
     Returns:
       A method that needs ``when`` (with an ``end``, for the cosine). The paper: every 100 steps over the first three
       quarters of training.
 
+    Warns:
+      UserWarning: from ``init``, if ``skip_step`` and a clock that fires at every call leave no gradient step.
+
     Raises:
-      ValueError: for a fraction outside ``[0, 1]``, or a cosine without an end.
+      ValueError: for a fraction outside ``[0, 1]``, or a cosine and a clock without an end.
 
     Reference:
       Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, Algorithm 1. Its code adds noise of
@@ -57,6 +61,12 @@ def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: 
 
     def init(x: MaskInputs) -> MaskUpdate:
         fraction(x)
+        if skip_step and x.when is not None and x.when.every == 1:
+            warnings.warn(
+                f"rigl takes no gradient step on the calls that change masks, and {x.when} changes them at every call, "
+                "so that nothing is trained until its end. Give a larger every, or rigl(skip_step=False).",
+                stacklevel=2,
+            )
         return random_init(x)
 
     def update(x: MaskInputs, state: Any) -> MaskUpdate:

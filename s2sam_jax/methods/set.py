@@ -16,21 +16,21 @@ from s2sam_jax._sparsity.growth import grow, random_init, sparse_leaves
 
 
 def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: bool = True) -> SparseMethod:
-    r"""Drops the weights of each leaf that are closest to zero and grows as many anywhere, at random.
+    r"""Drops the weights of each leaf that are closest to zero and grows as many at random.
 
     .. math:: \text{kept} = \mathrm{top}_{n_+ - \lfloor \zeta n_+ \rfloor}(w \ge 0) \cup
               \mathrm{top}_{n_- - \lfloor \zeta n_- \rfloor}(-w > 0), \quad
               m_l \leftarrow \text{kept} \cup \mathrm{random}_{\|m_l\|_0 - |\text{kept}|}(\text{off kept})
 
-    with :math:`n_\pm` live weights of either sign; a live weight that is exactly zero counts as positive. The count of
+    with :math:`n_\pm` live weights of each sign; a live weight that is exactly zero counts as positive. The count of
     each leaf never changes. A dropped weight becomes zero and loses its optimizer state. A weight that is dropped and
     regrown in one update keeps both. A newly grown weight starts from zero, without momentum. No gradient step is
     skipped.
 
     Args:
       drop_fraction: :math:`\zeta` in ``[0, 1]``, the same at every update; or a function of the step that gives it.
-      by_sign: drop the fraction among positive and among negative weights; ``False`` drops
-        :math:`\lfloor \zeta \|m_l\|_0 \rfloor` smallest magnitudes, as the RigL code's SET does. Blocks and channels
+      by_sign: drop the fraction among positive and among negative weights separately; ``False`` drops the
+        :math:`\lfloor \zeta \|m_l\|_0 \rfloor` smallest magnitudes, like SET in the RigL code. Blocks and channels
         have no sign.
 
     Returns:

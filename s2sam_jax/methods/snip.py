@@ -1,4 +1,4 @@
-"""SNIP: prune before training, by how much the loss would feel each connection."""
+"""SNIP: prune before training, by how sensitive the loss is to each connection."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,22 +18,22 @@ def snip(*, keep_at_least: int = 0) -> SparseMethod:
     .. math:: s_j = |w_j\, \partial L / \partial w_j|, \qquad m = \mathrm{top}_\kappa(s)
 
     The call that makes the mask takes no gradient step: survivors keep their initial value, and their optimizer state
-    is untouched; pruned weights are zero, with no state, for good. For scores over several batches use
+    is untouched; pruned weights stay zero, without state. For scores over several batches use
     :func:`snip_scores` and :func:`masks_from_scores` with ``set_masks`` and ``methods.static``.
 
     Args:
-      keep_at_least: weights each leaf keeps whatever its scores; at 0, as in the paper, whole layers can vanish;
-        :func:`~s2sam_jax.warn_if_collapsed` names them.
+      keep_at_least: number of weights that each leaf keeps regardless of their scores; at 0, as in the paper, whole
+        layers can vanish (:func:`~s2sam_jax.warn_if_collapsed` names them).
 
     Returns:
-      A method with its own clock, the first call.
+      A method with its own clock, which fires at the first call of ``update``.
 
     Raises:
       ValueError: for a negative ``keep_at_least``.
 
     Reference:
       Lee et al., "SNIP: Single-shot network pruning based on connection sensitivity", ICLR 2019, Algorithm 1. Its code
-      ranks biases too, and scores another initialisation than it trains; here neither.
+      ranks biases too, and scores a different initialisation from the one it trains; neither is done here.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -69,10 +69,10 @@ def snip_scores(loss_fn: Callable[[Params, Any], jax.Array], params: Params, bat
       A tree like ``params``, in float32 or wider; keep the largest.
 
     Raises:
-      ValueError: when there is no batch.
+      ValueError: if there is no batch.
 
     Reference:
-      Lee et al., ICLR 2019, Eq. (4), up to its normalisation, which leaves the ranking as it is.
+      Lee et al., ICLR 2019, Eq. (4), up to its normalisation, which does not change the ranking.
 
     Example:
       >>> import jax.numpy as jnp
