@@ -438,3 +438,12 @@ def test_mest_refuses_to_empty_a_leaf():
     updates, state = part.update(params, state, params)
     assert int(state.masks["kernel"].sum()) == 200
     assert int((optax.apply_updates(params, updates)["kernel"] != 0).sum()) > 0
+
+
+def test_rigl_without_any_gradient_step_says_so():
+    """At every call it changes masks, and there it takes none."""
+    for when, method in ((Every(0, 2, 10), methods.rigl()), (Every(0, 1, 10), methods.rigl(skip_step=False))):
+        sparsify(optax.sgd(0.1), method, sparsity=0.5, when=when).init({"kernel": jnp.ones((4, 4))})
+    tx = sparsify(optax.sgd(0.1), methods.rigl(), sparsity=0.5, when=Every(0, 1, 10))
+    with pytest.warns(UserWarning, match=r"rigl takes no gradient step .*every=1, end=10\) changes them"):
+        tx.init({"kernel": jnp.ones((4, 4))})

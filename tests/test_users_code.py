@@ -14,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from s2sam_jax import (
     Every,
+    S2SAMState,
     TrainState,
     analysis,
     apply_masks,
@@ -577,3 +578,29 @@ def test_a_wrapper_of_some_leaves_has_their_clean_weights():
     np.testing.assert_allclose(clean["a"], 0.9, rtol=1e-6)
     np.testing.assert_allclose(params["a"], 0.9 + 0.5 / np.sqrt(2), rtol=1e-6)
     np.testing.assert_array_equal(clean["b"], params["b"])
+
+
+@pytest.mark.parametrize("tx", [optax.chain(s2sam(0.1), optax.sgd(0.1)), optax.chain(sam(0.1), optax.sgd(0.1))])
+def test_gradients_averaged_by_hand_over_devices_are_those_of_the_whole_batch(tx):
+    """Under ``pmap``, the second gradient too."""
+    batches = jax.random.normal(jax.random.key(0), (3, 4, 5, 6))  # steps, devices, examples, features
+
+    def loss(w, x):
+        return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+    def step(params, state, batch, mean=lambda grads: grads):
+        def grad_fn(w):
+            return mean(jax.grad(loss)(w, batch))
+
+        point = perturb(params, state) if isinstance(state[0], S2SAMState) else params
+        updates, state = tx.update(grad_fn(point), state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state
+
+    alone = params = jnp.linspace(-1, 1, 6)
+    state = tx.init(alone)
+    many = jax.tree.map(lambda x: jnp.stack([x] * 4), (params, state))
+    of_device = jax.pmap(functools.partial(step, mean=lambda grads: jax.lax.pmean(grads, "data")), "data")
+    for batch in batches:
+        alone, state = step(alone, state, batch.reshape(20, 6))
+        many = of_device(*many, batch)
+    np.testing.assert_allclose(many[0], jnp.stack([alone] * 4), rtol=1e-5)
