@@ -209,9 +209,9 @@ def test_every_device_has_its_share_of_each_micro_batch(kind):
 
 
 PROCESS = """
-import glob, os, signal, sys, time
+import functools, glob, os, signal, sys, time
 sys.path.insert(0, "tests")
-import toy
+import jax, toy
 from experiments import tasks, train
 from experiments.figures import training
 from experiments.tasks import arrays
@@ -227,17 +227,20 @@ def dying(task, number):
     return order(task, number)
 
 arrays.Task.order = dying
+# How long it takes the others to notice; 100 by default.
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
 train.main(sys.argv[1:])
 """
 
 
-def two_processes(out, **environments):
+def two_processes(out, compiled, **environments):
     """Two devices each, over gloo: exit codes and what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
     env |= {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo", "JAX_PLATFORMS": "cpu"}
+    env |= {"JAX_COMPILATION_CACHE_DIR": compiled, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     common = [*SHORT, "--out", str(out), "--mesh", "data=2,fsdp=2", "--distributed", "--coordinator", address]
     processes = [
         subprocess.Popen(
@@ -254,11 +257,11 @@ def two_processes(out, **environments):
 def test_two_processes_one_of_which_is_killed_give_the_result_of_one(toy, one_device, tmp_path):
     """The other ends with an error that says what to do; both go on from the checkpoint, and the first writes."""
     checkpoint = tmp_path / "*.partial" / runs.CHECKPOINTS / "1"
-    codes, outputs = two_processes(tmp_path, of_1={"DIE_AFTER": str(checkpoint)})
+    codes, outputs = two_processes(tmp_path, toy, of_1={"DIE_AFTER": str(checkpoint)})
     assert codes == [1, -signal.SIGKILL], outputs
     assert "start all again with the same commands" in outputs[0][1]
     assert len(list(tmp_path.glob(str(checkpoint.relative_to(tmp_path))))) == 1
-    codes, outputs = two_processes(tmp_path)
+    codes, outputs = two_processes(tmp_path, toy)
     assert codes == [0, 0], outputs
     assert "accuracy" in outputs[0][0]  # of the table, whose headings are on several lines
     assert "accuracy" not in outputs[1][0]
