@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import track
 
 from experiments import cli, solution, spectrum, surface, tasks
-from experiments.config import Config, OptimizerName
+from experiments.config import LABELS, Config, OptimizerName
 from experiments.figures import landscapes
 from experiments.recipes import methods
 from experiments.rows import files, jsonl, missing, pages, spread
@@ -163,44 +163,65 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
             for field, scale in columns.values()
         ]
-        lines.append([method, f"{100 * sparsity:g}", optimizer, *cells, str(len(mine))])
+        lines.append([method, f"{100 * sparsity:g}", LABELS.get(optimizer, optimizer), *cells, str(len(mine))])
     return pages.table(["method", "zeros (%)", "optimizer", *columns, "seeds"], lines)
 
 
 def claims(rows: list[dict[str, Any]]) -> str:
     """The paper's two claims beside what the means are, of an optimizer and of SGD over the seeds that both have."""
     cells = _by_cell(rows)
-    sentences = [
-        "The paper has Ra grow with the sparsity, and lower with S2-SAM than without. Here, of means over seeds:"
-    ]
-    for method in dict.fromkeys(row["method"] for row in rows if row["optimizer"] == "sgd"):
-        of_sgd = {zeros: mine for (m, zeros, optimizer), mine in cells.items() if (m, optimizer) == (method, "sgd")}
-        means = {zeros: statistics.mean(row["roughness"] for row in mine) for zeros, mine in of_sgd.items()}
-        steps = ", ".join(f"{means[zeros]:.3g} ({100 * zeros:g} %)" for zeros in sorted(means))
-        sentences.append(f"Ra of {method} with SGD goes {steps}.")
-    for optimizer in dict.fromkeys(row["optimizer"] for row in rows if row["optimizer"] != "sgd"):
-        ours = {(m, zeros): mine for (m, zeros, o), mine in cells.items() if o == optimizer}
-        pairs = [(mine, cells.get((*cell, "sgd"), [])) for cell, mine in ours.items()]
-        counts = [
-            f"{sum(statistics.mean(mine - base for mine, base in both) < 0 for both in found)} of {len(found)}"
-            for found in (_paired(pairs, field) for field in ("roughness", "largest_eigenvalue"))
+    of_sgd = {(method, zeros): mine for (method, zeros, optimizer), mine in cells.items() if optimizer == "sgd"}
+    others = dict.fromkeys(optimizer for _, _, optimizer in cells if optimizer != "sgd")
+    parts = ["The paper has Ra grow with the sparsity, and lower with S2-SAM than without."]
+    if of_sgd:
+        parts += ["Ra with SGD, means over seeds, against the share of zeros:", _roughness(of_sgd)]
+    if of_sgd and others:
+        said = "In how many cells it is below SGD's, and how many times SGD's it is over cells (geometric mean, 95 % "
+        compared = [[LABELS.get(optimizer, optimizer), *_compared(cells, of_sgd, optimizer)] for optimizer in others]
+        columns = [f"{label}{what}" for label in MEASURES.values() for what in (": below", " / SGD's")]
+        parts += [f"{said}interval):", pages.table(["optimizer", *columns], compared)]
+    return "\n\n".join(parts)
+
+
+MEASURES = {"roughness": "Ra", "largest_eigenvalue": "λ1", "trace": "trace"}
+
+
+def _roughness(of_sgd: dict[tuple[str, float], list[Row]]) -> str:
+    sparsities = sorted({zeros for _, zeros in of_sgd})
+    lines = [
+        [method]
+        + [
+            f"{statistics.mean(row['roughness'] for row in of_sgd[method, zeros]):.3g}" if (method, zeros) in of_sgd
+            else spread.MISSING
+            for zeros in sparsities
         ]
-        sentences.append(f"{optimizer}: Ra below SGD's in {counts[0]} cells, λ1 in {counts[1]}.{_overall(pairs)}")
-    return " ".join(sentences)
+        for method in dict.fromkeys(method for method, _ in of_sgd)
+    ]  # fmt: skip
+    return pages.table(["method", *(f"{100 * zeros:g} %" for zeros in sparsities)], lines)
 
 
-def _overall(pairs: list[tuple[list[Row], list[Row]]]) -> str:
-    """How many times SGD's the measures are over all cells, if there are several: the geometric mean of the ratios."""
+def _compared(
+    cells: dict[tuple[str, float, str], list[Row]], of_sgd: dict[tuple[str, float], list[Row]], optimizer: str
+) -> list[str]:
+    """Two entries for each measure."""
+    pairs = [(mine, of_sgd.get((m, zeros), [])) for (m, zeros, o), mine in cells.items() if o == optimizer]
     found = []
-    for field, label in (("trace", "trace"), ("largest_eigenvalue", "λ1"), ("roughness", "Ra")):
-        means = [map(statistics.mean, zip(*both, strict=True)) for both in _paired(pairs, field)]
-        logs = [math.log(mine / base) for mine, base in means if mine > 0 and base > 0]
-        average, deviation = spread.mean(logs)
-        half = spread.interval(deviation, len(logs))
-        if average is not None and half is not None:
-            ends = math.exp(average - half), math.exp(average + half)
-            found.append(f"{label} {math.exp(average):.2f} ({ends[0]:.2f} to {ends[1]:.2f})")
-    return f" Over cells, times SGD's (geometric mean, 95 % interval): {', '.join(found)}." if found else ""
+    for field in MEASURES:
+        both = _paired(pairs, field)
+        below = sum(statistics.mean(mine - base for mine, base in cell) < 0 for cell in both)
+        found += [f"{below} of {len(both)}", _ratio(both)]
+    return found
+
+
+def _ratio(both: list[list[tuple[float, float]]]) -> str:
+    """Of the means of each cell, over several cells."""
+    means = [map(statistics.mean, zip(*cell, strict=True)) for cell in both]
+    logs = [math.log(mine / base) for mine, base in means if mine > 0 and base > 0]
+    average, deviation = spread.mean(logs)
+    half = spread.interval(deviation, len(logs))
+    if average is None or half is None:
+        return spread.MISSING
+    return f"{math.exp(average):.2f} ({math.exp(average - half):.2f} to {math.exp(average + half):.2f})"
 
 
 def _paired(pairs: list[tuple[list[Row], list[Row]]], field: str) -> list[list[tuple[float, float]]]:
@@ -222,18 +243,25 @@ def write(file: Path) -> None:
     rows = jsonl.read(file)
     first, config = rows[0], rows[0]["config"]
     head = (
-        f"# Flatness of sparse solutions on {config['dataset']}\n\n"
         f"{config['model']} of width {config['width']}, {config['epochs']} epochs; rho {config['rho']:g}, SSAM "
         f"perturbs half. Loss of {first['examples']} training images without augmentation, BatchNorm in evaluation "
         f"mode. Ra: {first['n']} x {first['n']} points, from -{first['span']:g} to {first['span']:g} filter norms "
         "along two random directions, those of one seed for all. Eigenvalues of the Hessian of the live weights: "
-        f"{first['steps']} Lanczos steps. Mean ± standard deviation over seeds.\n\n"
-        f"{pages.source(rows, 'flatness', file.name)}, which holds config, versions and commit of each run.\n\n"
+        f"{first['steps']} Lanczos steps.\n\n"
+        f"{pages.source(rows, 'flatness', file.name)}, which holds config, versions and commit of each run."
     )
-    files.write_text(file.with_suffix(".md"), f"{head}{claims(rows)}\n\n{table(rows)}\n")
-    for field, label, title, scale, logarithmic in FIGURES:
-        figure = file.with_name(f"{file.stem}_{field}.png")
+    figures = [file.with_name(f"{file.stem}_{field}.png") for field, *_ in FIGURES]
+    for figure, (field, label, title, scale, logarithmic) in zip(figures, FIGURES, strict=True):
         landscapes.draw_against_sparsity(rows, field, label, title, figure, scale=scale, logarithmic=logarithmic)
+    parts = [
+        f"# Flatness of sparse solutions on {config['dataset']}",
+        pages.wrapped(head),
+        claims(rows),
+        *map(pages.picture, figures),
+        "Mean ± standard deviation over seeds:",
+        table(rows),
+    ]
+    files.write_text(file.with_suffix(".md"), "\n\n".join(parts) + "\n")
 
 
 @cli.command

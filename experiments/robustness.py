@@ -19,10 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, models, tasks
-from experiments.config import Config, choices, differing
+from experiments.config import LABELS, Config, choices, differing
 from experiments.datasets import cifar_c, corruptions, kinds
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
-from experiments.recipes.base import LABELS
 from experiments.rows import files, jsonl, pages, spread
 from experiments.rows.jsonl import Row
 from experiments.tasks import images

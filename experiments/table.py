@@ -7,7 +7,6 @@ apart. A run is done when its folder is there, so that the same command goes on 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, recipes, train, tune
-from experiments.config import Config
+from experiments.config import LABELS, Config
 from experiments.figures import tables
 from experiments.recipes import Recipe
-from experiments.recipes.base import ACCURACY, CORRUPTED, LABELS
+from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.recipes.scales import Scale, scaled
 from experiments.recipes.selection import Selection, chosen
 from experiments.rows import comparison, files, jsonl, missing, pages, spread
@@ -141,15 +140,23 @@ def store(rows: list[Row], file: Path) -> list[Row]:
 
 
 def write(file: Path) -> None:
-    """Page, figures and plot beside the rows' file, from the rows alone."""
+    """Page, figures and plots beside the rows' file, from the rows alone."""
     rows = jsonl.read(file)
     lines, title = comparison.compare(rows), file.stem.replace("_", ", ")
     head = _head(rows, file) + (_pooled(lines) if file.stem.split("_")[0] in POOLED else "")
-    files.write_text(file.with_suffix(".md"), f"# {title}\n\n{head}\n\n{comparison.markdown(lines)}\n")
-    files.write_text(file.with_suffix(".csv"), comparison.comma_separated(lines))
-    tables.draw_comparison(lines, title, file.with_suffix(".png"))
+    drawn = {file.with_suffix(".png"): tables.draw_comparison}
     if file.stem.startswith(SWEEPS):
-        tables.draw_gains(lines, title, file.with_name(f"{file.stem}_gains.png"))
+        drawn[file.with_name(f"{file.stem}_gains.png")] = tables.draw_gains
+    for figure, draw in drawn.items():
+        draw(lines, title, figure)
+    parts = [
+        f"# {title}",
+        pages.wrapped(head),
+        comparison.markdown(lines),
+        *(pages.picture(figure) for figure in drawn if figure.exists()),
+    ]
+    files.write_text(file.with_suffix(".md"), "\n\n".join(parts) + "\n")
+    files.write_text(file.with_suffix(".csv"), comparison.comma_separated(lines))
 
 
 SWEEPS = ("sparsities", "rebuttal-sweep")  # Tables whose gains are drawn against the share of zeros as well.
@@ -163,21 +170,27 @@ BEST = (
 
 def _head(rows: list[Row], file: Path) -> str:
     table, scale = file.stem.rsplit("_", 1)
-    configs, versions = [row["config"] for row in rows], {json.dumps(row["versions"]) for row in rows}
-    fields = ["dataset", "model", "width", "subset", "epochs", "batch_size"]
-    fields += ["label_noise"] if any(config.get("label_noise") for config in configs) else []
-    size = ", ".join(f"{field} {pages.values(configs, field)}" for field in fields)
-    has_best = any(row.get("best") is not None for row in rows)
-    best = f" {BEST}" if has_best else ""
-    small = "" if scale == "full" else " That is smaller than the paper's, so that the figures cannot be compared."
+    best = f" {BEST}" if any(row.get("best") is not None for row in rows) else ""
+    small = "" if scale == "full" else " Smaller than the paper's, so its figures cannot be compared with these."
     return (
-        f"Ours: {size} (None is the model's own, or all).{small} After the last epoch, BatchNorm recalibrated; mean ± "
+        f"Ours: {_size([row['config'] for row in rows])}.{small} After the last epoch, BatchNorm recalibrated; mean ± "
         f"standard deviation over seeds. Gains are over {_baselines(rows)}; ours are paired by seed.{best}\n\n"
-        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags')}`; "
-        f"versions: {', '.join(sorted(versions))}. {_effort(rows)}"
-        f"Made by `python -m experiments.table {table} --scale {scale}{_tuned(rows)}` from `{file.name}`, which holds "
-        "config, versions and commit of each run."
+        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags')}`; {_versions(rows)}. "
+        f"{_effort(rows)}\n\nMade by `python -m experiments.table {table} --scale {scale}{_tuned(rows)}` from "
+        f"`{file.name}`, which holds config, versions and commit of each run."
     )
+
+
+def _size(configs: list[dict[str, Any]]) -> str:
+    """What says how large the runs were; a field that none has set is left out."""
+    fields = ("dataset", "model", "width", "subset", "epochs", "batch_size", "label_noise")
+    said = [field for field in fields if any(config.get(field) for config in configs)]
+    return ", ".join(f"{field.replace('_', ' ')} {pages.values(configs, field)}" for field in said)
+
+
+def _versions(rows: list[Row]) -> str:
+    each = (", ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in rows)
+    return "; or ".join(sorted(set(each)))
 
 
 def _pooled(lines: list[comparison.Line]) -> str:
@@ -186,7 +199,7 @@ def _pooled(lines: list[comparison.Line]) -> str:
     for optimizer, gains in comparison.pooled(lines).items():
         ahead, behind = sum(gain > LEVEL for gain in gains), sum(gain < -LEVEL for gain in gains)
         sentences.append(
-            f"{LABELS[optimizer]} less its baseline, the mean over {len(gains)} cells with its 95 % interval: "
+            f"{LABELS[optimizer]} minus its baseline, mean over {len(gains)} cells with its 95 % interval: "
             f"{spread.with_interval(gains)}; ahead in {ahead}, behind in {behind}"
             + (f", level in {level}." if (level := len(gains) - ahead - behind) else ".")
         )
@@ -211,7 +224,7 @@ def _effort(rows: list[Row]) -> str:
         return ""
     commits = dict.fromkeys(str(row["commit"])[:7] for row in rows)
     hours = sum(row["seconds"] for row in rows) / 3600
-    return f"{len(rows)} runs, {hours:.1f} hours in all; commits {', '.join(commits)}. "
+    return f"{len(rows)} runs, {hours:.1f} hours in all; commits {', '.join(commits)}."
 
 
 @cli.command

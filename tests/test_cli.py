@@ -321,11 +321,12 @@ def test_claims_are_of_cells_that_have_sgd_beside():
         return dict(method="rigl", optimizer=optimizer, sparsity_asked=sparsity, seed=seed, roughness=roughness,
                     largest_eigenvalue=1.0, trace=-1.0)  # fmt: skip
 
-    assert "s2sam: Ra below SGD's in 0 of 0 cells" in flatness.claims([row("s2sam", 1.0), row("sgd", 2.0, seed=1)])
+    assert "| S2-SAM | 0 of 0 | – | 0 of 0 |" in flatness.claims([row("s2sam", 1.0), row("sgd", 2.0, seed=1)])
     one = [row("s2sam", 1.0), row("sgd", 2.0)]
-    assert "s2sam: Ra below SGD's in 1 of 1 cells" in flatness.claims(one)
-    assert "geometric" not in flatness.claims(one)
+    assert "| S2-SAM | 1 of 1 | – | 0 of 1 | – | 0 of 1 | – |" in flatness.claims(one)
     several = [*one, row("s2sam", 1.0, sparsity=0.8), row("sgd", 8.0, sparsity=0.8), row("sgd", 99.0, seed=1)]
     said = flatness.claims(several)
-    assert "λ1 1.00 (1.00 to 1.00), Ra 0.25 (" in said
-    assert "trace 1" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("| S2-SAM |")]
+    assert line.startswith("| S2-SAM | 2 of 2 | 0.25 (")
+    assert line.endswith("| 0 of 2 | 1.00 (1.00 to 1.00) | 0 of 2 | – |")  # no ratio of traces below zero
+    assert "|" not in flatness.claims([row("s2sam", 1.0)])

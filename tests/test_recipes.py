@@ -475,8 +475,9 @@ def test_command_line_writes_page_figures_and_plot(tmp_path, trained, compilatio
     page = (tmp_path / "table1_cpu.md").read_text()
     line = "RigL (ERK) + S2-SAM | 95 | 1.00 | 92.81 ± 0.08 | 53.00 ± 1.00 | 3 | +0.42 | +2.00 ± 0.00 | ±0.00 | 3 |"
     assert f"| {line}\n" in page
-    assert "model resnet32, width 8, subset 10000, epochs 9, batch_size 128" in page
-    assert "cannot be compared" in page
+    assert "model resnet32, width 8, subset 10000, epochs 9, batch size 128." in page
+    assert "cannot be compared" in page.replace("\n", " ")
+    assert "![table1 cpu](table1_cpu.png)" in page
     with (tmp_path / "table1_cpu.csv").open() as stream:
         figures = list(csv.DictReader(stream))
     assert [float(line["ours"]) for line in figures] == pytest.approx([51, 53])
@@ -589,8 +590,27 @@ def test_gains_are_drawn_against_the_share_of_zeros(tmp_path, monkeypatch):
     np.testing.assert_allclose(bars.lines[0].get_xdata(orig=False), [0, 90, 98])
     ends = np.array(bars.lines[2][0].get_segments())[:, :, 1]
     np.testing.assert_allclose((ends[:, 1] - ends[:, 0]) / 2, [found[name].interval for name in names])
-    (printed,) = [line for line in panels[1].lines if line.get_markerfacecolor() == "none"]
-    np.testing.assert_allclose(printed.get_ydata(), [0.41, 0.20, 0.94])
+    printed = [line for line in panels[1].lines if line.get_markerfacecolor() == "none"]
+    np.testing.assert_allclose([line.get_xydata()[0] for line in printed], [[0, 0.41], [90, 0.20], [98, 0.94]])
+
+
+def test_a_comparison_has_deviations_of_means_and_intervals_of_gains(tmp_path, monkeypatch):
+    """Wide intervals are cut off, so that they do not make all gains look alike."""
+    figures = []
+    monkeypatch.setattr(tables.Figure, "savefig", lambda figure, file, dpi: figures.append(figure))
+    sgd, s2sam, alone, _ = comparison.compare(synthetic())
+    wide = s2sam._replace(difference=0.1, difference_spread=99.0)
+    tables.draw_comparison([sgd, s2sam, alone, wide], "table1", tmp_path / "table.png")
+    means, gains = figures[0].axes
+
+    def halves(axes):
+        return [np.ptp(bars.lines[2][0].get_segments()[0][:, 0]) / 2 for bars in axes.containers if bars.has_xerr]
+
+    np.testing.assert_allclose(halves(means), [sgd.spread, s2sam.spread, alone.spread, wide.spread])
+    np.testing.assert_allclose(halves(gains), [s2sam.interval, wide.interval])
+    reach = 2.5 * max(abs(s2sam.difference), s2sam.paper_difference)
+    np.testing.assert_allclose(gains.get_xlim(), (-reach, reach))
+    assert figures[0].get_suptitle() == "table1; hollow: the paper's"
 
 
 def test_no_gains_no_figure_and_no_interval_no_bar(tmp_path, monkeypatch):

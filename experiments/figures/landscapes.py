@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.figures.style import COLOURS, GREY, MARKERS, tidy
+from experiments.config import LABELS
+from experiments.figures.style import COLOURS, GREY, MARKERS, colour_of, tidy
 from experiments.rows.jsonl import Row
 from s2sam_jax.analysis import Spectrum
 
@@ -90,7 +91,7 @@ def draw_against_sparsity(
     scale: float = 1.0,
     logarithmic: bool = False,
 ) -> None:
-    """A panel a method: the mean over seeds with its standard deviation, a line an optimizer."""
+    """A panel a method: a dot a seed, and a line an optimizer through the means."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     optimizers = list(dict.fromkeys(row["optimizer"] for row in rows))
     columns = min(len(methods), 4)
@@ -100,21 +101,17 @@ def draw_against_sparsity(
     for axes in panels[len(methods) :]:
         axes.remove()
     for axes, method in zip(panels, methods, strict=False):
-        for optimizer, colour, marker in zip(optimizers, cycle(COLOURS), cycle(MARKERS)):
+        for index, (optimizer, marker) in enumerate(zip(optimizers, cycle(MARKERS))):
             mine = [row for row in rows if row["method"] == method and row["optimizer"] == optimizer]
             sparsities = sorted({row["sparsity_asked"] for row in mine})
-            values = [[scale * row[field] for row in mine if row["sparsity_asked"] == s] for s in sparsities]
-            spread = [np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in values]
-            axes.errorbar(
-                [100 * s for s in sparsities],
-                [np.mean(v) for v in values],
-                yerr=spread,
-                color=colour,
-                marker=marker,
-                markersize=4,
-                capsize=2,
-                label=optimizer,
-            )
+            # Side by side, so that dots do not hide each other.
+            places = {s: 100 * s + 0.3 * (index - (len(optimizers) - 1) / 2) for s in sparsities}
+            means = [np.mean([scale * row[field] for row in mine if row["sparsity_asked"] == s]) for s in sparsities]
+            drawn = colour_of(optimizer)
+            label_of = LABELS.get(optimizer, optimizer)
+            axes.plot(places.values(), means, color=drawn, marker=marker, markersize=5, linewidth=1, label=label_of)
+            dots = [places[row["sparsity_asked"]] for row in mine], [scale * row[field] for row in mine]
+            axes.plot(*dots, ".", color=drawn, markersize=3, alpha=0.6)
         known = sorted({100 * row["sparsity_asked"] for row in rows if row["method"] == method})
         axes.set(title=method, xlabel="zeros (%)", xlim=(known[0] - 2, known[-1] + 2))
         axes.set_xticks(known, [f"{s:g}" for s in known])

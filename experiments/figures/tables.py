@@ -2,42 +2,58 @@
 
 import math
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, ScalarFormatter
 
-from experiments.figures.style import COLOURS, GREY, tidy
+from experiments.config import LABELS
+from experiments.figures.style import GREY, colour_of, tidy
 
 
 def draw_comparison(lines: Sequence[Any], title: str, file: Path) -> None:
-    """Lines of a paper's table: figures, and differences to the baseline; filled ours, hollow the paper's."""
+    """Lines of a paper's table: means with their deviations, and gains with their intervals; hollow the paper's."""
     figure = Figure(figsize=(11, max(3.0, 0.24 * len(lines) + 1.4)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    optimizers = list(dict.fromkeys(line.optimizer for line in lines))
-    colours = dict(zip(optimizers, cycle(COLOURS)))
+    means, gains = figure.subplots(1, 2, sharey=True)
     for place, line in enumerate(lines):
-        colour = colours[line.optimizer]
-        for axes, ours, spread, paper in (
-            (panels[0], line.ours, line.spread, line.paper),
-            (panels[1], line.difference, line.difference_spread, line.paper_difference),
-        ):
-            if paper is not None:
-                axes.plot(paper, place, "D", color=colour, markerfacecolor="none", markersize=5)
-            if ours is not None:
-                axes.errorbar(ours, place, xerr=spread, fmt="o", color=colour, markersize=5, capsize=3)
+        _mark(means, place, line.optimizer, line.ours, line.spread, line.paper)
+        _mark(gains, place, line.optimizer, line.difference, line.interval, line.paper_difference)
+        if line.baseline is None and place:
+            for axes in (means, gains):
+                axes.axhline(place - 0.5, color=GREY, linewidth=0.6, linestyle=":")
     labels = [line.row + ("" if line.sparsity is None else f", {100 * line.sparsity:g} %") for line in lines]
-    panels[0].set_yticks(range(len(lines)), labels, fontsize=8)
-    panels[0].invert_yaxis()
-    panels[0].set(xlabel=" / ".join(dict.fromkeys(line.metric for line in lines)))
-    panels[1].set(xlabel="difference to the baseline, paired by seed")
-    panels[1].axvline(0.0, color=GREY, linewidth=0.8)
-    for axes in panels:
+    means.set_yticks(range(len(lines)), labels, fontsize=8)
+    means.set_ylim(len(lines) - 0.5, -0.5)
+    means.set(xlabel=f"{' / '.join(dict.fromkeys(line.metric for line in lines))}, ± deviation over seeds")
+    gains.set(xlabel="difference to the baseline, paired by seed, 95 % interval")
+    gains.axvline(0.0, color=GREY, linewidth=0.8)
+    _cut(gains, [x for line in lines for x in (line.difference, line.paper_difference) if x is not None])
+    for axes in (means, gains):
         tidy(axes)
-    figure.suptitle(f"{title}: filled ours, ± over seeds; hollow the paper's")
+    figure.suptitle(title + ("; hollow: the paper's" if any(line.paper is not None for line in lines) else ""))
     figure.savefig(file, dpi=120)
+
+
+def _mark(axes: Axes, place: int, optimizer: str, ours: float | None, half: float | None, paper: float | None) -> None:
+    """Ours with its error bar, and the paper's, as far as they are known."""
+    _hollow(axes, paper, place, optimizer)
+    if ours is not None:
+        axes.errorbar(ours, place, xerr=half, fmt="o", color=colour_of(optimizer), markersize=5, capsize=3)
+
+
+def _hollow(axes: Axes, x: float | None, y: float | None, optimizer: str) -> None:
+    """What a paper printed, if it did."""
+    if x is not None and y is not None:
+        axes.plot(x, y, "D", color=colour_of(optimizer), markerfacecolor="none", markersize=5)
+
+
+def _cut(axes: Axes, gains: Sequence[float]) -> None:
+    """Lets wide intervals go on beyond the figure, where those of a few pairs would make all gains look alike."""
+    if reach := 2.5 * max(map(abs, gains), default=0.0):
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, -reach), min(right, reach))
 
 
 def draw_gains(lines: Sequence[Any], title: str, file: Path) -> None:
@@ -55,17 +71,16 @@ def draw_gains(lines: Sequence[Any], title: str, file: Path) -> None:
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     for axes, method in zip(panels, methods, strict=True):
         mine = [line for line in gains if not line.sparsity or labels[line.baseline] == method]
-        for index, (optimizer, colour) in enumerate(zip(optimizers, cycle(COLOURS))):
+        for index, optimizer in enumerate(optimizers):
             points = [(100 * (line.sparsity or 0), line) for line in mine if line.optimizer == optimizer]
             # Side by side, so that intervals do not hide each other.
             places = [zeros + (index - (len(optimizers) - 1) / 2) for zeros, _ in points]
             values = [line.difference for _, line in points]
             halves = [math.nan if line.interval is None else line.interval for _, line in points]
-            style: dict[str, Any] = {"fmt": "o-", "color": colour, "markersize": 4, "capsize": 2, "linewidth": 1}
-            axes.errorbar(places, values, yerr=halves, label=optimizer, **style)
-            printed = [(zeros, line.paper_difference) for zeros, line in points if line.paper_difference is not None]
-            if printed:
-                axes.plot(*zip(*printed, strict=True), "D", color=colour, markerfacecolor="none", markersize=5)
+            style: dict[str, Any] = {"fmt": "o-", "color": colour_of(optimizer), "markersize": 4, "capsize": 2}
+            axes.errorbar(places, values, yerr=halves, label=LABELS.get(optimizer, optimizer), linewidth=1, **style)
+            for zeros, line in points:
+                _hollow(axes, zeros, line.paper_difference, optimizer)
         axes.axhline(0.0, color=GREY, linewidth=0.8)
         axes.set(title=method, xlabel="zeros (%)")
         axes.set_yscale("symlog", linthresh=2.0)

@@ -5,19 +5,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from experiments.config import Config, OptimizerName
+from experiments.config import LABELS, Config, OptimizerName
 from experiments.training import flops
 
 S2SAM = "S2-SAM (Ji et al., NeurIPS 2024)"
 REBUTTAL = "S2-SAM (Ji et al., NeurIPS 2024), authors' rebuttal"
 SSAM = "SSAM (Mi et al., NeurIPS 2022)"
 OURS: dict[str, Any] = {"paper": "none: ours", "known": "Nothing: the comparison is ours."}  # a row that no paper has
-
-LABELS = {
-    "sgd": "SGD", "sam": "SAM", "asam": "ASAM", "ssam-f": "SSAM-F", "ssam-d": "SSAM-D", "s2sam": "S2-SAM",
-    "s2sam-adaptive": "S2-SAM, adaptive", "s2sam-released": "S2-SAM as released", "s2sam-opposite": "S2-SAM, downhill",
-    "msam": "MSAM", "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM",
-}  # fmt: skip
 
 
 class Metric(NamedTuple):

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, cast
 
-from experiments.config import Config, OptimizerName
-from experiments.recipes.base import ACCURACY, LABELS, SSAM, Recipe, cell, lines
+from experiments.config import LABELS, Config, OptimizerName
+from experiments.recipes.base import ACCURACY, SSAM, Recipe, cell, lines
 
 # Optimizer, sparsity of the perturbation, CIFAR-10, CIFAR-100; differences are to SAM.
 TABLE_1 = """
