@@ -118,7 +118,7 @@ class Channel:
       pool: the score of a channel: the ``"mean"`` of its entries, their L2 norm (``"l2"``) or the ``"max"``.
 
     Raises:
-      ValueError: for an unknown pool.
+      ValueError: for an unknown pool, or an axis that is not an integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,6 +133,8 @@ class Channel:
 
     def __post_init__(self) -> None:
         _check_pool("Channel", self.pool)
+        if not isinstance(self.axis, int | np.integer):
+            raise ValueError(f"Channel needs an integer axis, such as -1, and then a pool; got axis={self.axis!r}.")
 
     def block(self, shape: Shape) -> Shape:
         axis = self.axis % len(shape)
