@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib.util
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+import experiments
 from experiments import (
     cli,
     convergence,
@@ -33,6 +35,12 @@ from experiments.recipes.scales import scaled
 from experiments.rows import jsonl
 from experiments.training import runs
 from s2sam_jax import sam
+
+
+def test_without_its_extra_the_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs the packages of its extra.* pip install '\.\[experiments\]'"):
+        importlib.reload(experiments)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,15 @@ def test_public_name_is_documented(name):
             )
 
 
+@pytest.mark.parametrize("path", CORE, ids=relative)
+def test_methods_say_what_they_return(path):
+    """Otherwise their class is partly unknown to whoever checks types against an installed package."""
+    for owner in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)):
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef) and node.name != "__init__":
+                assert node.returns, f"{owner.name}.{node.name}"
+
+
 def test_every_module_has_a_docstring_and_every_public_function_annotations():
     for path in [*CORE, *EXPERIMENTS]:
         text = path.read_text()

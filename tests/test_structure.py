@@ -452,6 +452,7 @@ REFUSED = {
     "select_units": (lambda: select(jnp.ones((4, 4)), count=5, structure=Channel()), "0 <= count <= 4"),
     "n": (lambda: NM(4, 4), "0 < n < m <= 256; got n=4, m=4"),
     "whole": (lambda: NM(2.0, 4), "integers with 0 < n < m <= 256; got n=2.0, m=4"),
+    "pool_for_axis": (lambda: Channel("l2"), "Channel needs an integer axis, such as -1, .* got axis='l2'"),
     "pool": (lambda: Block((2, 2), pool="sum"), "Block needs pool 'mean', 'l2' or 'max'; got 'sum'"),
     "shape": (lambda: Block((2, 0)), r"shape of positive integers, such as \(4, 4\); got \(2, 0\)"),
     "parse": (lambda: parse("3:4"), "Unknown structure '3:4'; use 'unstructured', 'nm:N:M'"),

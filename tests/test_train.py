@@ -346,6 +346,18 @@ def test_one_host_clock_serves_states_of_several_structures():
     assert due == [(("refresh_masks", True),), (), (("refresh_masks", False),), (), (("refresh_masks", False),), ()]
 
 
+def test_a_step_that_has_run_can_be_sent_to_another_process():
+    """As Ray does, by cloudpickle, which takes functions along; the clock's arrays belong to this process."""
+    cloudpickle = pytest.importorskip("cloudpickle")
+    tx = sparsify(optax.sgd(0.1), methods.rigl(0.5), sparsity=0.5, when=Every(0, 2, 100))
+    step = make_train_step(loss_fn, tx)
+    state, _ = step(start(tx), BATCHES[0])
+    sent = cloudpickle.loads(cloudpickle.dumps(step))
+    there, _ = sent(jax.tree.map(jnp.array, state), BATCHES[1])
+    here, _ = step(state, BATCHES[1])
+    jax.tree.map(np.testing.assert_array_equal, there.params, here.params)
+
+
 @pytest.mark.parametrize("vmap", [False, True])
 def test_a_step_can_be_lowered_ahead_of_time(vmap):
     """From shapes alone, to one program whose state takes the place of the old one."""

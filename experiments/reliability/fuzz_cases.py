@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.config import DistributionName
 from s2sam_jax import (
     NM,
     Block,
@@ -134,7 +135,7 @@ class Case:
     sharpness: str
     method: str
     structure: str
-    distribution: str | None
+    distribution: DistributionName | None
     sparsity: float
     fraction: float
     start: int

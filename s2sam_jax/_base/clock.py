@@ -34,7 +34,7 @@ class Every:
     every: int = 100
     end: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             object.__setattr__(self, "start", operator.index(self.start))  # NumPy's integers too
             object.__setattr__(self, "every", operator.index(self.every))

@@ -8,6 +8,8 @@ import optax
 
 from s2sam_jax._base.tree import find_states
 
+Optimizer = optax.GradientTransformation | optax.MultiSteps  # which is none, but has its init and update
+
 # Wrappers that hold gradients back, which s2sam must not remember.
 HOLDING_BACK = ((optax.MultiStepsState, "optax.MultiSteps"), (optax.ApplyIfFiniteState, "optax.apply_if_finite"))
 # Wrappers inside of which calls and updates differ.
@@ -18,13 +20,14 @@ SKIPPING = (
 )
 
 
-def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def with_extra_args(tx: Optimizer) -> optax.GradientTransformationExtraArgs:
     """``optax.with_extra_args_support``, except that a bare ``optax.MultiSteps`` gets its extra arguments too.
 
     Its update takes them, but optax would drop them, as it is no ``GradientTransformationExtraArgs``.
     """
     if isinstance(tx, optax.MultiSteps):
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+        update: Any = tx.update  # which is typed for its own states alone
+        return optax.GradientTransformationExtraArgs(tx.init, update)
     return optax.with_extra_args_support(tx)
 
 

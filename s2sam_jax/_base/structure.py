@@ -51,7 +51,7 @@ class NM:
     axis: int = -2
     pad: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         whole = isinstance(self.n, int | np.integer) and isinstance(self.m, int | np.integer)
         if not (whole and 0 < self.n < self.m <= 256):
             raise ValueError(f"NM keeps n of every m, integers with 0 < n < m <= 256; got n={self.n!r}, m={self.m!r}.")
@@ -98,7 +98,7 @@ class Block:
     pool: Pool = "mean"
     pad: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_pool("Block", self.pool)
         if not (isinstance(self.shape, tuple) and self.shape and all(type(b) is int and b > 0 for b in self.shape)):
             raise ValueError(f"Block needs a shape of positive integers, such as (4, 4); got {self.shape!r}.")
@@ -118,7 +118,7 @@ class Channel:
       pool: the score of a channel: the ``"mean"`` of its entries, their L2 norm (``"l2"``) or the ``"max"``.
 
     Raises:
-      ValueError: for an unknown pool.
+      ValueError: for an unknown pool, or an axis that is not an integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -131,8 +131,10 @@ class Channel:
     axis: int = -1
     pool: Pool = "mean"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_pool("Channel", self.pool)
+        if not isinstance(self.axis, int | np.integer):
+            raise ValueError(f"Channel needs an integer axis, such as -1, and then a pool; got axis={self.axis!r}.")
 
     def block(self, shape: Shape) -> Shape:
         axis = self.axis % len(shape)

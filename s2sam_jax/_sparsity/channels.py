@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from s2sam_jax._base.tree import by_name, map_named
 from s2sam_jax._base.types import Masks, Params
@@ -92,7 +93,7 @@ def group_sizes(tree: Params, groups: Sequence[ChannelGroup], *, statistics: Any
     return sizes
 
 
-def channel_masks(params: Params, groups: Sequence[ChannelGroup], alive: Mapping[str, jax.Array]) -> Masks:
+def channel_masks(params: Params, groups: Sequence[ChannelGroup], alive: Mapping[str, jax.Array | np.ndarray]) -> Masks:
     r"""Masks that prune whole channels, in every leaf that holds a slice of one.
 
     .. math:: m_{l,i} = \bigwedge_{(l, a) \in G} \mathrm{alive}_G[i_a]
@@ -121,7 +122,7 @@ def channel_masks(params: Params, groups: Sequence[ChannelGroup], alive: Mapping
     wrong = {name: x.shape for name, x in alive.items() if x.shape != (sizes.get(name),)}
     if wrong:
         raise ValueError(f"alive must hold bool[channels] by group, of {sizes}; these do not fit: {wrong}.")
-    parts: dict[str, list[tuple[int, jax.Array]]] = {}
+    parts: dict[str, list[tuple[int, jax.typing.ArrayLike]]] = {}
     for group in groups:
         for part in group.parameters if group.name in alive else ():
             parts.setdefault(part.path, []).append((part.axis, alive[group.name]))

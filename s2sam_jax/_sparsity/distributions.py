@@ -3,7 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from s2sam_jax._base.tree import by_name, map_named
 from s2sam_jax._base.types import Params
 
 Prunable = Callable[[str, Any], bool]
+DistributionName = Literal["uniform", "er", "erk"]
 Distribution = Callable[..., Any]
 
 

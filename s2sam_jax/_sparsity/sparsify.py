@@ -18,7 +18,7 @@ from s2sam_jax._base.tree import check_same_leaves, copy_key, find_states, map_s
 from s2sam_jax._base.types import GradFn, MaskInputs, Masks, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
-from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, Prunable, is_kernel
+from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, DistributionName, Prunable, is_kernel
 from s2sam_jax._sparsity.method_checks import check_invariant, check_method, check_returned, check_state
 from s2sam_jax._sparsity.units import fit_plan, structured
 
@@ -28,7 +28,7 @@ def sparsify(
     method: SparseMethod,
     *,
     sparsity: float,
-    distribution: str | Distribution | None = None,
+    distribution: DistributionName | Distribution | None = None,
     when: Every | None = None,
     prunable: Prunable = is_kernel,
     overrides: Mapping[str, float] | None = None,
@@ -260,7 +260,9 @@ def _masked_grad_fn(grad_fn: GradFn | None, masks: Masks) -> GradFn | None:
     return None if grad_fn is None else lambda params: masked(masks, grad_fn(params))
 
 
-def _distribution(distribution: str | Distribution | None, method: SparseMethod, structure: Structure) -> Distribution:
+def _distribution(
+    distribution: DistributionName | Distribution | None, method: SparseMethod, structure: Structure
+) -> Distribution:
     if callable(distribution):
         return distribution
     name = distribution or ("uniform" if method.ranks == "global" or isinstance(structure, NM) else "erk")

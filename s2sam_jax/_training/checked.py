@@ -11,7 +11,7 @@ import optax
 from jax.experimental import checkify
 
 from s2sam_jax._base.masks import SparseState, get_masks
-from s2sam_jax._base.optax_wrappers import SKIPPING, check_state_of_tx, with_extra_args
+from s2sam_jax._base.optax_wrappers import SKIPPING, Optimizer, check_state_of_tx, with_extra_args
 from s2sam_jax._base.state_rule import Unmasked, mask_mirrored
 from s2sam_jax._base.tree import at_least_f32, by_name, check_same_leaves, find_states, map_states, masked, norm, scalar
 from s2sam_jax._base.types import GradFn, Params
@@ -20,7 +20,7 @@ from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
 from s2sam_jax._sparsity.mask_checks import Fault, not_finite, sparse_faults
 
 
-def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def checked(tx: Optimizer) -> optax.GradientTransformationExtraArgs:
     r"""Debug mode: the same optimizer, with checks of what goes into every update and what comes out.
 
     Updates, state and checkpoints are those of ``tx``. The checks use ``checkify.check``, so the step must be
@@ -94,7 +94,7 @@ def checked(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
-def _fitting(tx: optax.GradientTransformation, grads: Params, state: Any, params: Params | None) -> Params:
+def _fitting(tx: Optimizer, grads: Params, state: Any, params: Params | None) -> Params:
     """The parameters, after a look at the structure of everything."""
     if params is None:
         raise ValueError("checked needs params: call tx.update(grads, state, params).")

@@ -14,7 +14,8 @@ from s2sam_jax._training.batches import Batch, replicated, shard_like, split_bat
 
 ModelState = Any
 Metrics = dict[str, jax.Array]
-LossFn = Callable[[Params, ModelState, Batch, jax.Array], tuple[jax.Array, tuple[ModelState, Metrics]]]
+# Metrics of any type: a dict[str, float] is no dict[str, jax.Array], although both will do.
+LossFn = Callable[[Params, ModelState, Batch, jax.Array], tuple[jax.Array, tuple[ModelState, dict[str, Any]]]]
 ExampleLossFn = Callable[[Params, ModelState, Batch, jax.Array], jax.Array]
 
 

@@ -36,6 +36,10 @@ class HostClock:
         self._structure = jax.tree.structure(())
         self._places: dict[str, Any] = {}  # of a count among the leaves of that structure
 
+    def __reduce__(self) -> Any:
+        """A copy begins afresh, as arrays of another process are not these (cloudpickle, as Ray uses it)."""
+        return HostClock, ()
+
     def flags(self, opt_state: Any, *beside: Any) -> tuple[tuple[str, bool], ...]:
         """What is due at this call. ``beside`` are further arrays, the same as before if the state is."""
         counts = self._counts(opt_state)

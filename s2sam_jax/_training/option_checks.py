@@ -6,7 +6,7 @@ import jax
 import optax
 
 from s2sam_jax._base.masks import SparseState
-from s2sam_jax._base.optax_wrappers import check_state_of_tx
+from s2sam_jax._base.optax_wrappers import Optimizer, check_state_of_tx
 from s2sam_jax._base.tree import find_states
 from s2sam_jax._sharpness.esam import ESAMState, check_sharpest_fraction
 from s2sam_jax._sharpness.looksam import LookSAMState
@@ -63,7 +63,7 @@ def check_second_gradient(state: TrainState, sharpness_parts: int, sharpest_frac
         )
 
 
-def check_state(tx: optax.GradientTransformation, state: TrainState) -> None:
+def check_state(tx: Optimizer, state: TrainState) -> None:
     expected = jax.eval_shape(tx.init, state.params)
     check_state_of_tx(state.opt_state, expected, "TrainState.create(params, tx)")
     sparse = find_states(expected, SparseState)

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from s2sam_jax._base.masks import SparseState, apply_masks, set_masks
+from s2sam_jax._base.optax_wrappers import Optimizer
 from s2sam_jax._base.tree import check_real, copy_key, find_states
 from s2sam_jax._base.types import Masks, Params
 from s2sam_jax._training.gradient import ModelState
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
     def create(
         cls,
         params: Params,
-        tx: optax.GradientTransformation,
+        tx: Optimizer,
         *,
         model_state: ModelState = (),
         seed: int | jax.Array = 0,

@@ -9,7 +9,7 @@ import optax
 
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.masks import SparseState
-from s2sam_jax._base.optax_wrappers import with_extra_args
+from s2sam_jax._base.optax_wrappers import Optimizer, with_extra_args
 from s2sam_jax._base.tree import find_states, norm
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.perturb import perturb, perturbing
@@ -39,7 +39,7 @@ from s2sam_jax._training.train_state import TrainState
 
 def make_train_step(
     loss_fn: LossFn,
-    tx: optax.GradientTransformation,
+    tx: Optimizer,
     *,
     accumulate: int = 1,
     sharpness_parts: int = 1,
