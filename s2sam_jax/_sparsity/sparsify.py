@@ -19,7 +19,7 @@ from s2sam_jax._base.types import GradFn, MaskInputs, Masks, MaskUpdate, Params,
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, Prunable, is_kernel
-from s2sam_jax._sparsity.method_checks import check_invariant, check_method, check_returned, check_state
+from s2sam_jax._sparsity.method_checks import check_alike, check_invariant, check_method, check_returned
 from s2sam_jax._sparsity.units import fit_plan, structured
 
 
@@ -202,7 +202,7 @@ def _new_masks(
             structure=setup.structure,
         )
         new = check_returned(update(inputs, state.method_state), inputs, "update")
-        check_state(new.state, state.method_state)
+        check_alike("state", new.state, state.method_state)
         nnz = count_masks(new.masks)
         check_invariant(setup.method, inputs, new, state.nnz, nnz)
         return new, nnz
@@ -270,9 +270,9 @@ def _distribution(distribution: str | Distribution | None, method: SparseMethod,
 
 
 def _clock(method: SparseMethod, when: Every | None) -> Every | None:
+    when = method.when if when is None else when
     if not isinstance(when, Every | None):
         raise TypeError(f"sparsify needs when=Every(start, every, end), in calls of update; got {when!r}.")
-    when = when or method.when
     if method.update is None:
         return None
     if when is None:
