@@ -150,6 +150,21 @@ def test_groups_must_stay_as_the_structure_has_them(axis):
     assert ("left more weights in a group than NM(n=2, m=4" in (error.get() or "")) == bool(axis)
 
 
+def test_a_state_may_hold_what_init_is_given():
+    """A buffer can be donated only once."""
+
+    def init(x):
+        masks = methods.static().init(x).masks
+        return MaskUpdate(masks, (masks, x.params, x.inner_state, x.key))
+
+    method = SparseMethod(init, lambda x, state: MaskUpdate(x.masks, state), "per_layer")
+    tx = sparsify(optax.adam(0.1), method, sparsity=0.75, when=Every(0, 2, 9))
+    params = jax.tree.map(jnp.array, PARAMS)
+    state = tx.init(params)
+    _, state, _ = jax.jit(lambda p, s: (*tx.update(p, s, p), p), donate_argnums=(0, 1))(params, state)
+    np.testing.assert_array_equal(state.method_state[1]["kernel"], PARAMS["kernel"])
+
+
 def test_first_masks_and_invariants_are_looked_at_as_well():
     with pytest.raises(TypeError, match="A method's init must return MaskUpdate"):
         sparsify(optax.sgd(0.1), SparseMethod(lambda x: x.masks, None, "monotone"), sparsity=0.5).init(PARAMS)

@@ -138,11 +138,12 @@ def _init(setup: _Setup, params: Params) -> SparseState:
         structure=setup.structure,
     )
     new = check_returned(setup.method.init(inputs), inputs, "init")
+    own = jax.tree.map(jnp.array, new.state)  # a copy: what it has of parameters or masks is donated together with them
     # The state rule applies from the first update on, as set_masks may revive other weights until then. Masking by
     # all-true masks gives the state the types that it will have.
     inner_state = mask_mirrored(dense, inner_state)
     first = jnp.full((), NEVER, jnp.int32) if setup.when is None else setup.when.at_or_after(0)
-    return SparseState(step, first, new.masks, count_masks(new.masks), key, new.state, inner_state)
+    return SparseState(step, first, new.masks, count_masks(new.masks), key, own, inner_state)
 
 
 def _update(
