@@ -192,7 +192,14 @@ IN_FRONT = {
 }
 
 
-@pytest.mark.parametrize("sparse", [static, rigl, lambda tx: tx], ids=["static", "rigl", "dense"])
+def at_every_call(inner):
+    """As a method that looks at every gradient."""
+    return sparsify(inner, methods.rigl(0.5, skip_step=False), sparsity=0.5, when=Every(0, 1, 10))
+
+
+@pytest.mark.parametrize(
+    "sparse", [static, rigl, at_every_call, lambda tx: tx], ids=["static", "rigl", "at_every_call", "dense"]
+)
 @pytest.mark.parametrize("name", IN_FRONT)
 def test_what_turns_the_gradient_in_front_of_s2sam_is_found(name, sparse):
     """What only stretches it is not, as S2-SAM takes its direction."""

@@ -178,6 +178,7 @@ SELECT = {
     "negative": (lambda: select(scores(), count={"x": 0, "y": -1}), ValueError, r"leaf 'y', 6 scores\); got -1"),
     "too_many_global": (lambda: select(scores(), count=11, scope="global"), ValueError, r"0 <= count <= 10 .*got 11"),
     "sparsity": (lambda: select(scores(), sparsity=1.5), ValueError, r"0 <= sparsity <= 1 .*got 1\.5"),
+    "by_column": (lambda: jax.jit(lambda n: select(scores(), count=n))(jnp.ones(3)), ValueError, "make the columns le"),
     "integers": (lambda: select({"x": jnp.arange(3)}, count=1), TypeError, r"floating scores; leaf 'x' has dtype int"),
     "tree_global": (
         lambda: select(scores(), count={"x": 1, "y": 1}, scope="global"), ValueError, r"needs one count or sparsity"

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import checkify
 from rows import METHODS
 
-from s2sam_jax import Every, MaskUpdate, SparseMethod, apply_masks, methods, sparsify
+from s2sam_jax import NM, Every, MaskUpdate, SparseMethod, apply_masks, methods, sparsify
 
 PARAMS = {"bias": jnp.ones(4), "kernel": jnp.arange(1.0, 17.0).reshape(4, 4)}
 
@@ -84,12 +84,27 @@ def floats(tree):
     return jax.tree.map(jnp.float32, tree)
 
 
+def halves(tree):
+    return jax.tree.map(jnp.float16, tree)
+
+
 UNFIT = {
     "a tuple": (lambda x, s: (x.masks, s), TypeError, r"must return MaskUpdate\(masks, state, ...\); got a tuple"),
     "masks": (lambda x, s: MaskUpdate(floats(x.masks), s), TypeError, "masks of .* must be bool; .*'bias': 'float32'"),
     "restart": (lambda x, s: MaskUpdate(x.masks, s, restart=floats(x.masks)), TypeError, "The restart of .* be bool"),
     "values": (lambda x, s: MaskUpdate(x.masks, s, values=PARAMS | {"bias": 0.0}), ValueError, r"bias: shape \(\) in"),
-    "state": (lambda x, s: MaskUpdate(x.masks, (1,)), ValueError, r"one it is given, .* shapes \(\); got \(\(\),\)"),
+    "state": (
+        lambda x, s: MaskUpdate(x.masks, (1,)),
+        ValueError,
+        r"state like the one it is given, \(\); got \('int32\[\]',\)",
+    ),
+    "none": (lambda x, s: MaskUpdate(None, s), ValueError, "bias: missing in the masks of the method's update"),
+    "types": (
+        lambda x, s: MaskUpdate(x.masks, s, values=halves(x.params)),
+        ValueError,
+        "kernel: float16.4, 4., not float32",
+    ),
+    "inner": (lambda x, s: MaskUpdate(x.masks, s, inner_state=x.params), ValueError, "inner_state like the one it is"),
     "leaves": (lambda x, s: MaskUpdate({"kernel": x.masks["kernel"]}, s), ValueError, "bias: missing in the masks of"),
 }
 
@@ -103,8 +118,59 @@ def test_what_does_not_fit_is_named(update, error, text, refresh):
         tx.update(PARAMS, state, PARAMS, refresh_masks=refresh)
 
 
+STATES = {
+    "missing": ((), r", int32\[\]; got \(\)\."),
+    "type": (jnp.float32(0), r", but:\n  state: float32\[\], not int32\[\]"),
+}
+
+
+@pytest.mark.parametrize(("new", "text"), STATES.values(), ids=STATES)
+@pytest.mark.parametrize("refresh", [None, True])
+def test_a_state_keeps_its_leaves_and_types(new, text, refresh):
+    """Also where the clock is on the host, and no ``lax.cond`` would mind."""
+
+    def init(x):
+        return MaskUpdate(methods.static().init(x).masks, jnp.int32(0))
+
+    method = SparseMethod(init, lambda x, state: MaskUpdate(x.masks, new), "bounded")
+    tx = sparsify(optax.sgd(0.1), method, sparsity=0.75, when=Every(0, 2, 9))
+    with pytest.raises(ValueError, match="state like the one it is given" + text):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, refresh_masks=refresh)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_groups_must_stay_as_the_structure_has_them(axis):
+    """Half of the kernel all along: by rows of each column, as NM(2, 4) has it, or whole columns."""
+    half = jnp.broadcast_to(jnp.arange(4) < 2, (4, 4))
+    masks = {"bias": jnp.ones(4, bool), "kernel": half if axis else half.T}
+    method = SparseMethod(methods.static().init, lambda x, s: MaskUpdate(masks, s), "per_layer", structured=True)
+    tx = sparsify(optax.sgd(0.1), method, sparsity=0.5, structure=NM(2, 4), when=Every(0, 2, 9))
+    state = tx.init(PARAMS)
+    error, _ = jax.jit(checkify.checkify(tx.update))(PARAMS, state, apply_masks(PARAMS, state))
+    assert ("left more weights in a group than NM(n=2, m=4" in (error.get() or "")) == bool(axis)
+
+
+def test_a_state_may_hold_what_init_is_given():
+    """A buffer can be donated only once."""
+
+    def init(x):
+        masks = methods.static().init(x).masks
+        return MaskUpdate(masks, (masks, x.params, x.inner_state, x.key))
+
+    method = SparseMethod(init, lambda x, state: MaskUpdate(x.masks, state), "per_layer")
+    tx = sparsify(optax.adam(0.1), method, sparsity=0.75, when=Every(0, 2, 9))
+    params = jax.tree.map(jnp.array, PARAMS)
+    state = tx.init(params)
+    _, state, _ = jax.jit(lambda p, s: (*tx.update(p, s, p), p), donate_argnums=(0, 1))(params, state)
+    np.testing.assert_array_equal(state.method_state[1]["kernel"], PARAMS["kernel"])
+
+
 def test_first_masks_and_invariants_are_looked_at_as_well():
     with pytest.raises(TypeError, match="A method's init must return MaskUpdate"):
         sparsify(optax.sgd(0.1), SparseMethod(lambda x: x.masks, None, "monotone"), sparsity=0.5).init(PARAMS)
     with pytest.raises(ValueError, match=r"invariant is one of .*'per_layer', .*; got 'perlayer'"):
         sparse(complement, "perlayer")
+    with pytest.raises(ValueError, match=r"ranks is one of \('leaf', 'global'\); got 'globl'"):
+        sparsify(optax.sgd(0.1), methods.gmp()._replace(ranks="globl"), sparsity=0.5, when=Every(0, 2, 9))
+    with pytest.raises(TypeError, match=r"needs when=Every\(start, every, end\), in calls of update; got 100"):
+        sparsify(optax.sgd(0.1), methods.gmp()._replace(when=100), sparsity=0.5)

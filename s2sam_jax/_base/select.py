@@ -240,11 +240,16 @@ def _counts(scores: Any, count: Any, sparsity: Any, scope: Scope) -> list[jax.Ar
 
 def _count(value: Any, size: int, name: str, is_sparsity: bool) -> Any:
     """A checked number to keep; a traced one cannot be checked, and a traced sparsity is at least float32."""
+    what = "sparsity" if is_sparsity else "count"
+    if jnp.ndim(value):
+        raise ValueError(
+            f"select needs one {what} for a leaf; that of {name!r} has shape {jnp.shape(value)}. To rank each column "
+            "by itself, make the columns leaves: jnp.stack(select(list(scores.T), count=...), axis=-1)."
+        )
     if isinstance(value, Tracer):
         return size - rounded_down(at_least_f32(value) * size) if is_sparsity else value
     limit = 1 if is_sparsity else size
     if not 0 <= value <= limit:
-        what = "sparsity" if is_sparsity else "count"
         raise ValueError(f"select needs 0 <= {what} <= {limit} (leaf {name!r}, {size} scores); got {value}.")
     if not is_sparsity and value != int(value):
         raise ValueError(f"select needs whole counts (leaf {name!r}); got {value}.")

@@ -16,6 +16,7 @@ Progress = Callable[[int], None]  # called with how many more of something are d
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 Compat = Literal["paper", "authors"]
 Invariant = Literal["per_layer", "total", "monotone", "bounded"]
+Rank = Literal["leaf", "global"]
 
 
 class MaskInputs(NamedTuple):
@@ -90,6 +91,6 @@ class SparseMethod(NamedTuple):
     init: Callable[[MaskInputs], MaskUpdate]
     update: Callable[[MaskInputs, Any], MaskUpdate] | None
     invariant: Invariant
-    ranks: Literal["leaf", "global"] = "leaf"
+    ranks: Rank = "leaf"
     when: Every | None = None
     structured: bool = False

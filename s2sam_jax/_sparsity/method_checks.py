@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from s2sam_jax._base.select import select
+from s2sam_jax._base.structure import NM
 from s2sam_jax._base.tree import by_name, check_same_leaves
-from s2sam_jax._base.types import Invariant, MaskInputs, MaskUpdate, SparseMethod
+from s2sam_jax._base.types import Invariant, MaskInputs, MaskUpdate, Rank, SparseMethod
+from s2sam_jax._sparsity.growth import sparse_leaves
 
 
 def check_method(method: Any) -> None:
@@ -16,6 +19,8 @@ def check_method(method: Any) -> None:
         raise TypeError(f"sparsify needs a SparseMethod, such as methods.rigl(); got {method!r}.")
     if method.invariant not in get_args(Invariant):
         raise ValueError(f"A SparseMethod's invariant is one of {get_args(Invariant)}; got {method.invariant!r}.")
+    if method.ranks not in get_args(Rank):
+        raise ValueError(f"A SparseMethod's ranks is one of {get_args(Rank)}; got {method.ranks!r}.")
 
 
 def check_returned(new: Any, x: MaskInputs, caller: str) -> MaskUpdate:
@@ -23,22 +28,27 @@ def check_returned(new: Any, x: MaskInputs, caller: str) -> MaskUpdate:
     if not isinstance(new, MaskUpdate):
         raise TypeError(f"A method's {caller} must return MaskUpdate(masks, state, ...); got a {type(new).__name__}.")
     for name, tree in (("masks", new.masks), ("restart", new.restart), ("values", new.values)):
-        if tree is not None:
+        if tree is not None or name == "masks":
             check_same_leaves(tree, x.masks, f"the {name} of the method's {caller}", "params")
     for name, tree in (("masks", new.masks), ("restart", new.restart)):
         if wrong := {path: str(leaf.dtype) for path, leaf in by_name(tree).items() if leaf.dtype != jnp.bool_}:
             raise TypeError(f"The {name} of a method's {caller} must be bool; got {wrong}.")
+    if new.values is not None:
+        check_alike("values", new.values, x.params)
+    if new.inner_state is not None:
+        check_alike("inner_state", new.inner_state, x.inner_state)
     return new
 
 
-def check_state(new: Any, before: Any) -> None:
-    """A method's state keeps its structure and shapes, or the next step would be another program."""
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (before, new)]
-    (want, of), (got, now) = map(jax.tree.flatten, shapes)
-    if of != now or want != got:
-        raise ValueError(
-            f"A method's update must return a state like the one it is given, with shapes {shapes[0]}; got {shapes[1]}."
-        )
+def check_alike(name: str, new: Any, before: Any) -> None:
+    """What a method replaces keeps its structure, shapes and types, or the next step would be another program."""
+    want, got = (jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", t) for t in (before, new))
+    told = f"A method's update must return a {name} like the one it is given"
+    if jax.tree.structure(want) != jax.tree.structure(got):
+        raise ValueError(f"{told}, {want}; got {got}.")
+    pairs = zip(by_name(want).items(), jax.tree.leaves(got), strict=True)
+    if wrong := [f"{path or name}: {is_now}, not {was}" for (path, was), is_now in pairs if is_now != was]:
+        raise ValueError(f"{told}, but:\n  " + "\n  ".join(wrong))
 
 
 def check_invariant(method: SparseMethod, x: MaskInputs, new: MaskUpdate, before: jax.Array, now: jax.Array) -> None:
@@ -54,6 +64,11 @@ def check_invariant(method: SparseMethod, x: MaskInputs, new: MaskUpdate, before
     if method.invariant == "monotone" or not getattr(x.structure, "pad", False):  # else units differ in size
         told = f"a method's update broke its invariant {method.invariant!r}; {counts}"
         checkify.debug_check(_holds(method.invariant, x, new, before, now), told, now=now, before=before)
+    if method.invariant == "per_layer" and isinstance(x.structure, NM):
+        masks = sparse_leaves(x, new.masks)  # of a group that is too full, select leaves some behind
+        fits = select([jnp.float32(m) for m in masks], structure=x.structure, among=masks)
+        kept = jnp.array([jnp.array_equal(m, f) for m, f in zip(masks, fits, strict=True)], bool)
+        checkify.debug_check(jnp.all(kept), f"a method's update left more weights in a group than {x.structure} allows")
 
 
 def _holds(invariant: str, x: MaskInputs, new: MaskUpdate, before: jax.Array, now: jax.Array) -> jax.Array:

@@ -50,9 +50,9 @@ def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights:
                 f"reaches {left[-1]} of {left[0]} weights in {len(left) - 1} rounds. Give one, or both in agreement."
             )
         _check_end(name, x.when, len(left))
-        params = jax.tree.map(jnp.array, x.params) if rewind_weights else None
-        inner_state = jax.tree.map(jnp.array, _untyped(x.inner_state, x.params))
-        return dense_init(x)._replace(state=RewindState(jnp.zeros((), jnp.int32), params, inner_state))
+        params = x.params if rewind_weights else None
+        start = RewindState(jnp.zeros((), jnp.int32), params, _untyped(x.inner_state, x.params))
+        return dense_init(x)._replace(state=start)
 
     def update(x: MaskInputs, state: RewindState) -> MaskUpdate:
         left = remaining_weights(sparse_size(x), global_count(x), fraction)

@@ -19,7 +19,7 @@ from s2sam_jax._base.types import GradFn, MaskInputs, Masks, MaskUpdate, Params,
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, DistributionName, Prunable, is_kernel
-from s2sam_jax._sparsity.method_checks import check_invariant, check_method, check_returned, check_state
+from s2sam_jax._sparsity.method_checks import check_alike, check_invariant, check_method, check_returned
 from s2sam_jax._sparsity.units import fit_plan, structured
 
 
@@ -138,11 +138,12 @@ def _init(setup: _Setup, params: Params) -> SparseState:
         structure=setup.structure,
     )
     new = check_returned(setup.method.init(inputs), inputs, "init")
+    own = jax.tree.map(jnp.array, new.state)  # a copy: what it has of parameters or masks is donated together with them
     # The state rule applies from the first update on, as set_masks may revive other weights until then. Masking by
     # all-true masks gives the state the types that it will have.
     inner_state = mask_mirrored(dense, inner_state)
     first = jnp.full((), NEVER, jnp.int32) if setup.when is None else setup.when.at_or_after(0)
-    return SparseState(step, first, new.masks, count_masks(new.masks), key, new.state, inner_state)
+    return SparseState(step, first, new.masks, count_masks(new.masks), key, own, inner_state)
 
 
 def _update(
@@ -202,7 +203,7 @@ def _new_masks(
             structure=setup.structure,
         )
         new = check_returned(update(inputs, state.method_state), inputs, "update")
-        check_state(new.state, state.method_state)
+        check_alike("state", new.state, state.method_state)
         nnz = count_masks(new.masks)
         check_invariant(setup.method, inputs, new, state.nnz, nnz)
         return new, nnz
@@ -272,9 +273,9 @@ def _distribution(
 
 
 def _clock(method: SparseMethod, when: Every | None) -> Every | None:
+    when = method.when if when is None else when
     if not isinstance(when, Every | None):
         raise TypeError(f"sparsify needs when=Every(start, every, end), in calls of update; got {when!r}.")
-    when = when or method.when
     if method.update is None:
         return None
     if when is None:

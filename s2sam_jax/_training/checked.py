@@ -87,7 +87,7 @@ def checked(tx: Optimizer) -> optax.GradientTransformationExtraArgs:
         steps, new_state = optimizer.update(updates, state, params, **extra_args)
         due = _due(state, extra_args.get("refresh_masks"))
         _check("after the update", _after(steps, new_state, params))
-        _check("an s2sam that does not come first", _remembered(updates, new_state, params, due), operator.le)
+        _check("an s2sam that does not come first", _remembered(updates, state, new_state, params), operator.le)
         _check("state that no update leaves", _left_over(state, new_state, due))
         return steps, new_state
 
@@ -184,22 +184,24 @@ def _deviations(grads: Params, opt_state: Any, params: Params, grad_fn: GradFn) 
         yield Fault(path, text, deviation, length * float(jnp.finfo(grad.dtype).eps) ** 0.5)
 
 
-def _remembered(grads: Params, opt_state: Any, params: Params, due: jax.Array) -> Iterator[Fault]:
+def _remembered(grads: Params, before: Any, opt_state: Any, params: Params) -> Iterator[Fault]:
     """By how much the direction that s2sam has stored differs from that of the gradient.
 
-    Changes of the gradient before s2sam, such as decay, show nowhere else. Calls that change masks may skip s2sam.
+    Changes of the gradient before s2sam, such as decay, show nowhere else. Calls that change masks may skip s2sam,
+    whose step then stands still, or is that of an earlier call.
     """
     if find_states(opt_state, SKIPPING):
         return
     text = "s2sam has remembered a direction that differs by {}, where rounding explains {}; put it first in its chain"
-    for state in find_states(opt_state, S2SAMState):
+    for last, state in zip(find_states(before, S2SAMState), find_states(opt_state, S2SAMState), strict=True):
+        skipped = scalar(state.step) != scalar(last.step) + 1
         stored = by_name(last_gradient(state))
         given = by_name(grads) if isinstance(state.last_grad, Unmasked) else _live(grads, opt_state, params)
         given = {path: given[path] for path in stored}
         lengths = [jnp.where((length := norm(tree)) > 0, length, 1.0) for tree in (stored, given)]
         for path, x in stored.items():
             deviation = norm(at_least_f32(x) / lengths[0] - at_least_f32(given[path]) / lengths[1])
-            yield Fault(path, text, jnp.where(due, 0, deviation), float(jnp.finfo(x.dtype).eps) ** 0.5)
+            yield Fault(path, text, jnp.where(skipped, 0, deviation), float(jnp.finfo(x.dtype).eps) ** 0.5)
 
 
 def _due(before: Any, refresh: bool | None) -> jax.Array:

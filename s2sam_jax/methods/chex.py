@@ -95,8 +95,7 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
             explored = sum(sizes) - kept(sum(sizes), explore)
             first = shares(width + explored, sizes, at_least=1)
         alive = select(norms, count=first)
-        # A copy: the parameters may be donated together with the state.
-        return MaskUpdate(masks_of(x.params, groups, alive), jax.tree.map(jnp.array, x.params))
+        return MaskUpdate(masks_of(x.params, groups, alive), x.params)
 
     def update(x: MaskInputs, state: Params) -> MaskUpdate:
         sparsity, width = _plan(x, groups, explore)

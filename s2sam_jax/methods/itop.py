@@ -70,9 +70,8 @@ def itop(
     def init(x: MaskInputs) -> MaskUpdate:
         first_and_last(x, "itop")
         masks = random_init(x).masks
-        # A copy: masks and state may be donated together.
-        first = [jnp.array(m) for m in sparse_leaves(x, masks)]
-        return MaskUpdate(masks, ITOPState(replace_sparse(x, jax.tree.map(jnp.zeros_like, masks), first)))
+        explored = replace_sparse(x, jax.tree.map(jnp.zeros_like, masks), sparse_leaves(x, masks))
+        return MaskUpdate(masks, ITOPState(explored))
 
     def update(x: MaskInputs, state: ITOPState) -> MaskUpdate:
         fraction = cosine(drop_fraction, x.step, first_and_last(x, "itop")[1], final_fraction)
