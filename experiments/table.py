@@ -145,8 +145,8 @@ def write(file: Path) -> None:
     lines, title = comparison.compare(rows), file.stem.replace("_", ", ")
     head = _head(rows, file) + (_pooled(lines) if file.stem.split("_")[0] in POOLED else "")
     drawn = {file.with_suffix(".png"): tables.draw_comparison}
-    if file.stem.startswith(SWEEPS):
-        drawn[file.with_name(f"{file.stem}_gains.png")] = tables.draw_gains
+    if drawing := GAINS.get(file.stem.rsplit("_", 1)[0]):
+        drawn[file.with_name(f"{file.stem}_gains.png")] = drawing
     for figure, draw in drawn.items():
         draw(lines, title, figure)
     parts = [
@@ -159,7 +159,13 @@ def write(file: Path) -> None:
     files.write_text(file.with_suffix(".csv"), comparison.comma_separated(lines))
 
 
-SWEEPS = ("sparsities", "rebuttal-sweep")  # Tables whose gains are drawn against the share of zeros as well.
+# Tables whose gains are drawn once more: against the share of zeros, or side by side.
+GAINS = {
+    "sparsities": tables.draw_gains,
+    "rebuttal-sweep": tables.draw_gains,
+    "label-noise": tables.draw_prices,
+    "label-noise-cifar10": tables.draw_prices,
+}
 POOLED = ("methods", "sparsities")  # Tables whose cells ask the same question, so that their mean answers it.
 LEVEL = 0.005  # Points that are printed as none.
 BEST = (

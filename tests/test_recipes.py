@@ -613,6 +613,30 @@ def test_a_comparison_has_deviations_of_means_and_intervals_of_gains(tmp_path, m
     assert figures[0].get_suptitle() == "table1; hollow: the paper's"
 
 
+def test_prices_have_a_panel_for_each_line_of_sgd_and_the_cheapest_first(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(tables.Figure, "savefig", lambda figure, file, dpi: figures.append(figure))
+    names = ["dense-sgd", "dense-sam-0.2", "dense-s2sam-0.2", "rigl-erk-sgd", "rigl-erk-s2sam-0.2"]
+    rows = [
+        {"recipe": table.described(recipes.get(f"label-noise.{name}")), "seed": seed, "value": 90.0 + place * seed}
+        for place, name in enumerate(names)
+        for seed in range(3)
+    ]
+    lines = comparison.compare(rows)
+    tables.draw_prices(lines[:1], "label-noise", tmp_path / "gains.png")
+    assert figures == []
+    tables.draw_prices(lines, "label-noise", tmp_path / "gains.png")
+    dense, rigl = figures[0].axes
+    assert [axes.get_title().split("\n") for axes in (dense, rigl)] == [
+        ["dense", "(SGD: 90.0)"],
+        ["RigL (ERK), 90 %", "(SGD: 93.0)"],
+    ]
+    assert [word.get_text() for word in dense.get_yticklabels()] == ["S2-SAM, rho 0.2 (1)", "SAM, rho 0.2 (2)"]
+    points = [bars.lines[0].get_xydata()[0] for bars in dense.containers]
+    np.testing.assert_allclose(points, [[2.0, 0], [1.0, 1]])
+    np.testing.assert_allclose([bars.lines[0].get_xydata()[0] for bars in rigl.containers], [[1.0, 0]])
+
+
 def test_no_gains_no_figure_and_no_interval_no_bar(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(tables.Figure, "savefig", lambda figure, file, dpi: drawn.append(figure))

@@ -91,3 +91,30 @@ def draw_gains(lines: Sequence[Any], title: str, file: Path) -> None:
     panels[0].legend(frameon=False)
     figure.suptitle(f"{title}: gain over SGD, paired by seed, 95 % intervals; hollow the paper's")
     figure.savefig(file, dpi=120)
+
+
+def draw_prices(lines: Sequence[Any], title: str, file: Path) -> None:
+    """Gains over SGD, a panel for each of its lines; the optimizers that take the fewest gradients come first."""
+    gains = sorted((line for line in lines if line.difference is not None), key=lambda line: line.gradients)
+    bases = [line for line in lines if line.name in {gain.baseline for gain in gains}]
+    if not bases:
+        return
+    kinds = {base.name: base.row.removesuffix("SGD").removesuffix(", ") for base in bases}
+    words = {line.name: line.row.removeprefix(f"{kinds[line.baseline]}, ") for line in gains}
+    places = {word: place for place, word in enumerate(dict.fromkeys(words.values()))}
+    prices = {words[line.name]: line.gradients for line in gains}
+    figure = Figure(figsize=(3.6 * len(bases) + 1.8, 0.24 * len(places) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(bases), sharey=True, squeeze=False)[0]
+    for axes, base in zip(panels, bases, strict=True):
+        mine = [line for line in gains if line.baseline == base.name]
+        for line in mine:
+            _mark(axes, places[words[line.name]], line.optimizer, line.difference, line.interval, None)
+        axes.axvline(0.0, color=GREY, linewidth=0.8)
+        zeros = "" if base.sparsity is None else f", {100 * base.sparsity:g} %"
+        axes.set(title=f"{kinds[base.name]}{zeros}\n(SGD: {base.ours:.1f})", xlabel="points over SGD")
+        _cut(axes, [line.difference for line in gains])
+        tidy(axes)
+    panels[0].set_yticks(range(len(places)), [f"{word} ({prices[word]:.3g})" for word in places], fontsize=8)
+    panels[0].set_ylim(len(places) - 0.5, -0.5)
+    figure.suptitle(f"{title}: gains, paired by seed, 95 % intervals; in parentheses, gradients per step")
+    figure.savefig(file, dpi=120)
