@@ -40,6 +40,7 @@ def test_spectra(tmp_path):
 
 
 def test_against_sparsity_has_a_line_for_each_optimizer(tmp_path, monkeypatch):
+    """Of means over seeds, with bars of the sample deviation."""
     figures = []
     monkeypatch.setattr(landscapes.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     rows = [
@@ -52,7 +53,10 @@ def test_against_sparsity_has_a_line_for_each_optimizer(tmp_path, monkeypatch):
     (axes,) = figures[0].axes
     lines = [container.lines[0] for container in axes.containers]
     assert len(lines) == 8
-    np.testing.assert_allclose(lines[3].get_xydata(), [[80, 2 * (3 + 0.8 + 0.5)], [90, 2 * (3 + 0.9 + 0.5)]])
+    means = np.array([2 * (3 + 0.8 + 0.5), 2 * (3 + 0.9 + 0.5)])
+    np.testing.assert_allclose(lines[3].get_xydata(), np.stack([[80, 90], means], axis=1))
+    bars = np.array(axes.containers[3].lines[2][0].get_segments())
+    np.testing.assert_allclose(bars[..., 1], means[:, None] + np.sqrt(2) * np.array([-1, 1]))
 
 
 @pytest.fixture
