@@ -285,6 +285,16 @@ def test_radius_over_training(schedule, expected):
     np.testing.assert_allclose(radii, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(("optimizer", "mask"), [("ssam-f", "fisher"), ("ssam-d", "dynamic")])
+def test_ssam_is_told_steps_where_the_config_has_epochs(optimizer, mask, monkeypatch):
+    told = {}
+    monkeypatch.setattr(optimizers, "ssam", lambda rho, **options: told.update(options) or optax.identity())
+    config = Config(method="dense", optimizer=optimizer, epochs=6, ssam_update_every=1.5, ssam_sparsity=0.8)
+    optimizers.make(config, steps_per_epoch=10)
+    del told["seed"]
+    assert told == {"mask": mask, "sparsity": 0.8, "update_every": 15, "total_steps": 60}
+
+
 def test_variants_of_s2sam_perturb_as_they_say():
     """After one gradient g at w: rho g / |g|, or downhill; adaptive rho T^2 g / |T g|, with T = |w| + eta; as released
     rho g^3 / |w g|, on pruned weights too."""

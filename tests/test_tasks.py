@@ -13,10 +13,10 @@ import toy
 from prepared import encoded, image_features, small_evaluations, write_tfds
 from shallow import shallow
 
-from experiments import evaluate, sharding, tasks, train
+from experiments import evaluate, models, sharding, tasks, train
 from experiments.config import Config, OptimizerName
 from experiments.datasets import in_memory, transforms
-from experiments.tasks import arrays
+from experiments.tasks import arrays, images
 from experiments.training import loop, optimizers
 from s2sam_jax import TrainState
 
@@ -127,6 +127,29 @@ def test_cutout_blanks_one_square_of_half_the_images():
         sides.add((rows.sum(), columns.sum()))
     assert (6, 6) in sides
     assert 150 < blank.any(axis=(1, 2)).sum() < 250
+    # Three of six pixels lie before the one in the middle: four of 20 rows reach the first, three the last.
+    rows = blank[blank.any(axis=(1, 2))].any(axis=2).mean(axis=0)
+    np.testing.assert_allclose(rows[[0, -1]], [4 / 20, 3 / 20], atol=0.08)
+
+
+def test_flips_cutout_and_dropout_have_noise_of_their_own():
+    shown, given = [], jax.random.key(0)
+
+    def apply(params, model_state, inputs, train, key=None):
+        shown.append((np.asarray(inputs), key))
+        return jnp.zeros((len(inputs), 10)), model_state
+
+    raw = np.zeros((100, 32, 32, 3), np.uint8)
+    raw[:, :, 16:] = 255
+    config = Config(dataset="cifar10", model="resnet32", cutout=8)
+    batch = raw, np.zeros(100, np.int32)
+    images.loss_function(config, models.Network((), (), apply))((), (), batch, given)
+    ((inputs, key),) = shown
+    flipped = (inputs[:, 8:24, 6:14] > 0).mean(axis=(1, 2, 3)) > 0.5
+    cut = (inputs == 0).all(axis=-1).any(axis=(1, 2))
+    assert min((a & b).sum() for a in (flipped, ~flipped) for b in (cut, ~cut)) > 10
+    noise = [jax.random.key_data(k).tolist() for k in (given, key, *jax.random.split(given))]
+    assert noise.count(noise[1]) == 1
 
 
 @pytest.mark.parametrize(
