@@ -295,6 +295,19 @@ def test_ssam_is_told_steps_where_the_config_has_epochs(optimizer, mask, monkeyp
     assert told == {"mask": mask, "sparsity": 0.8, "update_every": 15, "total_steps": 60}
 
 
+@pytest.mark.parametrize("optimizer", ["esam", "ssam-d"])
+def test_whatever_a_run_draws_follows_its_seed(optimizer):
+    """Noise, masks and perturbation: three keys, and others for another seed."""
+    found = []
+    for seed in (0, 1):
+        config = Config(method="set", optimizer=optimizer, seed=seed)
+        state = loop.initial_state(config, toy.build(config), optimizers.make(config, steps_per_epoch=4))
+        keys = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+        assert len(keys) == 3
+        found += [tuple(jax.random.key_data(key).tolist()) for key in keys]
+    assert len(set(found)) == 6
+
+
 def test_variants_of_s2sam_perturb_as_they_say():
     """After one gradient g at w: rho g / |g|, or downhill; adaptive rho T^2 g / |T g|, with T = |w| + eta; as released
     rho g^3 / |w g|, on pruned weights too."""

@@ -108,6 +108,8 @@ def test_label_noise_replaces_its_share_by_other_classes_and_leaves_the_evaluati
     same, other = (in_memory.with_label_noise(held, 0.4, 10, seed).train_labels for seed in (0, 1))
     np.testing.assert_array_equal(same, noisy.train_labels)
     assert np.any(np.asarray(other) != np.asarray(same))
+    of_seed = arrays.Task(Config(validation=437, label_noise=0.4, seed=1), task.network, clean, sharding.make_mesh())
+    np.testing.assert_array_equal(of_seed._dataset.train_labels, other)
     with pytest.raises(ValueError, match=r"label_noise must be 0 for imagenet2012; got 0\.1"):
         Config(dataset="imagenet2012", model="resnet50", label_noise=0.1)
 
