@@ -404,6 +404,29 @@ def test_rows_say_all_that_is_needed(run_dir):
     assert ["images_per_second" in row for row in rows] == [False, True]  # not of the epoch that compiles
 
 
+def test_the_last_row_is_of_statistics_of_20_batches_that_no_epoch_had():
+    """And of the newest sparsity, where other figures are means over the epochs since the row before."""
+
+    def loss_fn(params, model_state, batch, key):
+        return params["w"].sum(), (0.9 * model_state + 0.1 * batch, {})
+
+    task = SimpleNamespace(
+        steps_per_epoch=1,
+        losses=SimpleNamespace(loss_fn=loss_fn),
+        batches=lambda number: (jnp.float32(100 * number + index) for index in range(30)),
+        evaluate=lambda params, model_state, final=False: {"test_accuracy": float(model_state)},
+    )
+    reporter = record.Last()
+    kept = record.Record(Config(method="dense", optimizer="sgd", epochs=3, eval_every=3), task, reporter)
+    state = kept.begin(lambda: TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1), model_state=jnp.zeros(())))
+    for epoch in (1, 2, 3):
+        kept.add(state, {"loss": np.array([epoch, 3 * epoch]), "sparsity": np.array([0.0, epoch / 10])}, 1.0)
+    state = kept.finish(state)
+    assert reporter.last["test_accuracy"] == 0
+    assert (reporter.last["sparsity"], reporter.last["train_loss"]) == (0.3, 4.0)
+    assert reporter.last["test_accuracy_recalibrated"] == state.model_state == pytest.approx(300 + 9.5, rel=1e-5)
+
+
 def test_speed_is_without_the_epoch_that_compiles():
     task = SimpleNamespace(steps_per_epoch=2, evaluate=lambda *_, final: {"test_accuracy": 0.5})
     reporter = record.Last()

@@ -134,6 +134,21 @@ def test_cutout_blanks_one_square_of_half_the_images():
     np.testing.assert_allclose(rows[[0, -1]], [4 / 20, 3 / 20], atol=0.08)
 
 
+@pytest.mark.parametrize(("loss", "in_training"), [(images.loss_function, True), (images.plain_loss_function, False)])
+def test_labels_are_smoothed(loss, in_training):
+    logits, labels, modes = np.random.default_rng(0).normal(size=(6, 10)), np.arange(6), []
+
+    def apply(params, model_state, inputs, train, key=None):
+        modes.append(train)
+        return jnp.asarray(logits), model_state
+
+    loss_fn = loss(Config(label_smoothing=0.2), models.Network((), (), apply))
+    found, _ = loss_fn((), (), (np.zeros((6, 8, 8, 1), np.uint8), labels), jax.random.key(0))
+    logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert found == pytest.approx(-np.mean(0.8 * logs[labels, labels] + 0.2 * logs.mean(axis=1)), rel=1e-5)
+    assert modes == [in_training]
+
+
 def test_flips_cutout_and_dropout_have_noise_of_their_own():
     shown, given = [], jax.random.key(0)
 

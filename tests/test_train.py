@@ -273,6 +273,20 @@ def test_integer_metrics_are_averaged_over_micro_batches():
     np.testing.assert_allclose(metrics["positive"], float((BATCHES[0][:, 0] > 0).sum()) / 2)
 
 
+def test_fisher_information_is_of_the_first_examples_at_the_model_state_before():
+    """Example i has a gradient at coordinate i alone, as large as the model state is there; the loss turns that."""
+
+    def loss(params, model_state, batch, key):
+        return jnp.mean(batch @ (model_state * params["w"])), (model_state[::-1], {})
+
+    tx = optax.chain(ssam(0.1, mask="fisher", sparsity=0.75), optax.sgd(0.1))
+    step = make_train_step(loss, tx, fisher_examples=2)
+    for rows, model_state, chosen in (([3, 2, 1, 0], [9.0, 9, 1, 2], 3), ([2, 3, 0, 1], [9.0, 1, 2, 1], 2)):
+        state = TrainState.create({"w": jnp.ones(4)}, tx, model_state=jnp.array(model_state))
+        state, _ = step(state, jnp.eye(4)[jnp.array(rows)])
+        np.testing.assert_array_equal(state.opt_state[0].perturb_masks["w"], np.arange(4) == chosen)
+
+
 @pytest.mark.parametrize("option", ["accumulate", "sharpness_parts"])
 def test_every_step_and_every_part_of_a_batch_has_noise_of_its_own(option):
     """Of equal numbers the mean square is the square of the mean."""
