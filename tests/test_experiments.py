@@ -436,6 +436,8 @@ def test_speed_is_without_the_epoch_that_compiles():
         books.add(state, {"loss": np.ones(2)}, seconds)
     assert reporter.last["images_per_second"] == pytest.approx(2 * 64 / 0.4)
     assert "seconds" in reporter.last
+    books.add(state, {"loss": np.ones(2)}, 0.5)
+    assert reporter.last["epoch"] == 3, "no row with figures of another epoch"
 
 
 def test_evaluation_from_the_folder_equals_the_record(run_dir, capsys):
