@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -16,7 +17,7 @@ from shallow import shallow
 from experiments import evaluate, models, sharding, tasks, train
 from experiments.config import Config, OptimizerName
 from experiments.datasets import in_memory, transforms
-from experiments.tasks import arrays, images
+from experiments.tasks import arrays, images, streams
 from experiments.training import loop, optimizers
 from s2sam_jax import TrainState
 
@@ -112,6 +113,15 @@ def test_label_noise_replaces_its_share_by_other_classes_and_leaves_the_evaluati
     np.testing.assert_array_equal(of_seed._dataset.train_labels, other)
     with pytest.raises(ValueError, match=r"label_noise must be 0 for imagenet2012; got 0\.1"):
         Config(dataset="imagenet2012", model="resnet50", label_noise=0.1)
+
+
+def test_an_epoch_of_a_stream_begins_where_the_one_before_ended(monkeypatch):
+    monkeypatch.setattr(sharding, "assemble", lambda mesh, batch: batch)
+    task = object.__new__(streams.Streamed)
+    task._config, task.mesh, task.steps_per_epoch = Config(seed=7), None, 3
+    batches = SimpleNamespace(batches=lambda seed, start: itertools.count(100 * seed + start))
+    task._loaded = SimpleNamespace(train=batches)
+    assert [list(task.batches(number)) for number in (0, 1)] == [[700, 701, 702], [703, 704, 705]]
 
 
 def test_cutout_blanks_one_square_of_half_the_images():
