@@ -17,7 +17,7 @@ from shallow import shallow
 from experiments import evaluate, models, sharding, tasks, train
 from experiments.config import Config, OptimizerName
 from experiments.datasets import in_memory, transforms
-from experiments.tasks import arrays, images, streams
+from experiments.tasks import arrays, images, streams, text
 from experiments.training import loop, optimizers
 from s2sam_jax import TrainState
 
@@ -70,6 +70,28 @@ def test_translation_from_end_to_end(shallow, tmp_path):
     assert 0 <= row["bleu"] <= 100
     assert 0 <= row["test_accuracy"] <= 1
     assert row["test_accuracy"] == row["test_accuracy_recalibrated"]
+
+
+@pytest.mark.parametrize(("in_training", "smoothing"), [(True, 0.2), (False, 0.0)])
+def test_the_loss_of_a_translation_is_a_mean_over_tokens(in_training, smoothing):
+    logits, targets = np.random.default_rng(0).normal(size=(1, 4, 6)), np.array([[4, 2, 0, 0]])
+
+    def apply(params, model_state, inputs, train, key=None):
+        return jnp.asarray(logits), model_state
+
+    network = models.Network((), (), apply)
+    loss_fn = text.loss_function(SimpleNamespace(label_smoothing=0.2), network, train=in_training)
+    found, _ = loss_fn((), (), {"sources": targets, "targets": jnp.asarray(targets)}, None)
+    logs = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))[0, :2]  # the rest is padding
+    of_targets = logs[[0, 1], [4, 2]]
+    assert found == pytest.approx(-np.mean((1 - smoothing) * of_targets + smoothing * logs.mean(axis=-1)), rel=1e-5)
+
+
+def test_the_accuracy_of_a_translation_weights_batches_by_their_tokens():
+    task = object.__new__(text.Task)
+    task._score = lambda params, model_state, batch: batch
+    task.tests = lambda: iter([(0.5, 2), (1.0, 6)])
+    assert task.evaluate((), ()) == {"test_accuracy": 7 / 8}
 
 
 def test_models_and_data_must_fit():
