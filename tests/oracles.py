@@ -46,8 +46,8 @@ def sam_trajectory(grad, w, steps, *, rho, lr, momentum=0.0, decay=0.0, mask=Non
     mask = np.ones_like(w) if mask is None else mask
     w, v, path = w * mask, np.zeros_like(w), []
     for step in range(steps):
-        g = grad(w) * mask
-        e = ascent(g, rho) if eta is None else asam_ascent(g, w, rho, eta)
+        g, radius = grad(w) * mask, rho(step) if callable(rho) else rho
+        e = ascent(g, radius) if eta is None else asam_ascent(g, w, radius, eta)
         if perturb_mask is not None:
             e = e * (perturb_mask(step) if callable(perturb_mask) else perturb_mask)
         w, v = sgd_step(w, grad(w + e) * mask, v, lr=lr, momentum=momentum, decay=decay)

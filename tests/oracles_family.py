@@ -4,6 +4,10 @@ import numpy as np
 from oracles import ascent, sgd_step
 
 
+def at(value, step):
+    return value(step) if callable(value) else value
+
+
 def across(g, to):
     """What is left of ``g`` without its projection."""
     return g - (g @ to) / (to @ to) * to
@@ -13,8 +17,7 @@ def msam_trajectory(grad, w, steps, *, rho, lr, momentum, decay=0.0, mask=None):
     mask = np.ones_like(w) if mask is None else mask
     w, v, path = w * mask, np.zeros_like(w), []
     for step in range(steps):
-        radius = rho(step) if callable(rho) else rho
-        g = grad(w - ascent(v, radius)) * mask
+        g = grad(w - ascent(v, at(rho, step))) * mask
         w, v = sgd_step(w, g, v, lr=lr, momentum=momentum, decay=decay)
         path.append(w.copy())
     return path
@@ -26,10 +29,10 @@ def looksam_trajectory(grad, w, steps, *, rho, lr, every, alpha, momentum=0.0, d
     for step in range(steps):
         g = grad(w) * mask
         if step % every == 0:
-            direction = grad(w + ascent(g, rho)) * mask
+            direction = grad(w + ascent(g, at(rho, step))) * mask
             g_v = across(direction, g)
         else:
-            direction = g + np.linalg.norm(g) * ascent(g_v, alpha)
+            direction = g + np.linalg.norm(g) * ascent(g_v, at(alpha, step))
         w, v = sgd_step(w, direction, v, lr=lr, momentum=momentum, decay=decay)
         path.append(w.copy())
     return path
@@ -45,8 +48,7 @@ def gsam_trajectory(grad, w, steps, *, rho, lr, alpha, momentum=0.0, decay=0.0, 
     mask = np.ones_like(w) if mask is None else mask
     w, v, path = w * mask, np.zeros_like(w), []
     for step in range(steps):
-        radius = rho(step) if callable(rho) else rho
-        direction = gsam_direction(grad, w, rho=radius, alpha=alpha, mask=mask)
+        direction = gsam_direction(grad, w, rho=at(rho, step), alpha=at(alpha, step), mask=mask)
         w, v = sgd_step(w, direction, v, lr=lr, momentum=momentum, decay=decay)
         path.append(w.copy())
     return path
@@ -57,7 +59,7 @@ def esam_trajectory(grad, w, steps, *, rho, lr, beta, drawn, momentum=0.0, decay
     mask = np.ones_like(w) if mask is None else mask
     w, v, path = w * mask, np.zeros_like(w), []
     for step in range(steps):
-        e = ascent(grad(w) * mask * drawn[step], rho, eps) / beta
+        e = ascent(grad(w) * mask * drawn[step], at(rho, step), eps) / beta
         w, v = sgd_step(w, grad(w + e) * mask, v, lr=lr, momentum=momentum, decay=decay)
         path.append(w.copy())
     return path

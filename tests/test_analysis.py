@@ -133,6 +133,16 @@ def test_trace(x64):
     assert exact == (3.0, 0.0)
 
 
+def test_the_error_of_a_trace_is_of_the_sample_deviation():
+    """Of [[0, 1], [1, 0]] every product is 2 or -2, so that the mean tells their squared deviations."""
+    samples = 5
+    mean, error = analysis.hessian_trace(
+        lambda w, _: w[0] * w[1], jnp.zeros(2), jax.random.key(0), [None], samples=samples
+    )
+    assert 0 < abs(mean) < 2
+    assert error == pytest.approx(np.sqrt((4 - mean**2) / (samples - 1)))
+
+
 def test_network_against_its_dense_hessian(x64):
     params, data, dense = network_case()
     vector = jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape)), params)
@@ -174,6 +184,8 @@ def test_directions_have_filters_as_long_as_the_network():
         assert (direction["conv"][~mask["conv"]] == 0).all()
         assert (direction["bias"] == 0).all()
     assert not np.allclose(first["conv"], second["conv"])
+    (alike,) = analysis.filter_normalized_directions([sparse["conv"]] * 2, jax.random.key(2), count=1)
+    assert not np.allclose(*alike)
     (dense,) = analysis.filter_normalized_directions(sparse, jax.random.key(2), count=1)
     assert (dense["conv"][~mask["conv"]] != 0).all()
 
@@ -248,6 +260,13 @@ def test_sharpness():
     assert many == pytest.approx(best, rel=1e-3)
     live = analysis.sam_sharpness(loss_fn, jnp.asarray(w), [scale], rho=rho, masks=jnp.array([True, False]))
     assert live == pytest.approx(0.5 * (1.1**2 - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize(("peak", "highest"), [(0.95, 1.0), (0.7, 2 / 3)])
+def test_sharpness_is_that_of_the_highest_point_on_the_way(peak, highest):
+    """From 0 to the radius, beyond the peak, and a third of it back."""
+    rise = analysis.sam_sharpness(lambda w, _: -((w - peak) ** 2), jnp.zeros(()), [None], rho=1.0, steps=2)
+    assert rise == pytest.approx(peak**2 - (highest - peak) ** 2, rel=1e-5)
 
 
 def test_bounds_take_rounding_in():

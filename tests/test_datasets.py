@@ -142,7 +142,7 @@ def test_the_newest_prepared_version_is_read(tfds_folder):
 
 def test_random_boxes_are_in_bounds():
     rng = np.random.default_rng(0)
-    areas, ratios, corners = [], [], set()
+    areas, ratios, corners, ends = [], [], set(), set()
     for _ in range(2000):
         left, top, right, bottom = imagenet.random_box(80, 70, rng)
         assert 0 <= left < right <= 80
@@ -150,6 +150,8 @@ def test_random_boxes_are_in_bounds():
         areas.append((right - left) * (bottom - top) / 5600)
         ratios.append((right - left) / (bottom - top))
         corners.add((left, top))
+        ends |= {("across", left, right)} if right - left < 80 else set()
+        ends |= {("down", top, bottom)} if bottom - top < 70 else set()
     # Sides are whole pixels.
     assert 0.07 < min(areas) < 0.1
     assert 0.9 < max(areas) <= 1
@@ -158,6 +160,9 @@ def test_random_boxes_are_in_bounds():
     # Wide ones fit a little more often.
     assert abs(np.median(np.log(ratios))) < 0.1
     assert len(corners) > 800
+    for way, length in (("across", 80), ("down", 70)):  # smaller ones reach either end
+        first, last = zip(*((begin, end) for w, begin, end in ends if w == way), strict=True)
+        assert (min(first), max(last)) == (0, length)
 
 
 @pytest.mark.parametrize(

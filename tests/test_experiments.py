@@ -285,6 +285,29 @@ def test_radius_over_training(schedule, expected):
     np.testing.assert_allclose(radii, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize(("optimizer", "mask"), [("ssam-f", "fisher"), ("ssam-d", "dynamic")])
+def test_ssam_is_told_steps_where_the_config_has_epochs(optimizer, mask, monkeypatch):
+    told = {}
+    monkeypatch.setattr(optimizers, "ssam", lambda rho, **options: told.update(options) or optax.identity())
+    config = Config(method="dense", optimizer=optimizer, epochs=6, ssam_update_every=1.5, ssam_sparsity=0.8)
+    optimizers.make(config, steps_per_epoch=10)
+    del told["seed"]
+    assert told == {"mask": mask, "sparsity": 0.8, "update_every": 15, "total_steps": 60}
+
+
+@pytest.mark.parametrize("optimizer", ["esam", "ssam-d"])
+def test_whatever_a_run_draws_follows_its_seed(optimizer):
+    """Noise, masks and perturbation: three keys, and others for another seed."""
+    found = []
+    for seed in (0, 1):
+        config = Config(method="set", optimizer=optimizer, seed=seed)
+        state = loop.initial_state(config, toy.build(config), optimizers.make(config, steps_per_epoch=4))
+        keys = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+        assert len(keys) == 3
+        found += [tuple(jax.random.key_data(key).tolist()) for key in keys]
+    assert len(set(found)) == 6
+
+
 def test_variants_of_s2sam_perturb_as_they_say():
     """After one gradient g at w: rho g / |g|, or downhill; adaptive rho T^2 g / |T g|, with T = |w| + eta; as released
     rho g^3 / |w g|, on pruned weights too."""
@@ -381,6 +404,29 @@ def test_rows_say_all_that_is_needed(run_dir):
     assert ["images_per_second" in row for row in rows] == [False, True]  # not of the epoch that compiles
 
 
+def test_the_last_row_is_of_statistics_of_20_batches_that_no_epoch_had():
+    """And of the newest sparsity, where other figures are means over the epochs since the row before."""
+
+    def loss_fn(params, model_state, batch, key):
+        return params["w"].sum(), (0.9 * model_state + 0.1 * batch, {})
+
+    task = SimpleNamespace(
+        steps_per_epoch=1,
+        losses=SimpleNamespace(loss_fn=loss_fn),
+        batches=lambda number: (jnp.float32(100 * number + index) for index in range(30)),
+        evaluate=lambda params, model_state, final=False: {"test_accuracy": float(model_state)},
+    )
+    reporter = record.Last()
+    kept = record.Record(Config(method="dense", optimizer="sgd", epochs=3, eval_every=3), task, reporter)
+    state = kept.begin(lambda: TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1), model_state=jnp.zeros(())))
+    for epoch in (1, 2, 3):
+        kept.add(state, {"loss": np.array([epoch, 3 * epoch]), "sparsity": np.array([0.0, epoch / 10])}, 1.0)
+    state = kept.finish(state)
+    assert reporter.last["test_accuracy"] == 0
+    assert (reporter.last["sparsity"], reporter.last["train_loss"]) == (0.3, 4.0)
+    assert reporter.last["test_accuracy_recalibrated"] == state.model_state == pytest.approx(300 + 9.5, rel=1e-5)
+
+
 def test_speed_is_without_the_epoch_that_compiles():
     task = SimpleNamespace(steps_per_epoch=2, evaluate=lambda *_, final: {"test_accuracy": 0.5})
     reporter = record.Last()
@@ -390,6 +436,8 @@ def test_speed_is_without_the_epoch_that_compiles():
         books.add(state, {"loss": np.ones(2)}, seconds)
     assert reporter.last["images_per_second"] == pytest.approx(2 * 64 / 0.4)
     assert "seconds" in reporter.last
+    books.add(state, {"loss": np.ones(2)}, 0.5)
+    assert reporter.last["epoch"] == 3, "no row with figures of another epoch"
 
 
 def test_evaluation_from_the_folder_equals_the_record(run_dir, capsys):

@@ -61,6 +61,10 @@ def falling(step):
     return 0.1 / (1.0 + step)
 
 
+def rising(step):
+    return 0.2 + 0.05 * step
+
+
 FAMILY = {
     "msam": (lambda: msam(rho=0.3), lambda **o: oracles_family.msam_trajectory(coupled, START, STEPS, rho=0.3, **o)),
     "msam_schedule": (
@@ -70,18 +74,30 @@ FAMILY = {
         lambda: looksam(rho=0.1, every=3, alpha=0.4),
         lambda **o: oracles_family.looksam_trajectory(coupled, START, STEPS, rho=0.1, every=3, alpha=0.4, **o),
     ),
+    "looksam_schedules": (
+        lambda: looksam(rho=falling, every=3, alpha=rising),
+        lambda **o: oracles_family.looksam_trajectory(
+            coupled, START, STEPS, rho=falling, every=3, alpha=rising, **o
+        ),
+    ),
     "gsam": (
         lambda: gsam(rho=0.1, alpha=0.5),
         lambda **o: oracles_family.gsam_trajectory(coupled, START, STEPS, rho=0.1, alpha=0.5, **o),
     ),
-    "gsam_schedule": (
-        lambda: gsam(rho=falling, alpha=0.5),
-        lambda **o: oracles_family.gsam_trajectory(coupled, START, STEPS, rho=falling, alpha=0.5, **o),
+    "gsam_schedules": (
+        lambda: gsam(rho=falling, alpha=rising),
+        lambda **o: oracles_family.gsam_trajectory(coupled, START, STEPS, rho=falling, alpha=rising, **o),
     ),
     "esam": (
         lambda: esam(rho=0.1, beta=BETA, seed=jax.random.key(3)),
         lambda **o: oracles_family.esam_trajectory(
             coupled, START, STEPS, rho=0.1, beta=BETA, drawn=drawn(STEPS), **o
+        ),
+    ),
+    "esam_schedule": (
+        lambda: esam(rho=falling, beta=BETA, seed=jax.random.key(3)),
+        lambda **o: oracles_family.esam_trajectory(
+            coupled, START, STEPS, rho=falling, beta=BETA, drawn=drawn(STEPS), **o
         ),
     ),
 }  # fmt: skip

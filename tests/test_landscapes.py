@@ -40,6 +40,7 @@ def test_spectra(tmp_path):
 
 
 def test_against_sparsity_has_a_line_for_each_optimizer(tmp_path, monkeypatch):
+    """Of means over seeds, with bars of the sample deviation."""
     figures = []
     monkeypatch.setattr(landscapes.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     rows = [

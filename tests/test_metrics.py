@@ -79,6 +79,8 @@ def test_stochastic_rounding_takes_a_neighbour_and_is_unbiased(dtype):
     np.testing.assert_array_equal(fixed, values)  # on the grid there is nothing to round
     kept = np.asarray(found["b"], np.float32)
     np.testing.assert_array_equal(kept[~np.isfinite(NUMBERS)], NUMBERS[~np.isfinite(NUMBERS)])
+    twice = stochastic_round([tree["a"], tree["a"]], jax.random.key(0), dtype)
+    assert (np.asarray(twice[0]) != np.asarray(twice[1])).any(), "each leaf has a draw of its own"
     other = stochastic_round(tree, jax.random.key(1), dtype)
     assert (np.asarray(other["a"]) != np.asarray(found["a"])).any()
     with pytest.raises(ValueError, match="got 'float16'"):

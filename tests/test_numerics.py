@@ -23,7 +23,7 @@ from s2sam_jax import (
     sparsify,
     ssam,
 )
-from s2sam_jax._base.counts import part
+from s2sam_jax._base.counts import part, rounded_down, rounded_up
 from s2sam_jax._base.tree import norm
 
 STEPS = 20_000
@@ -181,6 +181,14 @@ def test_parts_of_counts_that_float32_cannot_hold(fraction):
         assert found <= number
 
 
+def test_a_chain_of_roundings_costs_no_weight():
+    """A thousand weights times the cube of k tenths is k**3, as in gradual pruning."""
+    tenths = np.arange(1, 10)
+    cubes = jnp.float32(1000) * (jnp.arange(1, 10, dtype=jnp.float32) / 10) ** 3
+    np.testing.assert_array_equal(rounded_up(cubes), tenths**3)
+    np.testing.assert_array_equal(rounded_down(cubes), tenths**3)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_traced_sparsity_in_half_precision(dtype):
     """In float16 100,000 is infinite, and in bfloat16 no integer beyond 256 need be exact."""
@@ -198,6 +206,7 @@ def test_a_norm_sums_small_leaves_of_one_type_together():
     np.testing.assert_allclose(float(norm(tree)), want, rtol=1e-6)
     assert jax.jit(norm).lower(tree).as_text().count("stablehlo.reduce(") == 7  # one a type, but of each large leaf
     assert float(norm([])) == 0
+    assert float(norm([jnp.full(1000, 300.0, jnp.float16)])) == pytest.approx(300 * np.sqrt(1000), rel=1e-6)
 
 
 def test_a_norm_stacks_only_leaves_that_are_sharded_alike():

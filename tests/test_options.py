@@ -20,6 +20,13 @@ def test_masks_from_scores_leaves_what_is_not_prunable():
     assert masks["bias"].all()
 
 
+def test_masks_from_scores_rounds_once_for_all_leaves():
+    """Of 15 weights 7 go, not two of each five."""
+    scores = {name: jnp.arange(1.0, 6.0)[:, None] for name in "abc"}
+    masks = methods.masks_from_scores(scores, 0.5)
+    assert sum(int(mask.sum()) for mask in masks.values()) == 8
+
+
 def test_masks_from_scores_keeps_at_least_so_many_a_leaf():
     """Of 12 weights 6 stay: without it all those of the stem."""
     masks = methods.masks_from_scores(TREE, 0.5, keep_at_least=2)

@@ -92,6 +92,14 @@ def test_equal_parts_are_perturbed_as_the_whole():
     np.testing.assert_allclose(whole.params["kernel"], parts.params["kernel"], rtol=1e-5)
 
 
+def test_what_follows_the_second_gradient_sees_live_weights_alone():
+    """Else the clipped update would be shorter, by what it loses behind the mask."""
+    inner = optax.chain(sam(RHO), optax.clip_by_global_norm(0.01), optax.sgd(1.0))
+    tx = sparsify(inner, methods.static(), sparsity=0.6)
+    _, metrics = make_train_step(loss_fn, tx, sharpness_parts=PARTS)(begin(tx), on_device(BATCHES[0]))
+    assert metrics["update_norm"] == pytest.approx(0.01, rel=1e-4)
+
+
 def test_what_cannot_be_averaged_over_parts_is_that_of_the_first():
     def counting(params, model_state, batch, key):
         loss, (new, metrics) = loss_fn(params, model_state, batch, key)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 from typing import get_args
 
 import jax
@@ -13,10 +14,10 @@ import toy
 from prepared import encoded, image_features, small_evaluations, write_tfds
 from shallow import shallow
 
-from experiments import evaluate, sharding, tasks, train
+from experiments import evaluate, models, sharding, tasks, train
 from experiments.config import Config, OptimizerName
 from experiments.datasets import in_memory, transforms
-from experiments.tasks import arrays
+from experiments.tasks import arrays, images, streams, text
 from experiments.training import loop, optimizers
 from s2sam_jax import TrainState
 
@@ -71,6 +72,28 @@ def test_translation_from_end_to_end(shallow, tmp_path):
     assert row["test_accuracy"] == row["test_accuracy_recalibrated"]
 
 
+@pytest.mark.parametrize(("in_training", "smoothing"), [(True, 0.2), (False, 0.0)])
+def test_the_loss_of_a_translation_is_a_mean_over_tokens(in_training, smoothing):
+    logits, targets = np.random.default_rng(0).normal(size=(1, 4, 6)), np.array([[4, 2, 0, 0]])
+
+    def apply(params, model_state, inputs, train, key=None):
+        return jnp.asarray(logits), model_state
+
+    network = models.Network((), (), apply)
+    loss_fn = text.loss_function(SimpleNamespace(label_smoothing=0.2), network, train=in_training)
+    found, _ = loss_fn((), (), {"sources": targets, "targets": jnp.asarray(targets)}, None)
+    logs = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))[0, :2]  # the rest is padding
+    of_targets = logs[[0, 1], [4, 2]]
+    assert found == pytest.approx(-np.mean((1 - smoothing) * of_targets + smoothing * logs.mean(axis=-1)), rel=1e-5)
+
+
+def test_the_accuracy_of_a_translation_weights_batches_by_their_tokens():
+    task = object.__new__(text.Task)
+    task._score = lambda params, model_state, batch: batch
+    task.tests = lambda: iter([(0.5, 2), (1.0, 6)])
+    assert task.evaluate((), ()) == {"test_accuracy": 7 / 8}
+
+
 def test_models_and_data_must_fit():
     with pytest.raises(ValueError, match="model=resnet8 is for images; dataset=wmt14 is not"):
         tasks.build(Config(dataset="wmt14"))
@@ -108,8 +131,19 @@ def test_label_noise_replaces_its_share_by_other_classes_and_leaves_the_evaluati
     same, other = (in_memory.with_label_noise(held, 0.4, 10, seed).train_labels for seed in (0, 1))
     np.testing.assert_array_equal(same, noisy.train_labels)
     assert np.any(np.asarray(other) != np.asarray(same))
+    of_seed = arrays.Task(Config(validation=437, label_noise=0.4, seed=1), task.network, clean, sharding.make_mesh())
+    np.testing.assert_array_equal(of_seed._dataset.train_labels, other)
     with pytest.raises(ValueError, match=r"label_noise must be 0 for imagenet2012; got 0\.1"):
         Config(dataset="imagenet2012", model="resnet50", label_noise=0.1)
+
+
+def test_an_epoch_of_a_stream_begins_where_the_one_before_ended(monkeypatch):
+    monkeypatch.setattr(sharding, "assemble", lambda mesh, batch: batch)
+    task = object.__new__(streams.Streamed)
+    task._config, task.mesh, task.steps_per_epoch = Config(seed=7), None, 3
+    batches = SimpleNamespace(batches=lambda seed, start: itertools.count(100 * seed + start))
+    task._loaded = SimpleNamespace(train=batches)
+    assert [list(task.batches(number)) for number in (0, 1)] == [[700, 701, 702], [703, 704, 705]]
 
 
 def test_cutout_blanks_one_square_of_half_the_images():
@@ -127,6 +161,44 @@ def test_cutout_blanks_one_square_of_half_the_images():
         sides.add((rows.sum(), columns.sum()))
     assert (6, 6) in sides
     assert 150 < blank.any(axis=(1, 2)).sum() < 250
+    # Three of six pixels lie before the one in the middle: four of 20 rows reach the first, three the last.
+    rows = blank[blank.any(axis=(1, 2))].any(axis=2).mean(axis=0)
+    np.testing.assert_allclose(rows[[0, -1]], [4 / 20, 3 / 20], atol=0.08)
+
+
+@pytest.mark.parametrize(("loss", "in_training"), [(images.loss_function, True), (images.plain_loss_function, False)])
+def test_labels_are_smoothed(loss, in_training):
+    logits, labels, modes = np.random.default_rng(0).normal(size=(6, 10)), np.arange(6), []
+
+    def apply(params, model_state, inputs, train, key=None):
+        modes.append(train)
+        return jnp.asarray(logits), model_state
+
+    loss_fn = loss(Config(label_smoothing=0.2), models.Network((), (), apply))
+    found, _ = loss_fn((), (), (np.zeros((6, 8, 8, 1), np.uint8), labels), jax.random.key(0))
+    logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert found == pytest.approx(-np.mean(0.8 * logs[labels, labels] + 0.2 * logs.mean(axis=1)), rel=1e-5)
+    assert modes == [in_training]
+
+
+def test_flips_cutout_and_dropout_have_noise_of_their_own():
+    shown, given = [], jax.random.key(0)
+
+    def apply(params, model_state, inputs, train, key=None):
+        shown.append((np.asarray(inputs), key))
+        return jnp.zeros((len(inputs), 10)), model_state
+
+    raw = np.zeros((100, 32, 32, 3), np.uint8)
+    raw[:, :, 16:] = 255
+    config = Config(dataset="cifar10", model="resnet32", cutout=8)
+    batch = raw, np.zeros(100, np.int32)
+    images.loss_function(config, models.Network((), (), apply))((), (), batch, given)
+    ((inputs, key),) = shown
+    flipped = (inputs[:, 8:24, 6:14] > 0).mean(axis=(1, 2, 3)) > 0.5
+    cut = (inputs == 0).all(axis=-1).any(axis=(1, 2))
+    assert min((a & b).sum() for a in (flipped, ~flipped) for b in (cut, ~cut)) > 10
+    noise = [jax.random.key_data(k).tolist() for k in (given, key, *jax.random.split(given))]
+    assert noise.count(noise[1]) == 1
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,16 @@ def test_recalibration_is_the_plain_average_whatever_the_momentum(momentum):
     np.testing.assert_array_equal(new["fixed"], [1.0, 2.0])
 
 
+def test_recalibration_draws_anew_for_each_batch():
+    """The mean of 64 uniform numbers has a deviation of 0.036; a single one has 0.29."""
+
+    def loss(params, mean, batch, key):
+        return batch.sum(), (0.9 * mean + 0.1 * jax.random.uniform(key, mean.shape), {})
+
+    found = recalibrate_batch_stats(loss, None, jnp.zeros(16), [jnp.zeros(1)] * 64)
+    np.testing.assert_allclose(found, 0.5, atol=0.2)
+
+
 def test_recalibration_without_batches_is_an_error():
     with pytest.raises(ValueError, match="at least one batch"):
         recalibrate_batch_stats(loss_fn, None, {"mean": jnp.zeros(2)}, [])
@@ -261,6 +271,37 @@ def test_integer_metrics_are_averaged_over_micro_batches():
     step = make_train_step(counting, tx, accumulate=2)
     _, metrics = step(start(tx), BATCHES[0])
     np.testing.assert_allclose(metrics["positive"], float((BATCHES[0][:, 0] > 0).sum()) / 2)
+
+
+def test_fisher_information_is_of_the_first_examples_at_the_model_state_before():
+    """Example i has a gradient at coordinate i alone, as large as the model state is there; the loss turns that."""
+
+    def loss(params, model_state, batch, key):
+        return jnp.mean(batch @ (model_state * params["w"])), (model_state[::-1], {})
+
+    tx = optax.chain(ssam(0.1, mask="fisher", sparsity=0.75), optax.sgd(0.1))
+    step = make_train_step(loss, tx, fisher_examples=2)
+    for rows, model_state, chosen in (([3, 2, 1, 0], [9.0, 9, 1, 2], 3), ([2, 3, 0, 1], [9.0, 1, 2, 1], 2)):
+        state = TrainState.create({"w": jnp.ones(4)}, tx, model_state=jnp.array(model_state))
+        state, _ = step(state, jnp.eye(4)[jnp.array(rows)])
+        np.testing.assert_array_equal(state.opt_state[0].perturb_masks["w"], np.arange(4) == chosen)
+
+
+@pytest.mark.parametrize("option", ["accumulate", "sharpness_parts"])
+def test_every_step_and_every_part_of_a_batch_has_noise_of_its_own(option):
+    """Of equal numbers the mean square is the square of the mean."""
+
+    def loss(params, model_state, batch, key):
+        noise = jax.random.uniform(key)
+        return noise * (params["w"] @ batch.sum(0)), (model_state, {"noise": noise, "square": noise**2})
+
+    tx, batch = optax.chain(sam(0.1), optax.sgd(0.1)), jnp.ones((4, 2))
+    step, state, means = make_train_step(loss, tx, **{option: 4}), TrainState.create({"w": jnp.ones(2)}, tx), []
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        assert metrics["square"] - metrics["noise"] ** 2 > 1e-3
+        means.append(float(metrics["noise"]))
+    assert means[0] != means[1]
 
 
 def test_a_micro_batch_has_every_kth_example():

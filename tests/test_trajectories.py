@@ -211,6 +211,21 @@ def test_sam_and_asam_equal_their_equations(optimizer, eta):
     np.testing.assert_allclose(path, want, **EXACT)
 
 
+@pytest.mark.parametrize("name", ["sam", "asam", "ssam"])
+def test_a_rho_schedule_of_two_gradients_is_that_of_their_step(name):
+    def rho(step):
+        return 0.2 / (1.0 + step)
+
+    build, options = {
+        "sam": (sam(rho), {}),
+        "asam": (sam(rho, adaptive=True), {"eta": 0.01}),
+        "ssam": (ssam(rho, mask="fisher", sparsity=0.5, update_every=4), {"perturb_mask": np.array([0, 1, 0])}),
+    }[name]
+    path, _ = train(optax.chain(build, sgd(0.9)), COUPLED, 6, fisher_fn=fisher_of([0.1, 0.5, 0.4]))
+    want = oracles.sam_trajectory(lambda w: COUPLED @ w, START, 6, rho=rho, lr=0.1, momentum=0.9, **options)
+    np.testing.assert_allclose(path, want, **EXACT)
+
+
 def test_sam_worked_numbers():
     path, _ = train(optax.chain(sam(rho=0.1), sgd(0.9, 0.01)), DIAGONAL, 2)
     np.testing.assert_allclose(

@@ -45,6 +45,12 @@ def test_loss_and_gradient_against_numpy():
         trajectory_loss(z, past, weight=np.ones((4, 1)))
 
 
+def test_no_gradient_flows_into_the_buffer():
+    buffer = TrajectoryBuffer.init(2, 3)
+    slope = jax.grad(lambda logits: buffer.record(jnp.arange(2), logits, 0).logits.sum())(jnp.ones((2, 3)))
+    assert not slope.any()
+
+
 @pytest.mark.parametrize("delay", [1, 3])
 def test_ring_recalls_exactly_delay_epochs_ago(delay):
     n, buffer = 5, TrajectoryBuffer.init(5, 2, delay)

@@ -188,13 +188,16 @@ def test_a_restored_state_fires_as_planned_and_then_by_the_new_clock(jitted):
     assert (first, later) == ([0], [4, 6, 9])
 
 
-def test_a_firing_that_was_held_back_comes_when_it_may():
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_firing_that_was_held_back_comes_when_it_may(jitted):
+    """By the clock on the host, and by the one in the program."""
     tx = sparsify(optax.sgd(0.0), methods.set(0.5), sparsity=0.5, when=Every(0, 2, 100))
     state = TrainState.create(PARAMS, tx)
     _, opt_state = tx.update(state.params, state.opt_state, state.params, refresh_masks=False)
     _, opt_state = tx.update(state.params, opt_state, state.params, refresh_masks=False)
     assert (opt_state.masks["kernel"] == state.opt_state.masks["kernel"]).all()
     step, before = make_train_step(loss_fn, tx), np.array(opt_state.masks["kernel"])
+    step = jax.jit(step) if jitted else step
     state, _ = step(state._replace(opt_state=opt_state), jnp.ones(4))
     assert (before != state.opt_state.masks["kernel"]).any()
     assert int(state.opt_state.next_update) == 4
