@@ -37,12 +37,12 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """For which accelerator, and what."""
+    """Compiles train steps for an accelerator that need not be there, and says what memory they would take."""
 
-    target: Target = "h100"
-    sections: tuple[Section, ...] = get_args(Section)
-    give_up: tuple[str, ...] = ()  # Programs that take too long to compile, by their names: the page says so.
-    rows: Path = jsonl.RESULTS / "compiled.jsonl"
+    target: Target = "h100"  # The accelerator.
+    sections: tuple[Section, ...] = get_args(Section)  # Which programs; default: all.
+    give_up: tuple[str, ...] = ()  # Names of programs that take too long to compile: the page says so.
+    rows: Path = jsonl.RESULTS / "compiled.jsonl"  # File that rows are added to; the page is written beside it.
 
 
 def compiled(program: Program) -> Row:

@@ -26,25 +26,23 @@ Section = Literal[
     "throughput", "step", "memory", "peak", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official",
     "growth",
 ]  # fmt: skip
-
-
 OF_OTHERS = ("throughput", "peak", "loop", "inference")  # Not of the ResNet-32: their rows name the network.
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Measures side by side, in turns, and prints medians with quartiles of the paired ratios."""
+    """Times what is compared in turns, and prints medians with quartiles of the paired ratios."""
 
-    sections: tuple[Section, ...] = get_args(Section)
-    models: tuple[ModelName, ...] = ("resnet32",)  # Whose throughput is measured; those of ImageNet at their size.
-    formats: tuple[ComputeName, ...] = ("float32",)  # That their products are computed in.
+    sections: tuple[Section, ...] = get_args(Section)  # What is measured; default: everything.
+    models: tuple[ModelName, ...] = ("resnet32",)  # Networks of the section throughput, at their own image sizes.
+    formats: tuple[ComputeName, ...] = ("float32",)  # Number formats of the section throughput.
     width: int = 32  # Of the ResNet-32 whose steps are timed.
-    batch_size: int = 128
-    parameters: int = 25_000_000  # Of the large tree whose masks are updated.
-    largest: int = 10_000_000  # The growth curve goes up to so many scores, in tens.
-    rounds: int = 7
-    jaxpruner: Path | None = None  # A checkout of google-research/jaxpruner to be measured beside.
-    official: Path | None = None  # A checkout of the released S2-SAM code; needs PyTorch.
+    batch_size: int = 128  # Of the ResNet-32, and of the section throughput.
+    parameters: int = 25_000_000  # Of the large tree of the sections optimizer and masks.
+    largest: int = 10_000_000  # The most scores of the section growth, in which their number grows tenfold each time.
+    rounds: int = 7  # How often each case is timed.
+    jaxpruner: Path | None = None  # A checkout of google-research/jaxpruner, to be measured beside.
+    official: Path | None = None  # A checkout of the released S2-SAM code, to be measured beside; needs PyTorch.
     out: Path = jsonl.RESULTS  # Folder of bench_DEVICE.jsonl and the growth curve.
 
 

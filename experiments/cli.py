@@ -32,9 +32,15 @@ def command(main: Callable[[Any], Result]) -> Callable[..., Result]:
     @functools.wraps(main)
     @one_line()
     def of_words(argv: Sequence[str] | None = None) -> Result:
-        return main(tyro.cli(kind, args=argv))
+        return main(tyro.cli(kind, prog=program(), args=argv))
 
     return of_words
+
+
+def program() -> str | None:
+    """How this process was started, for the help text: ``python -m experiments.train``, not the path of a file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None else f"python -m {spec.name}"
 
 
 @contextlib.contextmanager

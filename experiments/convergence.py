@@ -26,15 +26,15 @@ from experiments.training import runs
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What is run, and where the rows go."""
+    """Measures gradients and risks on problems with known constants, and compares them with their bounds."""
 
-    radii: tuple[float, ...] = (0.075, 0.5)  # The first is below what the Sparse SAM paper asks for, G eta / 2.
-    steps: int = 100_000
-    seeds: int = 8  # How many.
-    sizes: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)  # Of training sets.
-    sets: int = 200  # Training sets drawn of each size.
-    risk_radii: tuple[float, ...] = (0.0, 0.1, 1.0)  # 0 is SGD.
-    rows: Path = jsonl.RESULTS / "convergence.jsonl"
+    radii: tuple[float, ...] = (0.075, 0.5)  # Of the gradients; the Sparse SAM paper's bound asks for at most 0.0758.
+    steps: int = 100_000  # Of the gradients.
+    seeds: int = 8  # Of the gradients: how many.
+    sizes: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)  # Of the risks: examples in a training set.
+    sets: int = 200  # Of the risks: training sets drawn of each size.
+    risk_radii: tuple[float, ...] = (0.0, 0.1, 1.0)  # Of the risks; 0 is SGD.
+    rows: Path = jsonl.RESULTS / "convergence.jsonl"  # File that rows are added to; page and figure lie beside it.
 
 
 def gradients(name: str, rho: float, steps: int, seeds: int) -> Row:

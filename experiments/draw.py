@@ -37,11 +37,13 @@ SHOWN = {  # What a row must have, beside its config and seed.
 class Arguments:
     """Draws a figure of the rows of finished runs, or of files of rows."""
 
+    # curves: loss and accuracy over epochs. masks: which connections die and grow. sparsity: --field against sparsity.
+    # surfaces, spectra, ratios: side by side what the commands surface, spectrum and ratio have found.
     kind: tyro.conf.Positional[Literal["curves", "masks", "sparsity", "surfaces", "spectra", "ratios"]]
     rows: tyro.conf.Positional[tuple[Path, ...]]  # Folders of runs, or files of rows.
     out: Path | None = None  # The figure's file, written anew if it is there; default: runs/KIND.png.
-    field: str = "test_accuracy_recalibrated"  # Of a row, to be drawn against sparsity; or roughness, and the like.
-    methods: tuple[str, ...] = ()  # To be drawn against sparsity; default: all.
+    field: str = "test_accuracy_recalibrated"  # For sparsity: a field of the rows with numbers, such as roughness.
+    methods: tuple[str, ...] = ()  # For sparsity: only these; default: all.
 
 
 def run(arguments: Arguments) -> Path:

@@ -39,16 +39,16 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which runs, how they are measured, and where the rows go."""
+    """Trains networks on digits, and measures what low precision leaves of their perturbation."""
 
-    methods: tuple[str, ...] = ("dense", "rigl")
+    methods: tuple[str, ...] = ("dense", "rigl")  # A network is trained for each method and seed.
     seeds: tuple[int, ...] = (0, 1)  # Which ones, not how many.
-    radii: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.5)
+    radii: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.5)  # Of the perturbations that are measured.
     epochs: int = 20
     examples: int = 256  # Training images that gradients are the mean of.
-    draws: int = 4  # Of rounding at random.
-    rows: Path = jsonl.RESULTS / "precision.jsonl"
-    cache: Path = cli.COMPILED
+    draws: int = 4  # How often weights are rounded at random.
+    rows: Path = jsonl.RESULTS / "precision.jsonl"  # File that rows are added to; the page is written beside it.
+    cache: Path = cli.COMPILED  # Folder of compiled programs, for the next run.
 
 
 @partial(jax.jit, static_argnames="dtype")

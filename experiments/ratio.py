@@ -22,10 +22,10 @@ EDGES = np.linspace(-12.0, 6.0, 73)  # what lies outside goes into the first and
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(solution.Arguments):
-    """Writes ratio.jsonl and ratio.png into the run's folder."""
+    """Measures how much SAM changes a run's gradient; writes ratio.jsonl and ratio.png into its folder."""
 
     rho: float = 0.05  # Radius of SAM's perturbation.
-    pruned: bool = False  # Coordinates of pruned weights as well.
+    pruned: bool = False  # Count the coordinates of pruned weights as well.
 
 
 def measure(found: Solution, *, rho: float, pruned: bool, progress: Any = None) -> dict[str, Any]:

@@ -25,9 +25,9 @@ WRITERS: tuple[tuple[str, Callable[[Path], Any]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Where."""
+    """Writes all pages and figures anew that are made of rows; nothing is trained."""
 
-    results: Path = jsonl.RESULTS
+    results: Path = jsonl.RESULTS  # Folder of the rows, and of the pages and figures beside them.
 
 
 def writer(file: Path) -> Callable[[Path], Any] | None:

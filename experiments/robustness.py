@@ -34,15 +34,16 @@ KINDS = {"noise": CORRUPTIONS[:3], "blur": CORRUPTIONS[3:7], "weather": CORRUPTI
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Writes one row a corruption and severity into each run's folder, and prints their summary."""
+    """Writes accuracies under each corruption and severity into each run's folder, and prints their summary."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # Folders of finished runs on one data set.
-    data: Path | None = None  # Of the clean test set, if no longer where it was.
-    # TFDS folder, or CIFAR-10-C's .npy files; default: computed, on CIFAR-10, without frost.
+    data: Path | None = None  # Where the clean test set lies, if no longer where it was.
+    # TFDS folder of CIFAR-10-C or ImageNet-C, or folder of CIFAR-10-C's .npy files; default: CIFAR-10's are computed,
+    # without frost.
     corrupted: Path | None = None
     corruptions: tuple[str, ...] = ()  # Only these, such as fog; default: all there are.
     examples: int | None = None  # Only the first so many test images; for corruptions that are computed.
-    # A row a run is added to this file, where it has none, and a page beside it; for corruptions that are computed.
+    # Add a row for each run that has none to this file, and write a page beside it; for corruptions that are computed.
     rows: Path | None = None
 
 

@@ -26,7 +26,7 @@ TOLERANCE = 1e-4  # Of the largest output; sums of fewer terms round otherwise.
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Slices masked channels out of a run's network; the small one is written into the run's folder."""
+    """Cuts masked channels out of a run's network, checks its outputs, and writes it into the run's folder."""
 
     run_dir: tyro.conf.Positional[Path]  # The folder of a finished run.
     data: Path | None = None  # Where its data set lies, if no longer where it was.

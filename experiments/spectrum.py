@@ -20,13 +20,13 @@ EIGENVALUES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(solution.Arguments):
-    """Writes spectrum.jsonl and spectrum.png into the run's folder."""
+    """Measures the Hessian of a run's loss; writes spectrum.jsonl and spectrum.png into its folder."""
 
-    steps: int = 60  # Of Lanczos.
-    samples: int = 20  # For the trace.
+    steps: int = 60  # Of the Lanczos iteration that gives eigenvalues and spectrum.
+    samples: int = 20  # Random vectors that the trace is estimated from.
     rho: float = 0.05  # Radius of SAM's sharpness.
-    seed: int = 0
-    pruned: bool = False  # The Hessian of all weights, pruned ones too.
+    seed: int = 0  # Of the random vectors.
+    pruned: bool = False  # Take the Hessian of all weights, pruned ones too.
 
 
 def measure(

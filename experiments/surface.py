@@ -18,7 +18,7 @@ from s2sam_jax import analysis
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(solution.Arguments):
-    """Writes surface.jsonl and surface.png into the run's folder."""
+    """Measures the loss around a run's solution; writes surface.jsonl and surface.png into its folder."""
 
     span: float = 1.0  # The grid runs from -span to span filter norms.
     n: int = 25  # Points along each of the two directions.

@@ -30,22 +30,25 @@ from s2sam_jax import TrainState, get_masks
 class Arguments:
     """Trains a sparse network; without arguments, scikit-learn's digits with RigL and S2-SAM.
 
-    ``--recipe NAME`` starts from a row of a paper's table; other options change it.
+    ``--recipe NAME`` starts from a row of a paper's table, such as table1.rigl-erk-0.95.s2sam; other options change it.
+    An unknown name is answered by the nearest ones, or by a list of all tables.
     """
 
     config: tyro.conf.OmitArgPrefixes[Config] = dataclasses.field(default_factory=Config)
     compare: tuple[OptimizerName, ...] = ()  # Train with each of these optimizers, from the same seed.
-    seeds: tuple[int, ...] = ()  # Which seeds, not how many: train with each of them, one after another, or
-    vmap: bool = False  # side by side as one program on one device; for accelerators.
-    overwrite: bool = False  # Train anew, even if the result is there or an interrupted run could go on.
+    seeds: tuple[int, ...] = ()  # Which seeds, not how many: train with each of them, one after another.
+    vmap: bool = False  # Train the --seeds side by side, as one program on one device; for accelerators.
+    overwrite: bool = False  # Train anew, even if the result is there or an interrupted run could continue.
     mesh: str | None = None  # Devices to train on, as data=8 or data=4,fsdp=2; default: one.
-    distributed: bool = False  # This is one of several processes; the cluster tells which, or the next three options.
+    # This is one of several processes. On TPU pods, Slurm, Open MPI and Kubernetes nothing else is needed; elsewhere
+    # also give the next three options.
+    distributed: bool = False
     coordinator: str | None = None  # HOST:PORT of the first process.
-    num_processes: int | None = None
-    process_id: int | None = None
-    layers: bool = False  # FLOPs of every layer, not only in all, and, of several runs, the zeros of every layer.
-    debug: bool = False  # Check masks, gradients and states at every step; a fault ends the run and is named.
-    tensorboard: bool = False  # Event files in the run's folder as well; needs tensorboardX.
+    num_processes: int | None = None  # How many processes there are.
+    process_id: int | None = None  # Which of them this one is, from 0.
+    layers: bool = False  # Also print the FLOPs of every layer and, for several runs, the zeros of every layer.
+    debug: bool = False  # Check masks, gradients and states at every step; the first fault ends the run with its name.
+    tensorboard: bool = False  # Also write event files into the run's folder; needs tensorboardX.
 
 
 class _Recorder:
@@ -245,7 +248,7 @@ def main(argv: list[str] | None = None) -> dict[str, Path]:
     """The command line; returns the folders of the runs, by optimizer."""
     recipe, argv = _recipe(argv)
     default = Arguments() if recipe is None else Arguments(config=recipe.config)
-    arguments = tyro.cli(Arguments, args=argv, default=default)
+    arguments = tyro.cli(Arguments, prog=cli.program(), args=argv, default=default)
     check_read(_configs(arguments).values(), default.config)
     one_of_several = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if arguments.distributed:

@@ -30,15 +30,19 @@ FIELDS = ("setting", "accuracy", "config")  # What a row must have.
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(Selection):
-    """Which rows of which table at which scale, and the grid."""
+    """Trains rows of a table with each rho of a grid and prints accuracies on held-out training images.
+
+    The rows are for the option --tuned of experiments.table.
+    """
 
     scale: Scale = "full"  # As in experiments.table: all but digits need --data.
-    grid: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0)
-    held_out: float = 0.2  # Share of the training images.
-    seed: int = 0
+    grid: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0)  # The radii to choose from.
+    held_out: float = 0.2  # Share of the training images to choose by.
+    seed: int = 0  # The one seed of all runs.
     data: Path | None = None  # As in experiments.train.
-    rows: Path | None = None  # Default: TABLE_SCALE_tuning.jsonl among the committed results.
-    cache: Path = cli.COMPILED
+    # File that rows are added to; default: TABLE_SCALE_tuning.jsonl among the committed results.
+    rows: Path | None = None
+    cache: Path = cli.COMPILED  # Folder of compiled programs, for the next run.
 
 
 def setting(recipe: Recipe) -> str:

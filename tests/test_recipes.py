@@ -165,7 +165,7 @@ def test_unknown_names_are_met_with_near_ones():
         match=r"Unknown recipe 'rigl'; the nearest are \S*rigl\S*, .*; names begin with one of table1, table1-c",
     ):
         recipes.get("rigl")
-    with pytest.raises(ValueError, match="Unknown table 'table11'; did you mean table1"):
+    with pytest.raises(ValueError, match="Unknown table 'table11'; there are table1, table1-c"):
         recipes.of_table("table11")
 
 

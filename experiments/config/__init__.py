@@ -59,69 +59,87 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 
+# The comment of each field is its help text on the command line.
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One training run."""
 
     dataset: DatasetName = "digits"  # digits comes with scikit-learn; the others are read from --data.
-    data: Path | None = None  # TFDS folder, or an .npz with {train,test}_{images,labels}; default: the TFDS folder.
-    subset: int | None = None  # Train on the first so many rows only.
-    label_noise: float = 0.0  # Share of the training labels that are replaced by another class.
-    validation: int = 0  # Hold out the last so many of them, and report on these in place of the test set.
+    # A folder prepared by TFDS; for CIFAR also FILE.npz with {train,test}_{images,labels}, for wmt14 also a folder with
+    # {train,validation}.{en,de}. Default: TFDS's own folder.
+    data: Path | None = None
+    subset: int | None = None  # Train on only the first so many images.
+    label_noise: float = 0.0  # Share of the training images whose label is replaced by another class.
+    validation: int = 0  # Hold out the last so many training images, and evaluate on these instead of the test set.
 
     model: ModelName = "resnet8"
-    width: int | None = None  # Channels of its first stage, or features; default: the model's own.
-    vocabulary: int = 37_000  # Tokens of a text model.
-    max_length: int = 128  # Tokens of a sentence; longer ones are not trained on.
-    image_size: int | None = None  # Pixels on a side that ImageNet is cropped to; default: the model's own.
-    # What products are computed in; parameters are float32. TensorFloat-32 is float32 where a device does not have it.
+    width: int | None = None  # Channels of the first stage, or features of a Transformer; default: the model's own.
+    vocabulary: int = 37_000  # Size of the vocabulary of wmt14.
+    max_length: int = 128  # Tokens per sentence of wmt14; longer ones are left out of training.
+    image_size: int | None = None  # Side in pixels of the crops of ImageNet; default: the model's own.
+    # Number format of convolutions and matrix products; parameters are always float32. A device without TensorFloat-32
+    # computes in float32 instead.
     compute: ComputeName = "float32"
 
-    optimizer: OptimizerName = "s2sam"  # All of them end in the base optimizer with weight decay.
-    base: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or Adam with decoupled weight decay.
+    optimizer: OptimizerName = "s2sam"  # How sharpness is minimised (sgd: not at all); --base then takes the step.
+    base: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or Adam with decoupled weight decay (momentum is b1).
     rho: float = 0.05  # Radius of the perturbation.
-    rho_schedule: ScheduleName = "constant"  # Or a rise over the first third; or as the learning rate.
-    sharpness_parts: int = 1  # Parts of a batch that sam and its variants perturb for, each along its own gradient.
-    eta: float = 0.01  # The constant of asam and s2sam-adaptive.
+    # Constant; warmup: rising over the first third of training; learning-rate: in proportion to it.
+    rho_schedule: ScheduleName = "constant"
+    # m-sharpness: cut each batch into so many parts, and perturb for each along its own gradient; for sam and variants.
+    sharpness_parts: int = 1
+    eta: float = 0.01  # Added to the size of each weight, by which asam and s2sam-adaptive scale the perturbation.
     ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.
-    ssam_update_every: float = 1.0  # Epochs between two perturbation masks of ssam.
+    ssam_update_every: float = 1.0  # Epochs between two updates of ssam's mask.
     looksam_every: int = 5  # Steps between two second gradients of looksam.
-    alpha: float | None = None  # Weight of the second direction of looksam and gsam; default: the optimizer's own.
-    esam_beta: float = 0.6  # Probability that esam perturbs a leaf.
-    sharpest_fraction: float = 0.5  # Share of a batch that esam takes its second gradient on.
+    # looksam: weight of the direction that it reuses; gsam: of the component that narrows the gap. Default: 0.7; 0.2.
+    alpha: float | None = None
+    esam_beta: float = 0.6  # Probability with which esam perturbs a parameter array.
+    sharpest_fraction: float = 0.5  # Share of each batch that esam takes its second gradient on.
 
-    method: str = "rigl"  # How the masks are found: dense (none), or a name in s2sam_jax.methods.
+    method: str = "rigl"  # Sparse method, such as rigl, set, mest-em, or dense for none; another word lists them all.
     sparsity: float = 0.9  # Fraction of zeros over all kernels.
-    distribution: DistributionName | None = None  # How that is shared out among the layers; default: erk, where it may.
-    structure: str = "unstructured"  # What lives and dies together: nm:2:4 or nm:2:4:pad, block:4x4, channel.
-    mask_grads: bool = True  # Off: pruned weights' gradients enter the momentum, as always with s2sam-released.
-    update_every: float | None = None  # Epochs between two mask updates; default: the recipe's on CIFAR, else 1.
-    update_end: float | None = None  # Fraction of training after which masks stay; default: the recipe's, else 0.75.
-    drop_fraction: float | None = None  # Share of weights that the first mask update replaces; default: the method's.
-    prune_fraction: float | None = None  # Of the remaining weights, a round of lottery and lrr; default: 0.2.
+    # How the zeros are spread over layers; default: erk, but uniform for nm and where weights of all layers compete.
+    distribution: DistributionName | None = None
+    # Weights that are pruned together: unstructured, nm:N:M (nm:2:4), block:RxC (block:4x4) or channel; nm and block
+    # with :pad at the end for layers that they do not divide.
+    structure: str = "unstructured"
+    # --no-mask-grads lets the gradients of pruned weights into the momentum, as s2sam-released always does.
+    mask_grads: bool = True
+    # Epochs between two mask updates; default: on CIFAR that of the method's paper, else 1.
+    update_every: float | None = None
+    # Fraction of training after which masks stay as they are; default: on CIFAR that of the method's paper, else 0.75.
+    update_end: float | None = None
+    # Share of the live weights that the first mask update of set, rigl, itop and chase replaces; default: the method's.
+    drop_fraction: float | None = None
+    # Share of the remaining weights that lottery and lrr prune each time; default: 0.2.
+    prune_fraction: float | None = None
     channel_sparsity: float | None = None  # Fraction of channels that chase removes; default: 0.5.
     explore: float | None = None  # Fraction of channels that chex explores at first; default: 0.2.
-    images_per_class: int | None = None  # Score grasp on so many before training; default: on its first batch.
-    rounds: int | None = None  # Prunings of lottery and lrr; default: as many as the sparsity takes.
-    rewind_epochs: float = 0.0  # The point in training that lottery and lrr go back to.
+    # Score grasp on so many images of each class before training; default: on the first batch, in its first step.
+    images_per_class: int | None = None
+    rounds: int | None = None  # How often lottery and lrr prune; default: as often as the sparsity takes.
+    rewind_epochs: float = 0.0  # The epoch that lottery and lrr rewind to after each pruning.
 
     epochs: int = 30
     batch_size: int = 64
-    accumulate: int = 1  # Micro-batches per step.
-    learning_rate: float = 0.1  # At the start, or after the warm-up; in each round of lottery and lrr anew.
-    schedule: Literal["cosine", "steps"] = "cosine"  # To the final rate; or a tenth at one half and three quarters.
+    accumulate: int = 1  # Micro-batches per batch, whose gradients are averaged.
+    learning_rate: float = 0.1  # Its peak: at the start or after the warm-up; lottery and lrr start anew each round.
+    # cosine: down to the final learning rate; steps: a tenth at one half and again at three quarters of training.
+    schedule: Literal["cosine", "steps"] = "cosine"
     final_learning_rate: float = 0.0  # Where the cosine ends.
-    warmup_epochs: float = 0.0  # A linear rise from zero.
+    warmup_epochs: float = 0.0  # Epochs in which the learning rate rises linearly from zero.
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     cutout: int = 0  # Side of the square that is blanked in half of the training images.
     eval_every: int = 1  # Epochs between two evaluations.
-    checkpoint_every: int = 1  # Epochs between two checkpoints; an interrupted run goes on from its last one.
+    checkpoint_every: int = 1  # Epochs between two checkpoints; an interrupted run continues from its last one.
 
     seed: int = 0  # Of initialisation, data order, augmentation and masks.
-    init_from: Path | None = None  # Start from the weights of this run; with --method magnitude, prune and fine-tune.
+    # Start from the weights of this finished run (its folder); with --method magnitude, prune and fine-tune them.
+    init_from: Path | None = None
     out: Path = Path("runs")  # The folder that run folders are made in.
 
     def __post_init__(self):

@@ -51,7 +51,7 @@ def get(name: str) -> Recipe:
       ValueError: for another name, with those that are like it.
     """
     if name not in RECIPES:
-        raise ValueError(f"Unknown recipe {name!r}; {_near(name, list(RECIPES))}.")
+        raise ValueError(f"Unknown recipe {name!r}; {_near(name)}.")
     return RECIPES[name]
 
 
@@ -59,10 +59,10 @@ def of_table(table: str) -> list[Recipe]:
     """The rows of one table.
 
     Raises:
-      ValueError: for another table, with those that are like it.
+      ValueError: for another table, with those that there are.
     """
     if table not in TABLES:
-        raise ValueError(f"Unknown table {table!r}; {_near(table, list(TABLES))}.")
+        raise ValueError(f"Unknown table {table!r}; there are {', '.join(TABLES)}.")
     return [recipe for recipe in RECIPES.values() if recipe.table == table]
 
 
@@ -83,9 +83,9 @@ def describe(recipe: Recipe) -> str:
     return "\n".join([recipe.name, *(f"  {field:8}  {text}" for field, text in fields.items())])
 
 
-def _near(name: str, known: list[str]) -> str:
-    """The most alike, however little that is; then also what there is."""
-    if near := difflib.get_close_matches(name, known, n=5):
+def _near(name: str) -> str:
+    """The recipes whose names are most alike and, if none is much alike, also the tables."""
+    if near := difflib.get_close_matches(name, RECIPES, n=5):
         return f"did you mean {', '.join(near)}"
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0)
+    near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0)
     return f"the nearest are {', '.join(near)}; names begin with one of {', '.join(TABLES)}"

@@ -14,10 +14,11 @@ from experiments.recipes import Recipe
 class Selection:
     """A table, and what its rows must have."""
 
-    table: tyro.conf.Positional[str]  # As recipes begin: table1, table1-cifar100, ssam-table1, and so on.
-    methods: tuple[str, ...] = ()  # Rows by their key, such as rigl-erk; default: all.
-    sparsities: tuple[float, ...] = ()  # Default: all; rows that have none always stay.
-    optimizers: tuple[OptimizerName, ...] = ()  # Default: all.
+    # The first part of recipes' names: table1, table1-cifar100, ssam-table1 and so on; an unknown one lists them all.
+    table: tyro.conf.Positional[str]
+    methods: tuple[str, ...] = ()  # Only rows of these, such as rigl-erk; default: all.
+    sparsities: tuple[float, ...] = ()  # Only rows of these, and those that have none; default: all.
+    optimizers: tuple[OptimizerName, ...] = ()  # Only rows of these; default: all.
 
 
 def chosen(selection: Selection) -> list[Recipe]:

@@ -41,13 +41,13 @@ class WrongError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """How many cases, and where the rows go."""
+    """Runs random configurations of the library for a few updates, and checks masks and states after each."""
 
-    count: int = 10_000
+    count: int = 10_000  # How many cases.
     first: int = 0  # The number of the first; processes that share the cases need --rows of their own.
-    chunk: int = 250
+    chunk: int = 250  # Cases in a row of the results.
     jit_every: int = 50  # One case in so many is compiled as a whole; the others run operation by operation.
-    rows: Path = jsonl.RESULTS / "fuzz.jsonl"
+    rows: Path = jsonl.RESULTS / "fuzz.jsonl"  # File that rows are added to.
 
 
 def run(case: Case) -> str:

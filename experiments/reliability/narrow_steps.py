@@ -25,10 +25,10 @@ Key = tuple[str, str, str]  # model, method, optimizer
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which combinations, and where their rows go."""
+    """Takes two train steps of each combination of model, method and optimizer among the recipes, at small width."""
 
     recipes: tuple[str, ...] = ()  # Only the combinations of these; default: of all.
-    out: Path = jsonl.RESULTS / "narrow_steps.jsonl"
+    out: Path = jsonl.RESULTS / "narrow_steps.jsonl"  # File that rows are added to.
     cache: Path = cli.COMPILED  # Compiled programs: methods with one optimizer share the gradient.
 
 

@@ -23,11 +23,11 @@ from s2sam_jax import TrainState, check_masks, get_masks
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which models, and how many examples in their one batch."""
+    """Takes train steps of full-size models on a batch of noise, under RigL with S2-SAM."""
 
-    models: tuple[str, ...] = tuple(models.MODELS)
+    models: tuple[str, ...] = tuple(models.MODELS)  # Default: all.
     batch_size: int = 2
-    out: Path = jsonl.RESULTS / "one_step.jsonl"
+    out: Path = jsonl.RESULTS / "one_step.jsonl"  # File of a row for each model; those of these models are replaced.
 
 
 def config_of(name: str, batch_size: int) -> Config:

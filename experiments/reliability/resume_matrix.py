@@ -31,14 +31,14 @@ TIMES = ("seconds", "images_per_second", "config")
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What is trained and how often it is killed."""
+    """Kills runs on digits at random moments, lets them continue, and compares them with undisturbed ones."""
 
     methods: tuple[str, ...] = ("rigl", "mest-ems", "lottery", "chex")
     optimizers: tuple[OptimizerName, ...] = ("s2sam", "sam")
-    kills: int = 3
+    kills: int = 3  # How often each run is killed.
     epochs: int = 8
-    seed: int = 0  # Of the moments.
-    out: Path = jsonl.RESULTS / "resume.jsonl"
+    seed: int = 0  # Of the moments at which runs are killed.
+    out: Path = jsonl.RESULTS / "resume.jsonl"  # File of the rows, which replace those that it has.
 
 
 @cli.command
