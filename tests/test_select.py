@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from s2sam_jax import select
 from s2sam_jax._base import select as select_module
-from s2sam_jax._base.select import random_scores
+from s2sam_jax._base.select import keep_best, random_scores
 
 COLLECTIVES = r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)\("
 DTYPES = ["float32", "float16", "bfloat16", "float64"]
@@ -148,3 +148,10 @@ def test_no_sort_in_the_program_and_only_counts_leave_a_device():
         mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
         eager = select(jax.device_put(scores, NamedSharding(mesh, PartitionSpec("data"))), count=5)
         assert all(len(mask.sharding.device_set) == 8 for mask in eager.values())
+
+
+def test_what_a_leaf_has_too_little_of_to_reserve_goes_to_the_others():
+    scores = [jnp.array([5.0, 4.0, 3.0]), jnp.array([2.0, 1.0, 0.0])]
+    among = [jnp.ones(3, bool), jnp.array([True, False, False])]
+    best = keep_best(scores, 4, [1, 2], among)
+    assert [mask.tolist() for mask in best] == [[True, True, True], [True, False, False]]
