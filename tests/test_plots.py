@@ -173,7 +173,7 @@ def test_rows_of_a_sweep_are_drawn_method_by_method(figures, tmp_path, monkeypat
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw.main(["sparsity", str(file)])
     assert [axes.get_title() for axes in figures[0].axes] == ["rigl", "set", "static", "itop", "gmp"]
-    np.testing.assert_allclose(figures[0].axes[4].containers[0].lines[0].get_xydata(), [[90, 90], [95, 95]])
+    np.testing.assert_allclose(figures[0].axes[4].lines[0].get_xydata(), [[90, 90], [95, 95]])
     draw.main(["sparsity", str(file), "--methods", "set", "gmp"])
     assert [axes.get_title() for axes in figures[1].axes] == ["set", "gmp"]
 
