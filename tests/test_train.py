@@ -188,8 +188,12 @@ def test_recalibration_draws_anew_for_each_batch():
     def loss(params, mean, batch, key):
         return batch.sum(), (0.9 * mean + 0.1 * jax.random.uniform(key, mean.shape), {})
 
-    found = recalibrate_batch_stats(loss, None, jnp.zeros(16), [jnp.zeros(1)] * 64)
+    batches = [jnp.zeros(1)] * 64
+    found = recalibrate_batch_stats(loss, None, jnp.zeros(16), batches)
     np.testing.assert_allclose(found, 0.5, atol=0.2)
+    of_keys = [recalibrate_batch_stats(loss, None, jnp.zeros(16), batches, seed=jax.random.key(s)) for s in (0, 0, 1)]
+    np.testing.assert_array_equal(of_keys[0], of_keys[1])
+    assert (of_keys[0] != of_keys[2]).all()
 
 
 def test_recalibration_without_batches_is_an_error():

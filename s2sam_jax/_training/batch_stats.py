@@ -10,13 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from s2sam_jax._base.tree import at_least_f32, by_name
+from s2sam_jax._base.tree import at_least_f32, by_name, copy_key
 from s2sam_jax._base.types import Params
 from s2sam_jax._training.train_step import Batch, LossFn, ModelState
 
 
 def recalibrate_batch_stats(
-    loss_fn: LossFn, params: Params, model_state: ModelState, batches: Iterable[Batch], *, seed: int = 0
+    loss_fn: LossFn,
+    params: Params,
+    model_state: ModelState,
+    batches: Iterable[Batch],
+    *,
+    seed: int | jax.Array = 0,
 ) -> ModelState:
     r"""Re-estimates running statistics at given weights, as the plain average over some batches.
 
@@ -33,7 +38,7 @@ def recalibrate_batch_stats(
       params: the weights to be evaluated; with :func:`s2sam_wrapper`, those that :func:`eval_params` returns.
       model_state: the state to replace.
       batches: batches as in training; a handful is enough.
-      seed: for dropout and the like.
+      seed: integer or PRNG key for dropout and the like; each batch gets a key of its own.
 
     Returns:
       A model state with new statistics, of the same structure.
@@ -53,11 +58,12 @@ def recalibrate_batch_stats(
       >>> print(recalibrate_batch_stats(loss_fn, None, jnp.array(0.0), batches).round(3))
       4.0
     """
+    key = copy_key(seed, "recalibrate_batch_stats")
     # Compiled again at each call, as a loss may close over values that have changed.
     statistics = jax.jit(lambda *args: [x for x in jax.tree.leaves(loss_fn(*args)[1][0]) if _is_float(x)])
 
     def forward(values, batch, index):
-        return statistics(params, at(values), batch, jax.random.fold_in(jax.random.key(seed), index))
+        return statistics(params, at(values), batch, jax.random.fold_in(key, index))
 
     def at(values):
         """The model state with other floating leaves, in float32 or wider."""
