@@ -52,3 +52,43 @@ def toy(monkeypatch, compiled_once):
     monkeypatch.setattr(tasks, "build", toy.build)
     monkeypatch.setattr(training, "draw", lambda runs, title, file: file.touch())
     return compiled_once
+
+
+@pytest.fixture
+def float64():
+    """64-bit types, so that rounding hides nothing from NumPy's float64."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """The large models with few blocks, which compile quickly, for tests that are not about their depth."""
+    from functools import partial
+
+    from experiments import models
+    from experiments.models import efficientnet, mobilenet, resnet, resnet_imagenet, transformer, vit, wide_resnet
+
+    makes = {
+        "wrn28x10": partial(wide_resnet.WideResNet, 1, 10),
+        "resnet18-cifar": partial(resnet_imagenet.ResNet, resnet.Block, (1, 1), small_images=True),
+        "resnet34": partial(resnet_imagenet.ResNet, resnet.Block, (1, 1), small_images=False),
+        "resnet50": partial(resnet_imagenet.ResNet, resnet_imagenet.Bottleneck, (1, 1), small_images=False),
+        "vit-small-cifar": partial(vit.ViT, 4, 32, 2),
+        "transformer-base": partial(transformer.Transformer, 2, 0.1),
+    }
+    for name, make in makes.items():
+        monkeypatch.setitem(models.MODELS, name, models.MODELS[name]._replace(make=make))
+    for module in (mobilenet, efficientnet):
+        monkeypatch.setattr(module, "_GROUPS", module._GROUPS[:3:2])
+
+
+@pytest.fixture
+def small_evaluations(monkeypatch):
+    """Batches of evaluation for data sets as small as those of tests: larger ones would be padding."""
+    from experiments import robustness
+    from experiments.tasks import streams, text
+
+    monkeypatch.setattr(streams, "EVAL_BATCH", 8)
+    monkeypatch.setattr(text, "EVAL_BATCH", 4)
+    monkeypatch.setattr(robustness, "BATCH", 16)

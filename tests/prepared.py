@@ -2,19 +2,7 @@
 
 import io
 
-import pytest
 from PIL import Image
-
-from experiments import robustness
-from experiments.tasks import streams, text
-
-
-@pytest.fixture
-def small_evaluations(monkeypatch):
-    """Batches of evaluation for data sets as small as these: larger ones would be padding."""
-    monkeypatch.setattr(streams, "EVAL_BATCH", 8)
-    monkeypatch.setattr(text, "EVAL_BATCH", 4)
-    monkeypatch.setattr(robustness, "BATCH", 16)
 
 
 def write_tfds(folder, features, splits):

@@ -7,14 +7,13 @@ import optax
 import oracles
 import oracles_family
 import pytest
-from test_trajectories import (
+from quadratics import (
     COUPLED,
     DIAGONAL,
     EXACT,
     MASK,
     PRINTED,
     START,
-    _float64,
     first_leaf,
     joined,
     quadratic,
@@ -40,7 +39,7 @@ from s2sam_jax import (
     sparsify,
 )
 
-__all__ = ["_float64"]
+pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS, BETA = 12, 0.6
 

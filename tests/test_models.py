@@ -10,7 +10,6 @@ import optax
 import pytest
 from common import named
 from flax import nnx
-from shallow import shallow
 
 from experiments import models, tasks
 from experiments.config import Config
@@ -21,8 +20,6 @@ from experiments.models import (
 )
 from s2sam_jax import channel_masks, erdos_renyi_kernel, materialize
 from s2sam_jax._sparsity.channels import group_sizes
-
-__all__ = ["shallow"]
 
 
 def shapes(name, classes=None, width=None, dtype=jnp.float32):

@@ -31,6 +31,7 @@ from s2sam_jax import (
     uniform,
 )
 
+pytestmark = pytest.mark.usefixtures("float64")
 # Few shapes, as each is compiled.
 QUICK = hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -62,12 +63,6 @@ def scores_of(tree, seed):
         return jnp.asarray(rng.choice(values, shape), dtype)
 
     return jax.tree.map(leaf, tree, is_leaf=is_leaf)
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @QUICK

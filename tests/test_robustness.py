@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prepared import encoded, image_features, small_evaluations, write_tfds
+from prepared import encoded, image_features, write_tfds
 from rich.console import Console
 from scipy import stats
 
@@ -20,7 +20,6 @@ from experiments.datasets.corruptions import CORRUPTIONS
 from experiments.rows import jsonl
 from experiments.training import runs
 
-__all__ = ["small_evaluations"]
 pytestmark = pytest.mark.usefixtures("small_evaluations")
 
 SMALL = ["--model", "resnet8", "--width", "4", "--batch-size", "16", "--optimizer", "sgd", "--method", "dense"]

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 import pytest
 import toy
-from prepared import encoded, image_features, small_evaluations, write_tfds
-from shallow import shallow
+from prepared import encoded, image_features, write_tfds
 
 from experiments import evaluate, models, sharding, tasks, train
 from experiments.config import Config, OptimizerName
@@ -21,7 +20,6 @@ from experiments.tasks import arrays, images, streams, text
 from experiments.training import loop, optimizers
 from s2sam_jax import TrainState
 
-__all__ = ["shallow", "small_evaluations"]
 pytestmark = pytest.mark.usefixtures("small_evaluations")
 
 

@@ -1,58 +1,16 @@
 """float64 trajectories of the sharpness-aware transforms against the equations and hand-worked numbers."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
 import pytest
+from quadratics import COUPLED, DIAGONAL, EXACT, MASK, PRINTED, START, first_leaf, joined, quadratic, sgd, split, train
 
 from s2sam_jax import apply_masks, eval_params, methods, perturb, s2sam, s2sam_wrapper, sam, set_masks, sparsify, ssam
 
-DIAGONAL = np.diag([1.0, 2.0, 4.0])
-COUPLED = np.array([[1.0, 0, 0.5], [0, 2, 0], [0.5, 0, 4]])
-START = np.array([1.0, -2.0, 0.5])
 OPTIMIZERS = [dict(momentum=0.0, decay=0.0), dict(momentum=0.9, decay=0.0), dict(momentum=0.9, decay=5e-4)]
-EXACT = dict(rtol=1e-12, atol=1e-12)
-PRINTED = dict(rtol=0, atol=6e-8)  # the worked numbers carry seven digits
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def sgd(momentum=0.0, decay=0.0, lr=0.1):
-    """The reference's SGD: decay is coupled, momentum has no dampening."""
-    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(lr, momentum=momentum))
-
-
-def split(w):
-    """Two leaves of different rank, so that a per-leaf norm would show."""
-    return {"a": jnp.asarray(w[:2]).reshape(2, 1), "b": jnp.asarray(w[2:])}
-
-
-def joined(tree):
-    return np.concatenate([np.asarray(tree["a"]).ravel(), np.asarray(tree["b"])])
-
-
-def quadratic(matrix):
-    return jax.grad(lambda tree: 0.5 * (w := jnp.concatenate([tree["a"].ravel(), tree["b"]])) @ matrix @ w)
-
-
-def train(tx, matrix, steps, params=None, state=None, perturbs=False, **extra):
-    grad_fn = quadratic(matrix)
-    params = split(START) if params is None else params
-    state = tx.init(params) if state is None else state
-    update = jax.jit(lambda g, s, p: tx.update(g, s, p, grad_fn=grad_fn, **extra))
-    path = []
-    for _ in range(steps):
-        grads = grad_fn(perturb(params, state) if perturbs else params)
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        path.append(joined(params))
-    return path, state
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -128,19 +86,11 @@ def test_s2sam_rho_schedule_is_that_of_the_gradient_taken():
     np.testing.assert_allclose(path, want, **EXACT)
 
 
-MASK = np.array([1.0, 1.0, 0.0])
-
-
 def masked_run(tx, steps=3):
     """Three steps from masked weights, with the third coordinate pruned."""
     params = split(START)
     state = set_masks(tx.init(params), {"a": jnp.ones((2, 1), bool), "b": jnp.zeros(1, bool)})
     return train(tx, COUPLED, steps, params=apply_masks(params, state), state=state, perturbs=True)
-
-
-def first_leaf(path, leaf):
-    del leaf
-    return path == "a"
 
 
 def sparse_sgd(perturb_pruned, mask_grads, momentum=0.9):
