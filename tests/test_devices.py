@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from interrupted import stop_in
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_resume import stop_in
 
 from experiments import sharding, tasks, train
 from experiments.config import Config

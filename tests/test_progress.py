@@ -5,9 +5,9 @@ import re
 import warnings
 
 import pytest
+from interrupted import start as resumed
+from interrupted import stop_in
 from rich.console import Console
-from test_resume import start as resumed
-from test_resume import stop_in
 
 from experiments import train
 from experiments.training import display, runs

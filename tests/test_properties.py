@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from test_structure import groups_mask
+from oracles_structure import groups_mask
 
 from experiments.reliability import fuzz, fuzz_cases
 from s2sam_jax import (

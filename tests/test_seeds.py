@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_resume import CASES, StoppedError, rows
+from interrupted import CASES, StoppedError, rows
 
 from experiments import train
 from experiments.tasks import arrays

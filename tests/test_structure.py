@@ -1,7 +1,6 @@
 """N:M, blocks and channels: selection against loops in NumPy, and methods under each of them."""
 
 import functools
-import itertools
 import math
 import re
 
@@ -13,6 +12,7 @@ import oracles
 import pytest
 from common import find, named
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from oracles_structure import block_of, blocks, groups_mask, pooled, spread, unit_mask
 
 from experiments.config.structures import parse
 from s2sam_jax import (
@@ -34,55 +34,6 @@ from s2sam_jax import (
 
 WHEN = Every(0, 1, 100)
 NM_SHAPES = [(8,), (3, 3, 8, 5), (1, 1, 4, 2), (3, 3, 6, 2), (5, 3), (2, 2)]
-
-
-# Oracles: loops over blocks, each block a tuple of slices.
-
-
-def blocks(shape, block):
-    starts = [range(0, length, size) for length, size in zip(shape, block, strict=True)]
-    for corner in itertools.product(*starts):
-        yield tuple(slice(c, c + size) for c, size in zip(corner, block, strict=True))
-
-
-def block_of(structure, shape):
-    if isinstance(structure, Block):
-        return (1,) * (len(shape) - len(structure.shape)) + structure.shape
-    whole = list(shape) if isinstance(structure, Channel) else [1] * len(shape)
-    whole[structure.axis] = 1 if isinstance(structure, Channel) else structure.m
-    return tuple(whole)
-
-
-def groups_mask(scores, structure, taken=None, among=None):
-    """The best ``n`` of each group less those taken there, ties to the lower index."""
-    mask = np.zeros(scores.shape, bool)
-    taken = np.zeros(scores.shape, bool) if taken is None else taken
-    for at in blocks(scores.shape, block_of(structure, scores.shape)):
-        eligible = ~taken[at] if among is None else among[at]
-        mask[at] = oracles.top_mask(scores[at], max(structure.n - int(taken[at].sum()), 0), eligible)
-    return mask
-
-
-POOLS = {"mean": np.mean, "l2": lambda x: np.sqrt(np.square(x).sum()), "max": np.max}
-
-
-def pooled(x, structure):
-    x = np.float64(x)
-    return np.array([POOLS[structure.pool](x[at]) for at in blocks(x.shape, block_of(structure, x.shape))])
-
-
-def unit_mask(mask, structure):
-    """One bool a unit; fails where a unit is not all of one kind."""
-    units = [mask[at] for at in blocks(mask.shape, block_of(structure, mask.shape))]
-    assert all(unit.all() or not unit.any() for unit in units)
-    return np.array([unit.all() for unit in units])
-
-
-def spread(units, structure, shape):
-    mask = np.zeros(shape, bool)
-    for unit, at in zip(units, blocks(shape, block_of(structure, shape)), strict=True):
-        mask[at] = unit
-    return mask
 
 
 def draw(seed, shape, ties=False):
