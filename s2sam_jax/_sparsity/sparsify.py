@@ -10,7 +10,7 @@ import optax
 
 from s2sam_jax._base.arguments import check_sparsity
 from s2sam_jax._base.clock import NEVER, Every, tick
-from s2sam_jax._base.masks import SparseState, count_masks
+from s2sam_jax._base.masks import SparseState, count_masks, full_counts
 from s2sam_jax._base.optax_wrappers import HOLDING_BACK, check_none_inside
 from s2sam_jax._base.state_rule import mask_mirrored, start_mirrored
 from s2sam_jax._base.structure import NM, UNSTRUCTURED, Structure, check_structure
@@ -82,8 +82,8 @@ def sparsify(
 
     Raises:
       ValueError: for a sparsity out of range or unreachable, an unknown distribution, a missing ``when``, an ``inner``
-        that must go outside, leaves or a method that do not fit ``structure`` or ``stacked``, an update without
-        ``params``, or gradients or parameters with other leaves than the masks.
+        that must go outside, leaves or a method that do not fit ``structure`` or ``stacked``, a leaf of 2**31 weights
+        or more, an update without ``params``, or gradients or parameters with other leaves than the masks.
       TypeError: for a traced sparsity, or a ``method``, ``when``, ``structure`` or ``stacked`` of the wrong type.
 
     Example:
@@ -138,7 +138,7 @@ def _init(setup: _Setup, params: Params) -> SparseState:
         params=params,
         masks=dense,
         sparsities=setup.plan(params),
-        nnz=jax.tree.map(lambda p: jnp.array(p.size, jnp.int32), params),
+        nnz=full_counts(params),
         step=step,
         key=jax.random.fold_in(key, NEVER),
         when=setup.when,
