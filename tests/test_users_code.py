@@ -240,6 +240,9 @@ def test_what_int32_cannot_count_is_refused():
     jax.eval_shape(lambda *x: select(list(x), sparsity=0.5), *leaves)
     with pytest.raises(ValueError, match="select counts in int32, and 2147483648 scores are to be ranked together"):
         jax.eval_shape(lambda *x: select(list(x), sparsity=0.5, scope="global"), *leaves)
+    stack = {"layers": {"kernel": jax.ShapeDtypeStruct((40, 5120, 13824), jnp.bfloat16)}}
+    with pytest.raises(ValueError, match=r"in int32, and these have more: {'layers/kernel': 2831155200}. Cut them"):
+        jax.eval_shape(sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5).init, stack)
 
 
 def test_selection_in_shard_map():

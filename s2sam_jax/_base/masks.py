@@ -44,6 +44,20 @@ def count_masks(masks: Masks) -> jax.Array:
     return jnp.stack(ones(leaves)) if leaves else jnp.zeros(0, jnp.int32)
 
 
+def full_counts(params: Params) -> Any:
+    """Ones of each mask if all are true, a tree of int32[].
+
+    Raises:
+      ValueError: naming the leaves that int32 cannot count, as a stack of all layers of a large model.
+    """
+    if large := {name: p.size for name, p in by_name(params).items() if p.size >= 2**31}:
+        raise ValueError(
+            f"sparsify counts the weights of a leaf in int32, and these have more: {large}. Cut them into several "
+            "leaves (a stack of layers into several scans), or keep them out of sparsify by optax.multi_transform."
+        )
+    return jax.tree.map(lambda p: jnp.array(p.size, jnp.int32), params)
+
+
 def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
     """The masks inside an optimizer state.
 

@@ -13,6 +13,7 @@ from s2sam_jax._base.state_rule import Unmasked
 from s2sam_jax._base.tree import by_name, check_same_named, find_states, scalar
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
+from s2sam_jax._sparsity.stacked import Stacked, check_stacked, layers_of
 
 NOT_APPLIED = "call apply_masks(params, opt_state) after init or a restore"
 
@@ -79,7 +80,7 @@ def check_masks(params: Params, opt_state: Any) -> None:
         raise ValueError("check_masks found:\n  " + "\n  ".join(problems))
 
 
-def warn_if_collapsed(opt_state: Any) -> None:
+def warn_if_collapsed(opt_state: Any, *, stacked: Stacked | None = None) -> None:
     """Warns of leaves that have lost all their weights. Runs on the host and waits for the device: call it rarely.
 
     No signal passes through such a layer. This can happen if all leaves are ranked together, as by SNIP, GraSP and
@@ -88,12 +89,13 @@ def warn_if_collapsed(opt_state: Any) -> None:
     Args:
       opt_state: a state with a :class:`SparseState`, of one network or of several, after the mask update in question:
         for SNIP and GraSP, after the first step.
+      stacked: as given to :func:`sparsify`, to be warned of single layers of a stack too.
 
     Warns:
       UserWarning: naming the leaves, and what prevents it.
 
     Raises:
-      ValueError: when there is no :class:`SparseState`.
+      ValueError: when there is no :class:`SparseState`, or for a ``stacked`` that does not fit.
 
     Example:
       >>> import warnings, jax.numpy as jnp, optax
@@ -111,6 +113,8 @@ def warn_if_collapsed(opt_state: Any) -> None:
         counts = np.asarray(jax.device_get(scalar(state.nnz)))  # leaves last, behind the axes of several networks
         gone = (counts == 0).any(axis=tuple(range(counts.ndim - 1)))
         empty += [name for (name, mask), none in zip(masks.items(), gone, strict=True) if none and mask.size]
+        layers = layers_of(masks, check_stacked(stacked))
+        empty += [name for name, mask in layers.items() if name not in masks and mask.size and not mask.any()]
     if empty:
         warnings.warn(
             f"No weight is left in {empty}. Lower the sparsity, or keep these leaves dense by "

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from s2sam_jax._base.select import select
+from s2sam_jax._base.select import ones, select
 from s2sam_jax._base.structure import NM
 from s2sam_jax._base.tree import by_name, check_same_leaves
 from s2sam_jax._base.types import Invariant, MaskInputs, MaskUpdate, Rank, SparseMethod
@@ -51,10 +51,11 @@ def check_alike(name: str, new: Any, before: Any) -> None:
         raise ValueError(f"{told}, but:\n  " + "\n  ".join(wrong))
 
 
-def check_invariant(method: SparseMethod, x: MaskInputs, new: MaskUpdate, before: jax.Array, now: jax.Array) -> None:
+def check_invariant(method: SparseMethod, x: MaskInputs, new: MaskUpdate) -> None:
     """Under ``checkify``, by the ones of each leaf: the invariant, and that what is planned to be dense stays so."""
     if method.invariant == "bounded":  # as of channel methods, which prune the scales of norms too
         return
+    before, now = jnp.array(jax.tree.leaves(x.nnz), jnp.int32), jnp.array(ones(jax.tree.leaves(new.masks)), jnp.int32)
     planned = np.array(jax.tree.leaves(x.sparsities))
     sizes = np.array([mask.size for mask in jax.tree.leaves(new.masks)])
     counts = "ones of each leaf: {now}, before: {before}"

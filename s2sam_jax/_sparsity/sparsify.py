@@ -10,7 +10,7 @@ import optax
 
 from s2sam_jax._base.arguments import check_sparsity
 from s2sam_jax._base.clock import NEVER, Every, tick
-from s2sam_jax._base.masks import SparseState, count_masks
+from s2sam_jax._base.masks import SparseState, count_masks, full_counts
 from s2sam_jax._base.optax_wrappers import HOLDING_BACK, check_none_inside
 from s2sam_jax._base.state_rule import mask_mirrored, start_mirrored
 from s2sam_jax._base.structure import NM, UNSTRUCTURED, Structure, check_structure
@@ -20,6 +20,7 @@ from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
 from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, DistributionName, Prunable, is_kernel
 from s2sam_jax._sparsity.method_checks import check_alike, check_invariant, check_method, check_returned
+from s2sam_jax._sparsity.stacked import Stacked, check_stacked, inputs_in_layers, layers_of, update_in_leaves
 from s2sam_jax._sparsity.units import fit_plan, structured
 
 
@@ -33,6 +34,7 @@ def sparsify(
     prunable: Prunable = is_kernel,
     overrides: Mapping[str, float] | None = None,
     structure: Structure = UNSTRUCTURED,
+    stacked: Stacked | None = None,
     seed: int | jax.Array = 0,
     mask_grads: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -66,6 +68,9 @@ def sparsify(
       overrides: sparsity by path pattern, as in :func:`uniform`.
       structure: ``NM(n, m)`` keeps n of every m weights; ``Block(shape)`` and ``Channel()`` keep whole units, and
         sparsity then counts units. For methods that rank within leaves by magnitude.
+      stacked: the axis on which leaves stack layers, by path pattern: ``{"layers/*": 0}`` for ``lax.scan``. Each layer
+        is then a leaf of its own to ``distribution``, ``prunable``, ``overrides``, ``structure`` and ``method``. Its
+        number stands before the last part of its path: ``"layers/mlp/3/kernel"``.
       seed: integer or PRNG key, possibly traced, for random masks and growth.
       mask_grads: ``False`` passes the dense gradient to ``inner`` and lets its state be dense, as in the released
         S2-SAM code; weights are sparse all the same.
@@ -77,9 +82,9 @@ def sparsify(
 
     Raises:
       ValueError: for a sparsity out of range or unreachable, an unknown distribution, a missing ``when``, an ``inner``
-        that must go outside, leaves or a method that do not fit the ``structure``, an update without ``params``, or
-        gradients or parameters with other leaves than the masks.
-      TypeError: for a traced sparsity, or a ``method``, ``when`` or ``structure`` of the wrong type.
+        that must go outside, leaves or a method that do not fit ``structure`` or ``stacked``, a leaf of 2**31 weights
+        or more, an update without ``params``, or gradients or parameters with other leaves than the masks.
+      TypeError: for a traced sparsity, or a ``method``, ``when``, ``structure`` or ``stacked`` of the wrong type.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -98,14 +103,16 @@ def sparsify(
         sparsity = sparsity.dtype.type(sparsity)
     check_structure(structure)
     check_method(method)
+    stacked = check_stacked(stacked)
     when = _clock(method, when)
     method = structured(method, structure)
     distribute = _distribution(distribution, method, structure)
 
     def plan(params: Params) -> Any:
-        return fit_plan(structure, params, distribute(params, sparsity, prunable=prunable, overrides=overrides))
+        layers = layers_of(params, stacked)
+        return fit_plan(structure, layers, distribute(layers, sparsity, prunable=prunable, overrides=overrides))
 
-    setup = _Setup(optax.with_extra_args_support(inner), method, plan, when, structure, seed, mask_grads)
+    setup = _Setup(optax.with_extra_args_support(inner), method, plan, when, structure, stacked, seed, mask_grads)
     return optax.GradientTransformationExtraArgs(partial(_init, setup), partial(_update, setup))
 
 
@@ -114,9 +121,10 @@ class _Setup(NamedTuple):
 
     inner: optax.GradientTransformationExtraArgs
     method: SparseMethod
-    plan: Callable[[Params], Any]  # sparsity of each leaf
+    plan: Callable[[Params], Any]  # sparsity of each leaf, or layer of a stacked one
     when: Every | None  # None where masks never change
     structure: Structure
+    stacked: Stacked
     seed: int | jax.Array
     mask_grads: bool
 
@@ -130,14 +138,15 @@ def _init(setup: _Setup, params: Params) -> SparseState:
         params=params,
         masks=dense,
         sparsities=setup.plan(params),
-        nnz=jax.tree.map(lambda p: jnp.array(p.size, jnp.int32), params),
+        nnz=full_counts(params),
         step=step,
         key=jax.random.fold_in(key, NEVER),
         when=setup.when,
         inner_state=inner_state,
         structure=setup.structure,
     )
-    new = check_returned(setup.method.init(inputs), inputs, "init")
+    inputs = inputs_in_layers(inputs, setup.stacked)
+    new = update_in_leaves(check_returned(setup.method.init(inputs), inputs, "init"), params, setup.stacked)
     own = jax.tree.map(jnp.array, new.state)  # a copy: what it has of parameters or masks is donated together with them
     # The state rule applies from the first update on, as set_masks may revive other weights until then. Masking by
     # all-true masks gives the state the types that it will have.
@@ -202,11 +211,12 @@ def _new_masks(
             inner_state=state.inner_state,
             structure=setup.structure,
         )
+        inputs = inputs_in_layers(inputs, setup.stacked)
         new = check_returned(update(inputs, state.method_state), inputs, "update")
         check_alike("state", new.state, state.method_state)
-        nnz = count_masks(new.masks)
-        check_invariant(setup.method, inputs, new, state.nnz, nnz)
-        return new, nnz
+        check_invariant(setup.method, inputs, new)
+        new = update_in_leaves(new, state.masks, setup.stacked)
+        return new, count_masks(new.masks)
 
     def keep():
         values = None if asked.values is None else masked(state.masks, params)

@@ -1,0 +1,96 @@
+"""Leaves that stack layers, as ``lax.scan`` takes them: distributions, methods and structures see single layers."""
+
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from s2sam_jax._base.select import ones
+from s2sam_jax._base.tree import by_name, map_named
+from s2sam_jax._base.types import GradFn, MaskInputs, MaskUpdate, Params
+
+Stacked = Mapping[str, int]  # the axis of the layers, by path pattern
+
+
+def check_stacked(stacked: Any) -> Stacked:
+    """The mapping, empty for ``None``."""
+    if stacked is None:
+        return {}
+    if not isinstance(stacked, Mapping) or not all(isinstance(axis, int | np.integer) for axis in stacked.values()):
+        raise TypeError(f"stacked maps path patterns to the axis of the layers, as {{'layers/*': 0}}; got {stacked!r}.")
+    return stacked
+
+
+def layers_of(tree: Any, stacked: Stacked) -> Any:
+    """The tree with its stacks cut up: a dict by name, where layer 3 of ``a/kernel`` is ``a/3/kernel``.
+
+    The number stands before the last part, which tells kernels from biases.
+    """
+    if not stacked:
+        return tree
+    leaves = by_name(tree)
+    axes = _axes(leaves, stacked)
+    layers = {name: leaf for name, leaf in leaves.items() if name not in axes}
+    for name, axis in axes.items():
+        cut = jnp.moveaxis(leaves[name], axis, 0)
+        layers |= {_numbered(name, index): cut[index] for index in range(len(cut))}
+    return layers
+
+
+def inputs_in_layers(x: MaskInputs, stacked: Stacked) -> MaskInputs:
+    """What a method is given, layer by layer; the planned sparsities are so already."""
+    if not stacked:
+        return x
+    masks = layers_of(x.masks, stacked)
+    return x._replace(
+        params=layers_of(x.params, stacked),
+        masks=masks,
+        grads=None if x.grads is None else layers_of(x.grads, stacked),
+        nnz=jax.tree.unflatten(jax.tree.structure(masks), ones(jax.tree.leaves(masks))),
+        grad_fn=None if x.grad_fn is None else _of_layers(x.grad_fn, x.params, stacked),
+    )
+
+
+def _of_layers(grad_fn: GradFn, like: Params, stacked: Stacked) -> GradFn:
+    return lambda layers: layers_of(grad_fn(_restacked(layers, like, stacked)), stacked)
+
+
+def update_in_leaves(new: MaskUpdate, like: Any, stacked: Stacked) -> MaskUpdate:
+    """What a method returns, with its layers stacked again; its own state stays as it is."""
+    if not stacked:
+        return new
+    trees = {"masks": new.masks, "restart": new.restart, "values": new.values}
+    return new._replace(**{k: None if t is None else _restacked(t, like, stacked) for k, t in trees.items()})
+
+
+def _restacked(layers: dict[str, Any], like: Any, stacked: Stacked) -> Any:
+    axes = _axes(by_name(like), stacked)
+
+    def whole(name, leaf):
+        if name not in axes:
+            return layers[name]
+        return jnp.stack([layers[_numbered(name, index)] for index in range(leaf.shape[axes[name]])], axes[name])
+
+    return map_named(whole, like)
+
+
+def _numbered(name: str, index: int) -> str:
+    module, _, last = name.rpartition("/")
+    return f"{module}/{index}/{last}".lstrip("/")
+
+
+def _axes(leaves: Mapping[str, Any], stacked: Stacked) -> dict[str, int]:
+    """The axis of the layers of each stacked leaf; the first pattern that matches wins."""
+    found: dict[str, int] = {}
+    for pattern, axis in stacked.items():
+        matches = fnmatch.filter(leaves, pattern)
+        if leaves and not matches:
+            raise ValueError(f"stacked[{pattern!r}] matches no leaf; they are {sorted(leaves)}.")
+        names = [name for name in matches if name not in found]
+        if wrong := {name: leaves[name].shape for name in names if not -leaves[name].ndim <= axis < leaves[name].ndim}:
+            raise ValueError(f"stacked[{pattern!r}] has the layers on axis {axis}, which these leaves lack: {wrong}.")
+        found |= dict.fromkeys(names, axis)
+    return found
