@@ -177,13 +177,39 @@ def test_a_layer_that_lost_all_its_weights_is_named():
         warn_if_collapsed(state, stacked=AXES)
 
 
-def test_the_state_is_still_mapped_over_by_optax():
-    tx = sparsify(optax.adam(0.1), methods.rigl(), sparsity=0.5, when=Every(0, 1, 9), stacked=AXES)
+@pytest.mark.parametrize(
+    "method", [methods.rigl(), methods.itop(), methods.lottery(0.2)], ids=["rigl", "itop", "lottery"]
+)
+def test_the_state_is_mapped_over_by_optax(method):
+    """Records and copies that a method keeps of the parameters are stacked as they are."""
+    tx = sparsify(optax.adam(0.1), method, sparsity=0.5, when=Every(0, 1, 20), stacked=AXES, distribution="uniform")
     params = normal(0)
-    names = jax.tree.map(lambda x: str(x.shape), params)
-    mapped = optax.tree.map_params(tx, lambda _, name: name, tx.init(params), names)
+    names, state = jax.tree.map(lambda x: str(x.shape), params), tx.init(params)
+    mapped = optax.tree.map_params(tx, lambda _, name: name, state, names, transform_non_params=lambda _: None)
     assert mapped.masks == names
     assert mapped.inner_state[0].mu == names
+    of_method = jax.tree.leaves(state.method_state)
+    trees = sum(leaf.ndim > 0 for leaf in of_method) // len(jax.tree.leaves(params))
+    assert jax.tree.leaves(mapped.method_state) == trees * jax.tree.leaves(names)
+
+
+def test_lottery_tickets_of_stacked_layers_are_those_of_single_ones():
+    """It goes back to earlier weights and momentum, which are stacked in its state."""
+    options = {"sparsity": 0.75, "when": Every(1, 2, 9), "distribution": "uniform"}
+
+    def trained(params, **more):
+        tx = sparsify(optax.sgd(0.1, momentum=0.9), methods.lottery(0.5), **options, **more)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(7):
+            updates, state = update(jax.tree.map(jnp.cos, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    params, state = trained(normal(0), stacked=AXES)
+    single, single_state = trained(apart(normal(0)))
+    assert_same(get_masks(state), get_masks(single_state))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), apart(params), single)
+    assert not get_masks(state)["blocks"]["mlp"]["kernel"].all()
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from s2sam_jax._base.arguments import check_sparsity
 from s2sam_jax._base.counts import rounded_down
+from s2sam_jax._base.structure import NM, Structure
 from s2sam_jax._base.tree import by_name, map_named
-from s2sam_jax._base.types import Params
+from s2sam_jax._base.types import Params, Rank
 
 Prunable = Callable[[str, Any], bool]
 DistributionName = Literal["uniform", "er", "erk"]
@@ -212,3 +213,15 @@ def _solve(raw: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) 
         if scale * largest <= 1:
             return {name: 1.0 if name in dense else scale * raw[name] for name in sizes}
         dense |= {name for name in rest if raw[name] == largest}
+
+
+def distribution_of(
+    distribution: DistributionName | Distribution | None, ranks: Rank, structure: Structure
+) -> Distribution:
+    """The one that was asked for, or the default of a method and a structure."""
+    if callable(distribution):
+        return distribution
+    name = distribution or ("uniform" if ranks == "global" or isinstance(structure, NM) else "erk")
+    if name not in DISTRIBUTIONS:
+        raise ValueError(f"Unknown distribution {name!r}; use one of {sorted(DISTRIBUTIONS)} or a function.")
+    return DISTRIBUTIONS[name]

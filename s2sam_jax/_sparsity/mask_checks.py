@@ -13,7 +13,7 @@ from s2sam_jax._base.state_rule import Unmasked
 from s2sam_jax._base.tree import by_name, check_same_named, find_states, scalar
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
-from s2sam_jax._sparsity.stacked import Stacked, check_stacked, layers_of
+from s2sam_jax._sparsity.stacks import Stacked, check_stacked, layers_of
 
 NOT_APPLIED = "call apply_masks(params, opt_state) after init or a restore"
 

@@ -13,14 +13,14 @@ from s2sam_jax._base.clock import NEVER, Every, tick
 from s2sam_jax._base.masks import SparseState, count_masks, full_counts
 from s2sam_jax._base.optax_wrappers import HOLDING_BACK, check_none_inside
 from s2sam_jax._base.state_rule import mask_mirrored, start_mirrored
-from s2sam_jax._base.structure import NM, UNSTRUCTURED, Structure, check_structure
+from s2sam_jax._base.structure import UNSTRUCTURED, Structure, check_structure
 from s2sam_jax._base.tree import check_same_leaves, copy_key, find_states, map_states, masked
 from s2sam_jax._base.types import GradFn, MaskInputs, Masks, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
-from s2sam_jax._sparsity.distributions import DISTRIBUTIONS, Distribution, DistributionName, Prunable, is_kernel
+from s2sam_jax._sparsity import stacks
+from s2sam_jax._sparsity.distributions import Distribution, DistributionName, Prunable, distribution_of, is_kernel
 from s2sam_jax._sparsity.method_checks import check_alike, check_invariant, check_method, check_returned
-from s2sam_jax._sparsity.stacked import Stacked, check_stacked, inputs_in_layers, layers_of, update_in_leaves
 from s2sam_jax._sparsity.units import fit_plan, structured
 
 
@@ -34,7 +34,7 @@ def sparsify(
     prunable: Prunable = is_kernel,
     overrides: Mapping[str, float] | None = None,
     structure: Structure = UNSTRUCTURED,
-    stacked: Stacked | None = None,
+    stacked: stacks.Stacked | None = None,
     seed: int | jax.Array = 0,
     mask_grads: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -103,13 +103,13 @@ def sparsify(
         sparsity = sparsity.dtype.type(sparsity)
     check_structure(structure)
     check_method(method)
-    stacked = check_stacked(stacked)
+    stacked = stacks.check_stacked(stacked)
     when = _clock(method, when)
     method = structured(method, structure)
-    distribute = _distribution(distribution, method, structure)
+    distribute = distribution_of(distribution, method.ranks, structure)
 
     def plan(params: Params) -> Any:
-        layers = layers_of(params, stacked)
+        layers = stacks.layers_of(params, stacked)
         return fit_plan(structure, layers, distribute(layers, sparsity, prunable=prunable, overrides=overrides))
 
     setup = _Setup(optax.with_extra_args_support(inner), method, plan, when, structure, stacked, seed, mask_grads)
@@ -124,7 +124,7 @@ class _Setup(NamedTuple):
     plan: Callable[[Params], Any]  # sparsity of each leaf, or layer of a stacked one
     when: Every | None  # None where masks never change
     structure: Structure
-    stacked: Stacked
+    stacked: stacks.Stacked
     seed: int | jax.Array
     mask_grads: bool
 
@@ -145,8 +145,8 @@ def _init(setup: _Setup, params: Params) -> SparseState:
         inner_state=inner_state,
         structure=setup.structure,
     )
-    inputs = inputs_in_layers(inputs, setup.stacked)
-    new = update_in_leaves(check_returned(setup.method.init(inputs), inputs, "init"), params, setup.stacked)
+    inputs = stacks.inputs_in_layers(inputs, setup.stacked)
+    new = stacks.update_in_leaves(check_returned(setup.method.init(inputs), inputs, "init"), params, setup.stacked)
     own = jax.tree.map(jnp.array, new.state)  # a copy: what it has of parameters or masks is donated together with them
     # The state rule applies from the first update on, as set_masks may revive other weights until then. Masking by
     # all-true masks gives the state the types that it will have.
@@ -211,11 +211,14 @@ def _new_masks(
             inner_state=state.inner_state,
             structure=setup.structure,
         )
-        inputs = inputs_in_layers(inputs, setup.stacked)
-        new = check_returned(update(inputs, state.method_state), inputs, "update")
-        check_alike("state", new.state, state.method_state)
+        inputs, own = (
+            stacks.inputs_in_layers(inputs, setup.stacked),
+            stacks.state_in_layers(state.method_state, live, setup.stacked),
+        )
+        new = check_returned(update(inputs, own), inputs, "update")
+        check_alike("state", new.state, own)
         check_invariant(setup.method, inputs, new)
-        new = update_in_leaves(new, state.masks, setup.stacked)
+        new = stacks.update_in_leaves(new, state.masks, setup.stacked)
         return new, count_masks(new.masks)
 
     def keep():
@@ -269,17 +272,6 @@ def _inner_update(
 
 def _masked_grad_fn(grad_fn: GradFn | None, masks: Masks) -> GradFn | None:
     return None if grad_fn is None else lambda params: masked(masks, grad_fn(params))
-
-
-def _distribution(
-    distribution: DistributionName | Distribution | None, method: SparseMethod, structure: Structure
-) -> Distribution:
-    if callable(distribution):
-        return distribution
-    name = distribution or ("uniform" if method.ranks == "global" or isinstance(structure, NM) else "erk")
-    if name not in DISTRIBUTIONS:
-        raise ValueError(f"Unknown distribution {name!r}; use one of {sorted(DISTRIBUTIONS)} or a function.")
-    return DISTRIBUTIONS[name]
 
 
 def _clock(method: SparseMethod, when: Every | None) -> Every | None:

@@ -1,7 +1,7 @@
 """Leaves that stack layers, as ``lax.scan`` takes them: distributions, methods and structures see single layers."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,19 +51,41 @@ def inputs_in_layers(x: MaskInputs, stacked: Stacked) -> MaskInputs:
         grads=None if x.grads is None else layers_of(x.grads, stacked),
         nnz=jax.tree.unflatten(jax.tree.structure(masks), ones(jax.tree.leaves(masks))),
         grad_fn=None if x.grad_fn is None else _of_layers(x.grad_fn, x.params, stacked),
+        inner_state=state_in_layers(x.inner_state, x.params, stacked),
     )
+
+
+def state_in_layers(state: Any, like: Params, stacked: Stacked) -> Any:
+    """What a state has of the parameters' form, such as earlier weights or momentum, layer by layer."""
+    return _each_like(like, state, lambda tree: layers_of(tree, stacked)) if stacked else state
+
+
+def update_in_leaves(new: MaskUpdate, like: Any, stacked: Stacked) -> MaskUpdate:
+    """What a method returns, with its layers stacked again: states are then sharded and mapped over as parameters."""
+    if not stacked:
+        return new
+
+    def restacked(tree):
+        return _restacked(tree, like, stacked)
+
+    trees = {"masks": new.masks, "restart": new.restart, "values": new.values}
+    states = {"state": new.state, "inner_state": new.inner_state}
+    whole = {name: None if tree is None else restacked(tree) for name, tree in trees.items()}
+    return new._replace(**whole, **{name: _each_like(new.masks, state, restacked) for name, state in states.items()})
+
+
+def _each_like(like: Any, state: Any, fn: Callable[[Any], Any]) -> Any:
+    """``fn`` of every subtree with the structure and shapes of ``like``."""
+    structure, shapes = jax.tree.structure(like), [jnp.shape(leaf) for leaf in jax.tree.leaves(like)]
+
+    def alike(node):
+        return jax.tree.structure(node) == structure and [jnp.shape(leaf) for leaf in jax.tree.leaves(node)] == shapes
+
+    return jax.tree.map(lambda node: fn(node) if alike(node) else node, state, is_leaf=alike)
 
 
 def _of_layers(grad_fn: GradFn, like: Params, stacked: Stacked) -> GradFn:
     return lambda layers: layers_of(grad_fn(_restacked(layers, like, stacked)), stacked)
-
-
-def update_in_leaves(new: MaskUpdate, like: Any, stacked: Stacked) -> MaskUpdate:
-    """What a method returns, with its layers stacked again; its own state stays as it is."""
-    if not stacked:
-        return new
-    trees = {"masks": new.masks, "restart": new.restart, "values": new.values}
-    return new._replace(**{k: None if t is None else _restacked(t, like, stacked) for k, t in trees.items()})
 
 
 def _restacked(layers: dict[str, Any], like: Any, stacked: Stacked) -> Any:
