@@ -8,7 +8,7 @@ from flax import nnx
 from oracles_models import batch_norm, close, convolve, depthwise, layer_norm, numbers, sigmoid
 from scipy.special import erf
 
-from experiments.models import efficientnet, mobilenet, resnet_imagenet, vit, wide_resnet
+from experiments.models import efficientnet, mobilenet, resnet_imagenet, transformer, vit, wide_resnet
 
 
 def make(kind, *sizes, **options):
@@ -19,9 +19,10 @@ def images(channels):
     return np.random.default_rng(1).normal(size=(2, 6, 6, channels))
 
 
-def run(block, x, **options):
+def run(block, *inputs, **options):
     graphdef, state = nnx.split(block)
-    return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, **options))(state, jnp.float32(x))
+    inputs = [jnp.float32(x) if x.dtype == float else x for x in inputs]
+    return jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs, **options))(state, *inputs)
 
 
 def relu(x):
@@ -95,3 +96,36 @@ def test_vit_reads_its_token_which_has_a_position_too():
     expected = layer_norm(p["token"] + p["positions"][0], p, "norm") @ p["head/kernel"] + p["head/bias"]
     close(run(network, images(3), train=True), np.stack([expected] * 2))
     assert p["positions"].shape == (10, 8)
+
+
+def attend(x, other, p, name, allowed):
+    """One head, without biases."""
+    query, key, value = (
+        x @ p[f"{name}/query/kernel"],
+        other @ p[f"{name}/key/kernel"],
+        other @ p[f"{name}/value/kernel"],
+    )
+    weights = np.where(allowed, np.exp(query @ key.T / np.sqrt(x.shape[-1])), 0)
+    return weights / weights.sum(-1, keepdims=True) @ value @ p[f"{name}/out/kernel"]
+
+
+def test_decoder_layer():
+    """Each sum is normalised: with the tokens so far, then with the sources but their padding, then by itself."""
+    layer, p = make(transformer.DecoderLayer, "layer", 8, 0.1)
+    x, memory = (np.random.default_rng(seed).normal(size=(length, 8)) for seed, length in ((1, 4), (2, 5)))
+    causal, mask = np.tril(np.ones((1, 1, 4, 4), bool)), np.arange(5)[None, None, None] < 3
+    got = run(layer, x[None], memory[None], causal, mask, train=False, rngs=None)[0]
+    x = layer_norm(x + attend(x, x, p, "attention", causal[0, 0]), p, "norm1")
+    x = layer_norm(x + attend(x, memory, p, "cross_attention", mask[0, 0]), p, "norm2")
+    inner = relu(x @ p["feed_forward/inner/kernel"] + p["feed_forward/inner/bias"])
+    x = layer_norm(x + inner @ p["feed_forward/outer/kernel"] + p["feed_forward/outer/bias"], p, "norm3")
+    close(got, x)
+
+
+def test_tokens_are_embedded_by_their_scaled_rows_and_places():
+    """Without layers; logits are by the same rows, unscaled."""
+    network, p = make(transformer.Transformer, 0, 0.1, width=6, classes=11)
+    tokens = np.array([[1, 5, 2, 6, 4]])
+    places = np.arange(5)[:, None] / 10_000 ** (np.array([0, 0, 2, 2, 4, 4]) / 6)
+    x = p["embedding"][tokens[0]] * np.sqrt(6) + np.where(np.arange(6) % 2, np.cos(places), np.sin(places))
+    close(run(network, tokens, tokens, train=False)[0], x @ p["embedding"].T)
