@@ -34,9 +34,7 @@ def grad_fn(params):
     return jax.tree.map(lambda p: jnp.sin(3 * p), params)
 
 
-@pytest.mark.parametrize(
-    ("name", "told"), [("rigl", True), ("rigl", False), ("set", True), ("ssam", True), ("looksam", True)]
-)
+@pytest.mark.parametrize(("name", "told"), [("set", True), ("rigl", False), ("ssam", True), ("looksam", True)])
 def test_traced_flags_and_clocks_are_those_of_a_loop(name, told):
     """Seeds side by side in a scan, each with flags of its own; the loop gets Python's, worked out by hand."""
     make, keyword = MAKE[name]

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import named
 from flax import nnx
 from oracles_models import numbers
 from shallow import shallow
 
 from experiments import models
-from experiments.models import efficientnet
+from experiments.models import efficientnet, layers, transformer, vit
 
 __all__ = ["shallow"]
 
@@ -33,47 +32,70 @@ def glorot(shape):
     return "uniform", 2 / sum(shape)
 
 
-# By the end of the path; the first that fits.
+HE_AND = {"depthwise": he, "conv": he, "linear": he}
 STARTS = {
-    "resnet8": {"head/kernel": normal(0.01), "kernel": he},
-    "vgg19": {"head/kernel": normal(0.01), "kernel": he},
-    "wrn28x10": {"head/kernel": torch_default, "kernel": he},
-    "resnet50": {"head/kernel": torch_default, "kernel": he},
-    "mobilenet-v2-cifar": {"kernel": torch_default},
-    "efficientnet-b0": {"head/kernel": lambda shape: ("uniform", 1 / (3 * shape[-1])), "kernel": he},
+    "resnet8": HE_AND | {"head": normal(0.01)},
+    "vgg19": HE_AND | {"head": normal(0.01)},
+    "wrn28x10": HE_AND | {"head": torch_default},
+    "resnet50": HE_AND | {"head": torch_default},
+    "mobilenet-v2-cifar": dict.fromkeys(("depthwise", "conv", "head"), torch_default),
+    "efficientnet-b0": HE_AND | {"head": lambda shape: ("uniform", 1 / (3 * shape[-1]))},
     "vit-small-cifar": {
-        "patches/kernel": lambda shape: ("truncated", 1 / np.prod(shape[:-1])),
-        **dict.fromkeys(("kernel", "token", "positions"), normal(0.02)),
+        "conv": lambda shape: ("truncated", 1 / np.prod(shape[:-1])),
+        **dict.fromkeys(("linear", "head"), normal(0.02)),
     },
-    "transformer-base": {"embedding": lambda shape: ("normal", 1 / shape[-1]), "kernel": glorot},
+    "transformer-base": {"linear": glorot},
 }
-WIDTHS = {"resnet8": 16, "vgg19": 8, "wrn28x10": 20, "resnet50": 8, "vit-small-cifar": 32, "transformer-base": 32}
+
+
+def check(x, kind, variance):
+    """The variance within five deviations of what samples have; the kind of a distribution by its tails."""
+    x = np.asarray(x, np.float64)
+    assert abs(np.mean(x**2) / variance - 1) < 5 * np.sqrt(2 / x.size)
+    assert abs(x.mean()) < 5 * np.sqrt(variance / x.size)
+    low, high = {"normal": (2.3, np.inf), "truncated": (1.8, 2.3), "uniform": (1.7, np.sqrt(3) + 1e-6)}[kind]
+    assert x.size < 1000 or low < np.abs(x).max() / np.sqrt(variance) <= high
+
+
+def role(shape, place, count):
+    if len(shape) == 2:
+        return "head" if place == count - 1 else "linear"
+    return "depthwise" if shape[0] > 1 and shape[-2] == 1 else "conv"
 
 
 @pytest.mark.parametrize("name", STARTS)
-def test_every_weight_starts_as_published(name, shallow):
-    """Variances within five deviations of what samples have; the kind of a distribution by its tails."""
-    text, width = models.MODELS[name].text, WIDTHS.get(name, 16)
-    with jax.default_prng_impl("unsafe_rbg"):  # compiles faster
-        params = jax.jit(
-            lambda: models.build(name, width=width, channels=None if text else 3, classes=40, seed=0).params
-        )()
-    judged = 0
-    for path, leaf in named(params).items():
-        x = np.asarray(leaf, np.float64)
-        if path.endswith(("bias", "scale")):
-            np.testing.assert_array_equal(x, path.endswith("scale"))
-            continue
-        kind, variance = next(start(x.shape) for end, start in STARTS[name].items() if path.endswith(end))
-        assert abs(np.mean(x**2) / variance - 1) < 5 * np.sqrt(2 / x.size), path
-        assert abs(x.mean()) < 5 * np.sqrt(variance / x.size), path
-        if x.size >= 1000:
-            far = np.abs(x) / np.sqrt(variance)
-            limits = {"normal": (2.3, np.inf), "truncated": (1.8, 2.3), "uniform": (1.7, np.sqrt(3) + 1e-6)}
-            low, high = limits[kind]
-            assert low < far.max() <= high, path
-            judged += 1
-    assert judged
+def test_weights_start_as_published(name, shallow, monkeypatch):
+    """Of every role in a network the largest kernel; the head comes last, but for the one that is the embedding."""
+    made, text = [], models.MODELS[name].text
+    for kind in (nnx.Conv, nnx.Linear):
+
+        def init(self, *sizes, original=kind.__init__, kernel_init, **options):
+            original(self, *sizes, kernel_init=kernel_init, **options)
+            made.append((kernel_init, self.kernel.shape))
+
+        monkeypatch.setattr(kind, "__init__", init)
+    options = {} if text else {"channels": 3}
+    jax.eval_shape(lambda: models.build(name, width=32, classes=40, seed=0, **options)[0])
+    roles = {}
+    for place, (kernel_init, shape) in enumerate(made):
+        roles.setdefault(role(shape, place, np.inf if text else len(made)), []).append((kernel_init, shape))
+    assert roles.keys() <= STARTS[name].keys()
+    for what, found in roles.items():
+        kernel_init, shape = max(found, key=lambda one: np.prod(one[1]))
+        check(kernel_init(jax.random.key(0), shape, jnp.float32), *STARTS[name][what](shape))
+        assert what == "depthwise" or all(other is kernel_init for other, _ in found)
+
+
+def test_what_is_no_kernel_starts_as_published():
+    """An embedding has rows of length one, the token and the positions of a ViT are small; norms are the identity."""
+    options = {"widths": {}, "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    check(transformer.Transformer(0, 0.1, width=64, classes=40, **options).embedding[...], "normal", 1 / 64)
+    network = vit.ViT(4, 32, 0, width=64, channels=3, classes=5, **options)
+    for leaf in (network.token, network.positions):
+        check(leaf[...], "normal", 0.02**2)
+    for norm in (network.norm, layers.BatchNorm(4, rngs=nnx.Rngs(0))):
+        np.testing.assert_array_equal(norm.scale[...], 1)
+        np.testing.assert_array_equal(norm.bias[...], 0)
 
 
 def test_blocks_are_dropped_the_more_the_deeper(shallow):
