@@ -213,19 +213,21 @@ def test_what_rounding_leaves_of_a_perturbation():
     stale = jnp.float32(along)
     _, opt_state = tx.update(stale, tx.init(stale), stale)
     found = Solution(jnp.float32(weights), None, lambda w, b: 0.5 * jnp.sum(b * jnp.float32(curvature) * w**2), [1, 3])
-    rows = precision.measure(found, opt_state, precision.Arguments(radii=(0.003,), draws=3))
+    rows = precision.measure(found, opt_state, precision.Arguments(radii=(0.003, 0.3), draws=3))
 
     def cosine(a, b):
         return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
 
-    kinds = [(row["dtype"], row["stored"], row["rounding"]) for row in rows]
+    kinds = [(row["dtype"], row["stored"], row["rounding"]) for row in rows if row["rho_measured"] == 0.3]
     low_kinds = [(d, s, r) for d in ("tensorfloat32", "bfloat16") for s in ("float32", "format")
                  for r in ("nearest", "random")]  # fmt: skip
     assert kinds == [("float32", "float32", "nearest"), *low_kinds]
-    for row, (dtype, stored, rounding) in zip(rows, kinds, strict=True):
+    assert len(rows) == 2 * len(kinds)
+    for row in rows:
+        dtype, stored, rounding, rho = (row[field] for field in ("dtype", "stored", "rounding", "rho_measured"))
         bits = {"float32": 23, "tensorfloat32": 10, "bfloat16": 7}[dtype]
         w = nearest(weights, bits) if stored == "format" else np.float64(np.float32(weights))
-        epsilon = 0.003 * along / np.linalg.norm(along)
+        epsilon = rho * along / np.linalg.norm(along)
         pairs = [[nearest(x, bits) if bits < 23 else x for x in (w, w + epsilon)]]
         if rounding == "random":
             pairs = [
@@ -235,15 +237,16 @@ def test_what_rounding_leaves_of_a_perturbation():
         slopes = 2 * curvature
         moves = [after - before for before, after in pairs]
         expected = {
-            "kept": np.mean([np.linalg.norm(move) for move in moves]) / 0.003,
+            "kept": np.mean([np.linalg.norm(move) for move in moves]) / rho,
             "cosine": np.mean([cosine(move, epsilon) for move in moves]),
             "gradient": np.mean([cosine(slopes * after, slopes * (w + epsilon)) for _, after in pairs]),
             "change": np.mean([cosine(slopes * move, slopes * epsilon) for move in moves]),
             "mean_change": cosine(slopes * np.mean(moves, axis=0), slopes * epsilon),
         }
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=2e-3), (dtype, stored, rounding)
-        assert (row["draws"], row["rho_measured"]) == (len(pairs), 0.003)
-    assert 1.05 * rows[-1]["change"] < rows[-1]["mean_change"] < 0.98
+        assert row["draws"] == len(pairs)
+        if (dtype, rho, rounding) == ("bfloat16", 0.003, "random"):
+            assert 1.05 * row["change"] < row["mean_change"] < 0.98
 
 
 def test_page_of_precision_comes_from_its_rows(tmp_path):

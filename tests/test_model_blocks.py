@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import numbers
 from flax import nnx
-from oracles_models import batch_norm, close, convolve, depthwise, layer_norm, numbers, sigmoid
+from oracles_models import batch_norm, close, convolve, depthwise, layer_norm, sigmoid
 from scipy.special import erf
 
 from experiments.models import efficientnet, mobilenet, resnet_imagenet, transformer, vit, wide_resnet

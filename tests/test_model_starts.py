@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import numbers
 from flax import nnx
-from oracles_models import numbers
 from shallow import shallow
 
 from experiments import models

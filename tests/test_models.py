@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import named
+from common import named, numbers
 from flax import nnx
-from oracles_models import batch_norm, close, convolve, layer_norm, numbers
+from oracles_models import batch_norm, close, convolve, layer_norm
 from shallow import shallow
 
 from experiments import models, tasks
