@@ -139,7 +139,7 @@ def test_page_comes_from_rows_and_says_when_a_bound_does_not_hold(tmp_path, monk
 @pytest.mark.parametrize("name", ["sgd", "sam", "ssam, fixed mask", "s2sam"])
 def test_squared_gradients_are_those_of_the_path(name):
     """One example a step, replayed in NumPy: where the step's gradient is taken is all that tells them apart."""
-    rows, key, steps, rho = nonconvex.problem(1), jax.random.key(0), 30, 0.3
+    rows, key, steps, rho = nonconvex.problem(1), jax.random.key(2), 30, 1.0
     x, y = np.asarray(rows.x, np.float64), np.asarray(rows.y, np.float64)
     squares, last = nonconvex.squared_gradients(rows, key, rho, name=name, steps=steps)
     w, stale, expected = np.zeros(nonconvex.DIMENSION), np.zeros(nonconvex.DIMENSION), []
@@ -161,15 +161,20 @@ def test_squared_gradients_are_those_of_the_path(name):
         w = w - nonconvex.RATE / np.sqrt(t) * stale
     np.testing.assert_allclose(squares, expected, rtol=1e-4)
     np.testing.assert_allclose(last, w, rtol=1e-4, atol=1e-6)
+    if name.startswith("ssam"):
+        others, _ = nonconvex.squared_gradients(rows, key, rho, name="ssam, refreshed masks", steps=steps)
+        assert np.abs(np.asarray(others) / expected - 1).max() > 1e-3
 
 
 def test_measured_risks_are_those_of_the_averages():
     """Of one training set and its neighbour: means over all labels of the test points, and over the examples."""
-    n, rho, key = 6, 0.5, jax.random.key(1)
+    n, rho, key = 6, 0.5, jax.random.key(2)
     found = {name: float(x[0]) for name, x in stability.measure(key, rho, n=n, sets=1).items()}
     keys = jax.random.split(jax.random.split(jax.random.fold_in(key, 1), 1)[0], 3)
     examples, order = stability.draw(keys[0], n), jax.random.randint(keys[2], (5 * n,), 0, n)
     other = stability.draw(keys[1], 1)
+    assert other.y[0] != examples.y[0]
+    assert 0 in order
     neighbour = stability.Examples(*(jnp.concatenate([new, old[1:]]) for new, old in zip(other, examples, strict=True)))
     average = jax.jit(stability.average)
     w, moved = (np.asarray(average(each, order, rho), np.float64) for each in (examples, neighbour))
