@@ -87,6 +87,15 @@ def test_the_first_filter_and_the_first_norm_of_a_group_decide():
     assert living(state, "a", "b") == ["0011", "0011"]
 
 
+@pytest.mark.parametrize(("min_width", "left"), [(0.0, (1, 7)), (0.8, (3, 5))])
+def test_chase_leaves_a_group_its_share_of_a_uniform_cut(min_width, left):
+    """Half of eight would be four; all weights of the first group are smaller than those of the second."""
+    params = {n: layer(np.full((2, 8), size) + np.arange(8) / 10, np.ones(8)) for n, size in (("a", 1), ("b", 9))}
+    method = methods.chase(groups_of("a", "b"), min_width=min_width, removal_end=1.0)
+    state = updated(sparsify(optax.sgd(0.0), method, sparsity=0.1, when=LONG), params, step=1000)
+    assert living(state, "a", "b") == ["0" * (8 - n) + "1" * n for n in left]
+
+
 def test_defaults_are_the_papers():
     """Chase: beta 0.5, channels go until epoch 130 of 160, weights move from then on, from a half to 0.5 %."""
     chex, chase = (

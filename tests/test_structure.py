@@ -462,6 +462,10 @@ REFUSED = {
         lambda: nm_pack({"a": jnp.ones((4, 1))}, {"a": jnp.eye(4, 1, dtype=bool)}, NM(2, 4)),
         "mask of 'a' has groups of 1 to 1 weights",
     ),
+    "pack_more": (
+        lambda: nm_pack({"a": jnp.ones((8, 1))}, {"a": jnp.array([[1, 1, 1, 0, 1, 0, 1, 0]], bool).T}, NM(2, 4)),
+        "mask of 'a' has groups of 2 to 3 weights",
+    ),
     "unpack": (
         lambda: nm_unpack({"a": NMPacked(jnp.ones((3, 1)), jnp.ones((3, 1), jnp.uint8), 4, NM(2, 4))}),
         "'a' has values .*have 2 entries on axis 0",
