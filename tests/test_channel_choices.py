@@ -96,6 +96,17 @@ def test_chase_leaves_a_group_its_share_of_a_uniform_cut(min_width, left):
     assert living(state, "a", "b") == ["0" * (8 - n) + "1" * n for n in left]
 
 
+def test_chase_comes_down_to_its_budget_even_where_it_drops_nothing():
+    """Five weights from the time of exploring, a budget of four: the smallest goes."""
+    params = {"kernel": jnp.array([[0.5, 0.1, 0.4, 0.3, 0.2, 0.0, 0.0, 0.0]])}
+    groups = [ChannelGroup("all", filters=(ChannelAxis("kernel", 1),))]
+    options = {"channel_sparsity": 0.0, "exploration_end": 0.0, "drop_fraction": 0.0, "final_fraction": 0.0}
+    tx = sparsify(optax.sgd(0.0), methods.chase(groups, **options), sparsity=0.5, when=LONG)
+    state = set_masks(tx.init(params), {"kernel": params["kernel"] != 0})
+    _, state = tx.update(params, state, params, refresh_masks=True)
+    assert state.masks["kernel"].astype(int).tolist() == [[1, 0, 1, 1, 1, 0, 0, 0]]
+
+
 def test_defaults_are_the_papers():
     """Chase: beta 0.5, channels go until epoch 130 of 160, weights move from then on, from a half to 0.5 %."""
     chex, chase = (
