@@ -205,3 +205,12 @@ def train(tx, loss=mlp_loss, after=lambda: None, **options):
         rows.append(metrics)
         after()
     return state, rows
+
+
+def numbers(make: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """The module that is made, with random values for every parameter, biases and scales too, and those by name."""
+    rng = np.random.default_rng(0)
+    graphdef, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), nnx.as_pure(params))
+    rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nnx.as_pure(rest))
+    return nnx.merge(graphdef, params, rest), {path: np.float64(x) for path, x in named(params).items()}

@@ -11,7 +11,9 @@ import pytest
 from matplotlib.image import imread
 
 from experiments import convergence, precision
+from experiments.solution import Solution
 from experiments.theory import nonconvex, stability
+from s2sam_jax import s2sam, stochastic_round
 
 RNG = np.random.default_rng(0)
 
@@ -134,20 +136,122 @@ def test_page_comes_from_rows_and_says_when_a_bound_does_not_hold(tmp_path, monk
     assert "1.00e+01" not in page
 
 
-def test_squared_gradients_are_those_of_the_path():
-    """SGD with one example a step, replayed in NumPy."""
-    rows, key, steps = nonconvex.problem(1), jax.random.key(0), 30
+@pytest.mark.parametrize("name", ["sgd", "sam", "ssam, fixed mask", "s2sam"])
+def test_squared_gradients_are_those_of_the_path(name):
+    """One example a step, replayed in NumPy: where the step's gradient is taken is all that tells them apart."""
+    rows, key, steps, rho = nonconvex.problem(1), jax.random.key(2), 30, 1.0
     x, y = np.asarray(rows.x, np.float64), np.asarray(rows.y, np.float64)
-    squares, last = nonconvex.squared_gradients(rows, key, 0.0, name="sgd", steps=steps)
-    w, expected = np.zeros(nonconvex.DIMENSION), []
+    squares, last = nonconvex.squared_gradients(rows, key, rho, name=name, steps=steps)
+    w, stale, expected = np.zeros(nonconvex.DIMENSION), np.zeros(nonconvex.DIMENSION), []
+    perturbed = np.ones(nonconvex.DIMENSION, bool)
+    if name.startswith("ssam"):
+        perturbed = np.asarray(nonconvex.optimizer(name, rho, steps, key).init(jnp.zeros(len(w)))[0].perturb_masks)
+        assert perturbed.sum() == len(w) / 2
+
+    def slopes(w):
+        residual = x @ w - y
+        return (residual * np.exp(-(residual**2) / 2))[:, None] * x
+
     for t, k in enumerate(jax.random.split(key, steps), 1):
         row = int(jax.random.randint(k, (1,), 0, len(y))[0])
-        residual = x @ w - y
-        slopes = (residual * np.exp(-(residual**2) / 2))[:, None] * x
-        expected.append(np.sum(slopes.mean(0) ** 2))
-        w = w - nonconvex.RATE / np.sqrt(t) * slopes[row]
+        along = {"sgd": np.zeros(len(w)), "s2sam": stale}.get(name, slopes(w)[row])
+        length = np.linalg.norm(along) or 1
+        expected.append(np.sum(slopes(w).mean(0) ** 2))
+        stale = slopes(w + np.where(perturbed, rho / np.sqrt(t) * along / length, 0))[row]
+        w = w - nonconvex.RATE / np.sqrt(t) * stale
     np.testing.assert_allclose(squares, expected, rtol=1e-4)
     np.testing.assert_allclose(last, w, rtol=1e-4, atol=1e-6)
+    if name.startswith("ssam"):
+        others, _ = nonconvex.squared_gradients(rows, key, rho, name="ssam, refreshed masks", steps=steps)
+        assert np.abs(np.asarray(others) / expected - 1).max() > 1e-3
+
+
+def test_measured_risks_are_those_of_the_averages():
+    """Of one training set and its neighbour: means over all labels of the test points, and over the examples."""
+    n, rho, key = 6, 0.5, jax.random.key(2)
+    found = {name: float(x[0]) for name, x in stability.measure(key, rho, n=n, sets=1).items()}
+    keys = jax.random.split(jax.random.split(jax.random.fold_in(key, 1), 1)[0], 3)
+    examples, order = stability.draw(keys[0], n), jax.random.randint(keys[2], (5 * n,), 0, n)
+    other = stability.draw(keys[1], 1)
+    assert other.y[0] != examples.y[0]
+    assert 0 in order
+    neighbour = stability.Examples(*(jnp.concatenate([new, old[1:]]) for new, old in zip(other, examples, strict=True)))
+    average = jax.jit(stability.average)
+    w, moved = (np.asarray(average(each, order, rho), np.float64) for each in (examples, neighbour))
+    truth = np.full(20, 5 / np.sqrt(20))
+    x = np.asarray(stability.draw(jax.random.fold_in(key, 0), stability.TEST).x, np.float64)
+
+    def risk(w):
+        right = 1 / (1 + np.exp(-x @ truth))
+        return np.mean(right * np.log1p(np.exp(-x @ w)) + (1 - right) * np.log1p(np.exp(x @ w)))
+
+    seen = np.mean(np.log1p(np.exp(-np.asarray(examples.y) * (np.asarray(examples.x) @ w))))
+    assert found["gap"] == pytest.approx(risk(w) - seen, abs=1e-4)
+    assert found["excess"] == pytest.approx(risk(w) - risk(truth), abs=1e-4)
+    assert found["distance"] == pytest.approx(np.linalg.norm(w - moved), rel=1e-3)
+    assert found["excess"] > 0
+
+
+def test_labels_are_drawn_apart_from_their_points():
+    """On the unit sphere, and as often right as the truth says."""
+    found = stability.draw(jax.random.key(0), 20_000)
+    x, y = np.asarray(found.x, np.float64), np.asarray(found.y)
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(x.mean(0), 0, atol=0.01)
+    right = 1 / (1 + np.exp(-x @ np.full(20, 5 / np.sqrt(20))))
+    for low in (0.1, 0.3, 0.5, 0.7):
+        near = (low < right) & (right < low + 0.2)
+        assert abs((y[near] == 1).mean() - right[near].mean()) < 0.05
+
+
+def nearest(x, bits):
+    """Float32 with fewer bits of mantissa; ties to the even one."""
+    raw = np.float32(x).view(np.uint32).astype(np.int64)
+    unit = 1 << (23 - bits)
+    return np.uint32((raw + unit // 2 - 1 + (raw // unit) % 2) // unit * unit).view(np.float32).astype(np.float64)
+
+
+def test_what_rounding_leaves_of_a_perturbation():
+    """Of a quadratic on two batches, in NumPy but for the draws of rounding."""
+    weights, curvature, along = RNG.normal(size=(3, 300)) * [[0.05], [1.0], [1.0]]
+    tx = s2sam(0.1)
+    stale = jnp.float32(along)
+    _, opt_state = tx.update(stale, tx.init(stale), stale)
+    found = Solution(jnp.float32(weights), None, lambda w, b: 0.5 * jnp.sum(b * jnp.float32(curvature) * w**2), [1, 3])
+    rows = precision.measure(found, opt_state, precision.Arguments(radii=(0.003, 0.3), draws=3))
+
+    def cosine(a, b):
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    kinds = [(row["dtype"], row["stored"], row["rounding"]) for row in rows if row["rho_measured"] == 0.3]
+    low_kinds = [(d, s, r) for d in ("tensorfloat32", "bfloat16") for s in ("float32", "format")
+                 for r in ("nearest", "random")]  # fmt: skip
+    assert kinds == [("float32", "float32", "nearest"), *low_kinds]
+    assert len(rows) == 2 * len(kinds)
+    for row in rows:
+        dtype, stored, rounding, rho = (row[field] for field in ("dtype", "stored", "rounding", "rho_measured"))
+        bits = {"float32": 23, "tensorfloat32": 10, "bfloat16": 7}[dtype]
+        w = nearest(weights, bits) if stored == "format" else np.float64(np.float32(weights))
+        epsilon = rho * along / np.linalg.norm(along)
+        pairs = [[nearest(x, bits) if bits < 23 else x for x in (w, w + epsilon)]]
+        if rounding == "random":
+            pairs = [
+                [np.float64(stochastic_round(jnp.float32(x), k, dtype)) for x in (w, w + epsilon)]
+                for k in jax.random.split(jax.random.key(0), 3)
+            ]
+        slopes = 2 * curvature
+        moves = [after - before for before, after in pairs]
+        expected = {
+            "kept": np.mean([np.linalg.norm(move) for move in moves]) / rho,
+            "cosine": np.mean([cosine(move, epsilon) for move in moves]),
+            "gradient": np.mean([cosine(slopes * after, slopes * (w + epsilon)) for _, after in pairs]),
+            "change": np.mean([cosine(slopes * move, slopes * epsilon) for move in moves]),
+            "mean_change": cosine(slopes * np.mean(moves, axis=0), slopes * epsilon),
+        }
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=2e-3), (dtype, stored, rounding)
+        assert row["draws"] == len(pairs)
+        if (dtype, rho, rounding) == ("bfloat16", 0.003, "random"):
+            assert 1.05 * row["change"] < row["mean_change"] < 0.98
 
 
 def test_page_of_precision_comes_from_its_rows(tmp_path):

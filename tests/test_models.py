@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import named
+from common import named, numbers
 from flax import nnx
+from oracles_models import batch_norm, close, convolve, layer_norm
 
 from experiments import models, tasks
 from experiments.config import Config
@@ -263,6 +264,22 @@ def test_erk_of_vgg19():
     assert round(sum(work.values()) / 1e6) == 796
 
 
+def test_operations_are_the_published_ones():
+    """Multiply-adds: of strides that come too early or too late there would be others, but as many parameters."""
+    published = {"wrn28x10": 5.2, "resnet18-cifar": 0.56, "resnet34": 3.7, "efficientnet-b0": 0.39}
+    found = {name: sum(flops(name).values()) / 2e9 for name in published}
+    assert found == pytest.approx(published, rel=0.015)
+    side, inputs, total = 32, 32, 32**2 * 27 * 32
+    groups = [(1, 16, 1), (6, 24, 1), (6, 24, 1), *[(6, 32, s) for s in (2, 1, 1)], *[(6, 64, s) for s in (2, 1, 1, 1)],
+              *[(6, 96, 1)] * 3, *[(6, 160, s) for s in (2, 1, 1)], (6, 320, 1)]  # fmt: skip
+    for expansion, outputs, stride in groups:
+        inner, after = expansion * inputs, side // stride
+        total += side**2 * inputs * inner + after**2 * (9 * inner + inner * outputs)
+        total += after**2 * inputs * outputs if stride == 1 and inputs != outputs else 0
+        side, inputs = after, outputs
+    assert sum(flops("mobilenet-v2-cifar").values()) == 2 * (total + 4**2 * 320 * 1280 + 1280 * 10)
+
+
 def test_erk_of_resnet50():
     first = {f"blocks/{block}/{conv}/kernel" for block in range(3) for conv in ("conv1", "conv3")}
     assert dense("resnet50", 1000, 0.8) == first | {"blocks/0/shortcut/kernel", "blocks/3/conv1/kernel"}
@@ -440,37 +457,8 @@ def test_pooling_leaves_something_of_small_images(name):
 # Against NumPy
 
 
-def close(got, expected):
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def numbers(module):
-    """Random values for every parameter, biases and scales too, and those values by name."""
-    rng = np.random.default_rng(0)
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), nnx.as_pure(params))
-    return nnx.merge(graphdef, params, rest), {path: np.float64(x) for path, x in named(params).items()}
-
-
-def convolve(x, kernel, stride):
-    size = kernel.shape[0]
-    pad = (size - 1) // 2
-    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    rows = (x.shape[1] - size) // stride + 1
-    windows = [
-        [x[:, i : i + stride * rows : stride, j : j + stride * rows : stride][:, :rows, :rows] for j in range(size)]
-        for i in range(size)
-    ]
-    return sum(windows[i][j] @ kernel[i, j] for i in range(size) for j in range(size))
-
-
-def batch_norm(x, p, name):
-    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-    return (x - mean) / np.sqrt(var + 1e-5) * p[f"{name}/scale"] + p[f"{name}/bias"]
-
-
 def test_residual_block_against_numpy():
-    block, p = numbers(resnet.Block("block", 3, 4, 2, widths={}, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    block, p = numbers(lambda: resnet.Block("block", 3, 4, 2, widths={}, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     x = np.random.default_rng(1).normal(size=(2, 6, 6, 3))
     y = np.maximum(batch_norm(convolve(x, p["conv1/kernel"], 2), p, "norm1"), 0)
     y = batch_norm(convolve(y, p["conv2/kernel"], 1), p, "norm2")
@@ -478,14 +466,11 @@ def test_residual_block_against_numpy():
     close(block(jnp.float32(x), train=True), np.maximum(shortcut + y, 0))
 
 
-def layer_norm(x, p, name):
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    return x * p[f"{name}/scale"] + p[f"{name}/bias"]
-
-
 def test_encoder_layer_against_numpy():
     """Two heads, and the last token masked."""
-    layer, p = numbers(transformer.EncoderLayer("layer", 128, 0.1, widths={}, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    layer, p = numbers(
+        lambda: transformer.EncoderLayer("layer", 128, 0.1, widths={}, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    )
     x = np.random.default_rng(1).normal(size=(5, 128))
     query, key, value = (x @ p[f"attention/{name}/kernel"] for name in ("query", "key", "value"))
     heads = []

@@ -413,6 +413,14 @@ REFUSED = {
         lambda: nm_pack({"a": jnp.ones((4, 1))}, {"a": jnp.eye(4, 1, dtype=bool)}, NM(2, 4)),
         "mask of 'a' has groups of 1 to 1 weights",
     ),
+    "pack_shape": (
+        lambda: nm_pack({"a": jnp.ones((6, 1))}, {"a": jnp.array([[1, 1, 0, 0, 1, 1]], bool).T}, NM(2, 4)),
+        "a of shape \\(6, 1\\): axis 0 has 6 entries, not a multiple of 4",
+    ),
+    "pack_more": (
+        lambda: nm_pack({"a": jnp.ones((8, 1))}, {"a": jnp.array([[1, 1, 1, 0, 1, 0, 1, 0]], bool).T}, NM(2, 4)),
+        "mask of 'a' has groups of 2 to 3 weights",
+    ),
     "unpack": (
         lambda: nm_unpack({"a": NMPacked(jnp.ones((3, 1)), jnp.ones((3, 1), jnp.uint8), 4, NM(2, 4))}),
         "'a' has values .*have 2 entries on axis 0",

@@ -15,7 +15,7 @@ from prepared import encoded, image_features, write_tfds
 
 from experiments import evaluate, models, sharding, tasks, train
 from experiments.config import Config, OptimizerName
-from experiments.datasets import in_memory, transforms
+from experiments.datasets import in_memory, transforms, wmt
 from experiments.tasks import arrays, images, streams, text
 from experiments.training import loop, optimizers
 from s2sam_jax import TrainState
@@ -83,6 +83,49 @@ def test_the_loss_of_a_translation_is_a_mean_over_tokens(in_training, smoothing)
     logs = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))[0, :2]  # the rest is padding
     of_targets = logs[[0, 1], [4, 2]]
     assert found == pytest.approx(-np.mean((1 - smoothing) * of_targets + smoothing * logs.mean(axis=-1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_translation_is_read_up_to_the_token_that_is_to_come(in_training):
+    """Of five tokens three are guessed right; padding, which is guessed right as well, does not count."""
+    seen, sources = [], np.array([[7, 8, wmt.EOS], [9, wmt.EOS, 0]])
+    targets = jnp.array([[4, 5, wmt.EOS], [6, wmt.EOS, 0]])
+    guesses = np.array([[4, 5, 5], [4, wmt.EOS, 0]])
+
+    def apply(params, model_state, inputs, train, key=None):
+        seen.append((*inputs, train, key))
+        return 9.0 * jax.nn.one_hot(guesses, 10), model_state
+
+    loss_fn = text.loss_function(SimpleNamespace(label_smoothing=0.2), models.Network((), (), apply), train=in_training)
+    batch = {"sources": sources, "targets": targets}
+    _, (_, metrics) = loss_fn((), (), batch, "key")
+    ((read, before, train_mode, key),) = seen
+    np.testing.assert_array_equal(read, sources)
+    np.testing.assert_array_equal(before, [[wmt.BOS, 4, 5], [wmt.BOS, 6, wmt.EOS]])
+    assert (train_mode, key) == (in_training, "key")
+    assert metrics["train_accuracy"] == pytest.approx(3 / 5)
+    task = object.__new__(text.Task)
+    task.tests = lambda: iter([batch])
+    (((read, again), labels, counted),) = task.examples()
+    np.testing.assert_array_equal(again, before)
+    np.testing.assert_array_equal(labels, targets)
+    np.testing.assert_array_equal(counted, np.array([[1, 1, 1], [1, 1, 0]], bool))
+
+
+def test_translations_are_evaluated_without_dropout():
+    """Neither in the search, nor in the accuracy."""
+    modes = []
+
+    def apply(params, model_state, inputs, train, key=None, method="__call__"):
+        modes.append((method, train))
+        return (inputs[0] if method == "encode" else jnp.zeros((*inputs[-1].shape, 10))), model_state
+
+    task, sources = object.__new__(text.Task), jnp.array([[4, 5, wmt.EOS]])
+    task._config, task.network = SimpleNamespace(max_length=3, label_smoothing=0.0), models.Network((), (), apply)
+    task.losses = text.losses(task._config, task.network)
+    assert task._search((), (), sources).shape == (1, 3)
+    task._counts((), (), {"sources": sources, "targets": sources})
+    assert set(modes) == {("encode", False), ("decode", False), ("__call__", False)}
 
 
 def test_the_accuracy_of_a_translation_weights_batches_by_their_tokens():
@@ -179,8 +222,18 @@ def test_labels_are_smoothed(loss, in_training):
     assert modes == [in_training]
 
 
-def test_flips_cutout_and_dropout_have_noise_of_their_own():
-    shown, given = [], jax.random.key(0)
+def test_flips_cutout_and_dropout_have_noise_of_their_own(monkeypatch):
+    """No key is used twice; of some, one is the other's child by another name: a split folds in 0, 1 and so on."""
+    shown, used, given = [], [], jax.random.key(0)
+
+    def data(key):
+        return tuple(jax.random.key_data(key).tolist())
+
+    for name in ("split", "randint", "bernoulli"):
+        draw = getattr(jax.random, name)
+        monkeypatch.setattr(
+            jax.random, name, lambda key, *rest, draw=draw, **how: used.append(data(key)) or draw(key, *rest, **how)
+        )
 
     def apply(params, model_state, inputs, train, key=None):
         shown.append((np.asarray(inputs), key))
@@ -195,8 +248,7 @@ def test_flips_cutout_and_dropout_have_noise_of_their_own():
     flipped = (inputs[:, 8:24, 6:14] > 0).mean(axis=(1, 2, 3)) > 0.5
     cut = (inputs == 0).all(axis=-1).any(axis=(1, 2))
     assert min((a & b).sum() for a in (flipped, ~flipped) for b in (cut, ~cut)) > 10
-    noise = [jax.random.key_data(k).tolist() for k in (given, key, *jax.random.split(given))]
-    assert noise.count(noise[1]) == 1
+    assert len({*used, data(key)}) == len(used) + 1 == 7  # two splits, four draws, and dropout
 
 
 @pytest.mark.parametrize(

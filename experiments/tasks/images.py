@@ -53,7 +53,8 @@ def _examples(config: Config, network: Network, augment: bool) -> Callable[..., 
     def prepare(images, key):
         images = transforms.augment(key, images, kind) if augment else images
         images = transforms.normalise(images, kind)
-        return transforms.cutout(jax.random.fold_in(key, 1), images, config.cutout) if config.cutout else images
+        # Not 1: split, by which the augmentation takes the key apart, folds in 0 and 1.
+        return transforms.cutout(jax.random.fold_in(key, 3), images, config.cutout) if config.cutout else images
 
     def prepare_in_place(images, key, places):
         """As part of the whole batch, whose noise goes by places; the other images are left black."""
