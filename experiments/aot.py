@@ -20,9 +20,8 @@ from experiments import cli
 from experiments.benchmarks import programs, targets, timing
 from experiments.benchmarks.programs import Program
 from experiments.benchmarks.targets import Target
-from experiments.rows import files, jsonl, pages
+from experiments.rows import files, jsonl, pages, provenance
 from experiments.rows.jsonl import Row
-from experiments.training import runs
 
 Section = Literal["weights", "methods", "sharded", "networks"]
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all")  # Nothing starts.
@@ -82,7 +81,7 @@ def run(arguments: Arguments) -> None:
         "sharded": lambda: programs.sharded(devices),
     }
     done = {(row["target"], row["section"], row["what"]) for row in jsonl.read(arguments.rows) if "error" not in row}
-    common = {"target": arguments.target, "device_kind": devices[0].device_kind} | runs.environment()
+    common = {"target": arguments.target, "device_kind": devices[0].device_kind} | provenance.environment()
     common["versions"] |= {targets.COMPILERS[arguments.target]: version(targets.COMPILERS[arguments.target])}
     for section in arguments.sections:
         for program in made[section]():

@@ -19,8 +19,7 @@ from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import ComputeName, Config, ModelName
 from experiments.datasets import in_memory
 from experiments.figures import selection
-from experiments.rows import jsonl
-from experiments.training import runs
+from experiments.rows import jsonl, provenance
 
 Section = Literal[
     "throughput", "step", "memory", "peak", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official",
@@ -57,9 +56,9 @@ def main(arguments: Arguments) -> None:
     file = arguments.out / f"bench_{_device()}.jsonl"
     for section in arguments.sections:
         begin = time.perf_counter()
-        provenance = runs.environment() if section in OF_OTHERS else runs.provenance(config)
+        origin = provenance.environment() if section in OF_OTHERS else provenance.of_run(config)
         for row in everything[section]():
-            rows.append(provenance | measured | {"section": section} | row._asdict() | {"met": row.met})
+            rows.append(origin | measured | {"section": section} | row._asdict() | {"met": row.met})
             console.print(f"{section}: {row.what} {row.value:.4g} {row.unit}  {row.detail}", soft_wrap=True)
         jsonl.write(file, _merged(file, rows))  # now, so that they outlast an interruption
         jax.clear_caches()
@@ -154,8 +153,8 @@ def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
     sizes = [10**power for power in range(5, 10) if 10**power <= arguments.largest]
     points = list(masks.growth(sizes, arguments.rounds))
     file = arguments.out / f"bench_select_{_device()}.jsonl"
-    provenance = runs.environment() | {"bench": {"rounds": arguments.rounds}}
-    jsonl.write(file, [provenance | point for point in points])
+    origin = provenance.environment() | {"bench": {"rounds": arguments.rounds}}
+    jsonl.write(file, [origin | point for point in points])
     draw_growth(file)
     console.print(f"Growth: {file.with_suffix('.png')}", soft_wrap=True)
     largest = {point["way"]: point["seconds"] for point in points[-3:]}

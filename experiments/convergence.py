@@ -18,10 +18,9 @@ from rich.progress import track
 
 from experiments import cli
 from experiments.figures.convergence import RISKS, draw_bounds, label
-from experiments.rows import files, jsonl, missing, pages
+from experiments.rows import files, jsonl, missing, pages, provenance
 from experiments.rows.jsonl import Row
 from experiments.theory import nonconvex, stability
-from experiments.training import runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ def run(arguments: Arguments) -> None:
     wanted |= {("risk", n, rho): {"sets": arguments.sets} for rho in arguments.risk_radii for n in arguments.sizes}
     rows = jsonl.read(arguments.rows, ("part", "of", "rho"))
     have = {(row["part"], row["of"], row["rho"]): row | {"last_step": row.get("steps", [0])[-1]} for row in rows}
-    environment = runs.environment()
+    environment = provenance.environment()
     for part, of, rho in track(missing.of(arguments.rows, have, wanted), description="runs"):
         row = {"part": part, "of": of, "rho": rho}
         if part == "gradients":

@@ -19,7 +19,7 @@ from experiments import cli, solution, spectrum, surface, tasks
 from experiments.config import LABELS, Config, OptimizerName
 from experiments.figures import landscapes
 from experiments.recipes import methods
-from experiments.rows import files, jsonl, missing, pages, spread
+from experiments.rows import files, jsonl, missing, pages, provenance, spread
 from experiments.rows.jsonl import Row
 from experiments.training import loop, runs
 from experiments.training.record import Last
@@ -137,7 +137,7 @@ def _run_on_digits(arguments: Arguments, have: dict[Cell, Row]) -> None:
 
 def _store(cell: Cell, config: Config, figures: dict[str, Any], file: Path) -> Row:
     method, optimizer, sparsity, _ = cell
-    row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | figures | runs.provenance(config)
+    row = {"method": method, "optimizer": optimizer, "sparsity_asked": sparsity} | figures | provenance.of_run(config)
     jsonl.append(file, row)
     return row
 

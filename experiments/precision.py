@@ -20,10 +20,10 @@ from rich.progress import track
 from experiments import cli, solution, tasks
 from experiments.config import Config
 from experiments.recipes import methods
-from experiments.rows import files, jsonl, missing, pages
+from experiments.rows import files, jsonl, missing, pages, provenance
 from experiments.rows.jsonl import Row
 from experiments.solution import Solution
-from experiments.training import loop, runs
+from experiments.training import loop
 from experiments.training.record import Last
 from s2sam_jax import perturb, sharpness_metrics, stochastic_round
 
@@ -149,7 +149,7 @@ def run(arguments: Arguments) -> None:
         found = solution.of_state(config, task, state, arguments.examples)
         live = jax.tree.leaves(found.masks or jax.tree.map(jnp.ones_like, found.params))
         common = {"method": method, "live_parameters": int(sum(jnp.sum(mask) for mask in live))}
-        common |= runs.provenance(config) | {"test_accuracy": last.last["test_accuracy_recalibrated"]}
+        common |= provenance.of_run(config) | {"test_accuracy": last.last["test_accuracy_recalibrated"]}
         jsonl.append(arguments.rows, *(common | row for row in measure(found, state.opt_state, arguments)))
 
 

@@ -22,7 +22,7 @@ from experiments import cli, models, tasks
 from experiments.config import LABELS, Config, choices, differing
 from experiments.datasets import cifar_c, corruptions, kinds
 from experiments.datasets.corruptions import CORRUPTIONS, Cell
-from experiments.rows import files, jsonl, pages, spread
+from experiments.rows import files, jsonl, pages, provenance, spread
 from experiments.rows.jsonl import Row
 from experiments.tasks import images
 from experiments.training import runs
@@ -84,7 +84,7 @@ def evaluate(arguments: Arguments, console: Console) -> dict[Path, Row]:
         jsonl.write(folder / runs.ROBUSTNESS, [row | {"run": folder.name} for row in rows] + [{"summary": summary}])
         if arguments.rows is not None:
             config, count = configs[folder], {"examples": len(loaded.test_labels)}
-            jsonl.append(arguments.rows, {"optimizer": config.optimizer} | summary | count | runs.provenance(config))
+            jsonl.append(arguments.rows, {"optimizer": config.optimizer} | summary | count | provenance.of_run(config))
         console.print(summary)
         console.print(f"Rows: {folder / runs.ROBUSTNESS}", soft_wrap=True)
     return summaries

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from experiments import tasks
 from experiments.config import Config
-from experiments.rows import jsonl
+from experiments.rows import jsonl, provenance
 from experiments.rows.jsonl import Row
 from experiments.tasks.base import Task
 from experiments.training import runs
@@ -67,7 +67,7 @@ class Analysis:
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task(self.work, total=self.total(arguments, found))
             figures = self.measure(found, **options, progress=lambda count: bar.advance(task, count))
-        row = runs.provenance(config) | figures | {"examples": len(found.batches) * config.batch_size}
+        row = provenance.of_run(config) | figures | {"examples": len(found.batches) * config.batch_size}
         jsonl.write(folder / self.rows, [row])
         self.draw({folder.resolve().name: row}, folder / self.figure)
         for line in [*self.say(row), f"Files: {folder / self.rows}, {folder / self.figure}"]:

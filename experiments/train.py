@@ -19,6 +19,7 @@ from experiments import cli, recipes, sharding, tasks
 from experiments.config import Config, OptimizerName, check_read
 from experiments.config.variants import RANDOM, in_library
 from experiments.figures import training
+from experiments.rows import provenance
 from experiments.rows.jsonl import Row
 from experiments.tasks.base import Task
 from experiments.training import display, flops, loop, optimizers, runs, seeds
@@ -56,7 +57,7 @@ class _Recorder:
 
     def __init__(self, config: Config, folder: Path, bar: display.ProgressBar | None, arguments: Arguments):
         options = {"mesh": arguments.mesh, "debug": arguments.debug}
-        self._provenance = runs.provenance(config) | {name: value for name, value in options.items() if value}
+        self._provenance = provenance.of_run(config) | {name: value for name, value in options.items() if value}
         self._folder, self._bar = folder, bar
         self._events = _event_writer(folder) if arguments.tensorboard and sharding.writes() else None
 

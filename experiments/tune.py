@@ -20,9 +20,9 @@ from experiments.datasets import in_memory
 from experiments.recipes import Recipe
 from experiments.recipes.scales import Scale, scaled
 from experiments.recipes.selection import Selection, chosen
-from experiments.rows import jsonl, missing
+from experiments.rows import jsonl, missing, provenance
 from experiments.rows.jsonl import Row
-from experiments.training import loop, runs
+from experiments.training import loop
 from experiments.training.record import Last
 
 FIELDS = ("setting", "accuracy", "config")  # What a row must have.
@@ -118,7 +118,7 @@ def run(arguments: Arguments, file: Path) -> list[Row]:
             accuracy = reporter.last["test_accuracy_recalibrated"]
         except FloatingPointError:  # a radius that is too large for this optimizer: never the best one
             accuracy = 0.0
-        row = {"setting": name, "accuracy": accuracy} | runs.provenance(config)
+        row = {"setting": name, "accuracy": accuracy} | provenance.of_run(config)
         jsonl.append(file, row)
         have[name, rho] = row
     return [have[key] for key in wanted]

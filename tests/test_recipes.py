@@ -16,7 +16,7 @@ from experiments import recipes, table
 from experiments.figures import tables
 from experiments.recipes import base
 from experiments.recipes.ssam import DOUBTFUL
-from experiments.rows import comparison
+from experiments.rows import comparison, provenance
 from experiments.training import runs, sparse_methods
 from s2sam_jax import ChannelAxis, ChannelGroup, Every
 
@@ -373,7 +373,7 @@ def trained(monkeypatch):
         done.append(config)
         config.run_dir.mkdir(parents=True)
         row = {
-            "config": runs.provenance(config)["config"], "seed": config.seed, "device": "cpu", "xla_flags": "",
+            "config": provenance.of_run(config)["config"], "seed": config.seed, "device": "cpu", "xla_flags": "",
             "versions": {"jax": "1"},
             "test_accuracy_recalibrated": (0.5 if config.optimizer == "sgd" else 0.52) + config.seed / 100,
         }  # fmt: skip

@@ -27,8 +27,7 @@ from rich.progress import track
 from experiments import cli
 from experiments.reliability import fuzz_cases
 from experiments.reliability.fuzz_cases import Case
-from experiments.rows import jsonl
-from experiments.training import runs
+from experiments.rows import jsonl, provenance
 from s2sam_jax import SparseState, apply_masks, get_masks, perturb
 from s2sam_jax._base import select
 
@@ -217,7 +216,7 @@ def chunk(numbers: range, jit_every: int) -> dict[str, Any]:
             findings.append(dataclasses.asdict(case) | found)
     seconds = time.perf_counter() - started
     counts = {"cases": len(numbers), "passed": refused.pop("passed", 0), "refused": dict(refused)}
-    return {"first": numbers.start} | counts | {"findings": findings, "seconds": seconds} | runs.environment()
+    return {"first": numbers.start} | counts | {"findings": findings, "seconds": seconds} | provenance.environment()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from rich.console import Console
 from experiments import cli, models, tasks
 from experiments.config import Config
 from experiments.datasets import kinds
-from experiments.rows import jsonl
-from experiments.training import loop, optimizers, runs
+from experiments.rows import jsonl, provenance
+from experiments.training import loop, optimizers
 from s2sam_jax import TrainState, check_masks, get_masks
 
 
@@ -103,7 +103,7 @@ def main(arguments: Arguments) -> None:
     rows = {row["model"]: row for row in jsonl.read(arguments.out)}
     for name in arguments.models:
         config = config_of(name, arguments.batch_size)
-        rows[name] = {"model": name} | two_steps(config) | runs.provenance(config)
+        rows[name] = {"model": name} | two_steps(config) | provenance.of_run(config)
         console.print({k: rows[name][k] for k in ("model", "parameters", "loss_after", "seconds_with_compilation")})
         jsonl.write(arguments.out, rows.values())
         jax.clear_caches()
