@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments import cli, ratio, spectrum, surface
-from experiments.figures import curves, landscapes, masks
-from experiments.flatness import FIGURES
+from experiments.figures import against_sparsity, curves, masks
+from experiments.figures.against_sparsity import Quantity
 from experiments.rows import jsonl
 from experiments.rows.jsonl import Row
 from experiments.training import runs
@@ -111,12 +111,9 @@ def _against_sparsity(rows: list[Row], arguments: Arguments, file: Path) -> None
             f"Several rows are of {method}, {optimizer}, sparsity {sparsity:g} and seed {seed}: they differ in what "
             "this figure does not tell apart. Draw their files one by one."
         )
-    plain = (arguments.field, arguments.field, arguments.field, 1.0, False)
-    _, label, title, scale, logarithmic = next((known for known in FIGURES if known[0] == arguments.field), plain)
-    title = f"{title}, {_common(rows)}"
-    landscapes.draw_against_sparsity(
-        finals, arguments.field, label, title, _in_folder(file), scale=scale, logarithmic=logarithmic
-    )
+    plain = Quantity(arguments.field, label=arguments.field, title=arguments.field)
+    quantity = next((known for known in against_sparsity.FLATNESS if known.field == arguments.field), plain)
+    against_sparsity.draw(finals, quantity, f"{quantity.title}, {_common(rows)}", _in_folder(file))
 
 
 def _common(rows: list[Row]) -> str:

@@ -17,7 +17,7 @@ from rich.progress import track
 
 from experiments import cli, solution, spectrum, surface, tasks
 from experiments.config import LABELS, Config, OptimizerName
-from experiments.figures import landscapes
+from experiments.figures import against_sparsity
 from experiments.recipes import methods
 from experiments.rows import files, jsonl, missing, pages, provenance, spread
 from experiments.rows.jsonl import Row
@@ -27,11 +27,6 @@ from experiments.training.record import Last
 Cell = tuple[str, OptimizerName, float, int]
 CELL = ("method", "optimizer", "sparsity_asked", "seed")
 OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sam")
-FIGURES = (
-    ("roughness", "Ra (nats)", "Roughness of the loss surface", 1.0, True),
-    ("largest_eigenvalue", "λ1", "Largest eigenvalue of the Hessian", 1.0, True),
-    ("test_accuracy_recalibrated", "accuracy (%)", "Test accuracy", 100.0, False),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,9 +245,9 @@ def write(file: Path) -> None:
         f"{first['steps']} Lanczos steps.\n\n"
         f"{pages.source(rows, 'flatness', file.name)}, which holds config, versions and commit of each run."
     )
-    figures = [file.with_name(f"{file.stem}_{field}.png") for field, *_ in FIGURES]
-    for figure, (field, label, title, scale, logarithmic) in zip(figures, FIGURES, strict=True):
-        landscapes.draw_against_sparsity(rows, field, label, title, figure, scale=scale, logarithmic=logarithmic)
+    figures = [file.with_name(f"{file.stem}_{quantity.field}.png") for quantity in against_sparsity.FLATNESS]
+    for figure, quantity in zip(figures, against_sparsity.FLATNESS, strict=True):
+        against_sparsity.draw(rows, quantity, quantity.title, figure)
     parts = [
         f"# Flatness of sparse solutions on {config['dataset']}",
         pages.wrapped(head),
