@@ -155,17 +155,12 @@ def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
     file = arguments.out / f"bench_select_{_device()}.jsonl"
     origin = provenance.environment() | {"bench": {"rounds": arguments.rounds}}
     jsonl.write(file, [origin | point for point in points])
-    draw_growth(file)
+    selection.draw_growth(file)
     console.print(f"Growth: {file.with_suffix('.png')}", soft_wrap=True)
     largest = {point["way"]: point["seconds"] for point in points[-3:]}
     for way in ("argsort", "top_k"):
         times = np.array([largest[way]]), np.array([largest["select"]])
         yield ratio_row(f"selection of {points[-1]['parameters']:,} scores, {way} / ours", *times)
-
-
-def draw_growth(file: Path) -> None:
-    """The figure, from the rows alone."""
-    selection.draw_growth(jsonl.read(file), file.stem.removeprefix("bench_select_"), file.with_suffix(".png"))
 
 
 def _merged(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

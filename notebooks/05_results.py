@@ -22,8 +22,8 @@ import numpy as np
 from IPython.display import Markdown, display
 
 from experiments.figures.against_sparsity import FLATNESS
-from experiments import flatness
-from experiments.table import LEVEL
+from experiments.pages import flatness, rendering
+from experiments.pages.table import LEVEL
 from experiments.rows import comparison, jsonl, spread
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
@@ -124,7 +124,7 @@ tables = (*papers, "causes*", "overfit*", "label-noise*", "length*")
 for file in itertools.chain.from_iterable(sorted(jsonl.RESULTS.glob(f"{name}.jsonl")) for name in tables):
     display(
         Markdown(
-            f"**{file.stem.replace('_', ', ')}**\n\n" + comparison.markdown(comparison.compare(rows_of(file.name)))
+            f"**{file.stem.replace('_', ', ')}**\n\n" + rendering.markdown(comparison.compare(rows_of(file.name)))
         )
     )
 

@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from experiments import flatness, solution, spectrum, surface, train
 from experiments.figures import against_sparsity, landscapes
+from experiments.pages import flatness as flatness_page
 from experiments.training import runs
 
 RNG = np.random.default_rng(0)
@@ -141,7 +142,7 @@ def test_page_of_flatness_comes_from_its_rows(tmp_path):
     ]
     file = tmp_path / "flatness.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flatness.write(file)
+    flatness_page.write(file)
     lines = file.with_suffix(".md").read_text().splitlines()
     cells = "100 ± 71 | 1 ± 0.71 | 1 ± 0.71 | 1 ± 0.71 | – | 1 ± 0.71 | 0 ± 0"
     assert f"| rigl | 90 | SGD | {cells} | 2 |" in lines
