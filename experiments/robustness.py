@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from experiments import cli, models, tasks
+from experiments import cli, tasks
 from experiments.config import Config
 from experiments.datasets import cifar_c, corruptions, kinds
 from experiments.datasets.corruptions import Cell
@@ -93,11 +93,11 @@ def evaluate(arguments: Arguments, console: Console) -> dict[Path, Row]:
 def _check(arguments: Arguments, configs: Collection[Config]) -> None:
     if not configs:
         raise ValueError("There is nothing to look at: give the folders of runs.")
-    if len({(config.dataset, _size(config)) for config in configs}) > 1:
-        raise ValueError("The runs must be on the same data set and size of images; give the others by themselves.")
-    dataset = next(iter(configs)).dataset
-    if dataset not in ("cifar10", "imagenet2012"):
+    dataset, *others = {config.dataset for config in configs}
+    if not others and dataset not in ("cifar10", "imagenet2012"):
         raise ValueError(f"There are corrupted forms of cifar10 and imagenet2012; the run is of {dataset}.")
+    if others or len(set(map(images.side, configs))) > 1:
+        raise ValueError("The runs must be on the same data set and size of images; give the others by themselves.")
     if arguments.corrupted is None and dataset != "cifar10":
         raise ValueError("ImageNet-C cannot be computed here: pass --corrupted with the TFDS folder that has it.")
     if arguments.examples is not None and arguments.examples < 1:
@@ -105,10 +105,6 @@ def _check(arguments: Arguments, configs: Collection[Config]) -> None:
     for option, value in (("examples", arguments.examples), ("rows", arguments.rows)):
         if arguments.corrupted is not None and value is not None:
             raise ValueError(f"{option}={value} is for corruptions that are computed; leave it out with --corrupted.")
-
-
-def _size(config: Config) -> int:
-    return config.image_size or models.MODELS[config.model].image_size or 32
 
 
 def _cells(arguments: Arguments, config: Config, loaded: Any) -> Iterator[Cell]:
@@ -119,7 +115,8 @@ def _cells(arguments: Arguments, config: Config, loaded: Any) -> Iterator[Cell]:
         return corruptions.computed(*clean, min(BATCH, len(clean[1])), names=names)
     if any(folder.glob("*.npy")):
         return corruptions.from_npy(folder, BATCH, names=names)
-    return corruptions.from_tfds(f"{config.dataset}_corrupted", BATCH, folder, image_size=_size(config), names=names)
+    name, side = f"{config.dataset}_corrupted", images.side(config)
+    return corruptions.from_tfds(name, BATCH, folder, image_size=side, names=names)
 
 
 def _accuracies(

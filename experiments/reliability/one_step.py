@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from experiments import cli, models, tasks
 from experiments.config import Config
-from experiments.datasets import kinds
 from experiments.rows import jsonl, provenance
 from experiments.training import loop, optimizers
 from s2sam_jax import TrainState, check_masks, get_masks
@@ -37,19 +35,6 @@ def config_of(name: str, batch_size: int) -> Config:
     return dataclasses.replace(Config(), dataset=dataset, model=name, batch_size=batch_size, learning_rate=0.01)
 
 
-def batch_of(config: Config) -> Any:
-    """Noise in the shapes of the data."""
-    rng = np.random.default_rng(0)
-    if models.MODELS[config.model].text:
-        tokens = rng.integers(4, config.vocabulary, (2, config.batch_size, config.max_length), np.int32)
-        return {"sources": jnp.asarray(tokens[0]), "targets": jnp.asarray(tokens[1])}
-    kind = kinds.KINDS[config.dataset]
-    side, _, channels = kind.shape
-    side = config.image_size or side
-    pixels = rng.integers(0, 256, (config.batch_size, side, side, channels), np.uint8)
-    return jnp.asarray(pixels), jnp.asarray(rng.integers(0, kind.classes, config.batch_size))
-
-
 def step_and_state(config: Config, steps_per_epoch: int = 100) -> tuple[Any, Any]:
     """The train step of a config, and a function that makes its first state."""
     network = tasks.build(config)
@@ -68,7 +53,7 @@ def two_steps(config: Config) -> dict[str, Any]:
       ValueError: naming the leaves whose masks do not hold.
     """
     step, first_state = step_and_state(config)
-    batch, state, begin = batch_of(config), first_state(), time.perf_counter()
+    batch, state, begin = tasks.noise(config), first_state(), time.perf_counter()
     # Where the first call changes the masks, it leaves the weights; the second is an ordinary one.
     state, first = step(state, batch)
     before = jax.device_get(jax.tree.leaves(state.params))

@@ -8,11 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import models
 from experiments.config import Config
 from experiments.datasets import kinds, transforms
 from experiments.datasets.kinds import Kind
 from experiments.models import Network
 from experiments.tasks.base import Losses
+
+
+def side(config: Config) -> int:
+    """Pixels on a side of the images that the network sees; those of ImageNet are cropped to the model's size."""
+    if config.dataset == "imagenet2012":
+        return config.image_size or models.MODELS[config.model].image_size or 224
+    return kinds.KINDS[config.dataset].shape[0]
 
 
 def losses(config: Config, network: Network, *, augment: bool) -> Losses:

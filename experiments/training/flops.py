@@ -17,6 +17,7 @@ from experiments.config import Config
 from experiments.config.variants import ROUNDS, in_library
 from experiments.datasets import kinds
 from experiments.models import Network
+from experiments.tasks import images
 from experiments.training import optimizers, sparse_methods
 from experiments.trees import by_name
 from s2sam_jax import ChannelGroup, erdos_renyi, erdos_renyi_kernel, uniform
@@ -173,14 +174,11 @@ def _forward(config: Config, network: Network) -> tuple[Any, ...]:
     def forward(params: Any, model_state: Any, inputs: Any) -> Any:
         return network.apply(params, model_state, inputs, False)[0]
 
-    spec = models.MODELS[config.model]
-    if spec.text:
+    if models.MODELS[config.model].text:
         tokens = jax.ShapeDtypeStruct((1, config.max_length), jnp.int32)
         return forward, network.params, network.model_state, (tokens, tokens)
-    height, width, channels = kinds.KINDS[config.dataset].shape
-    if config.dataset == "imagenet2012":
-        height = width = config.image_size or spec.image_size or height
-    image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+    side = images.side(config)
+    image = jax.ShapeDtypeStruct((1, side, side, kinds.KINDS[config.dataset].shape[2]), jnp.float32)
     return forward, network.params, network.model_state, image
 
 
