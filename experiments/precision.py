@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,15 @@ class Arguments:
     cache: Path = cli.COMPILED  # Folder of compiled programs, for the next run.
 
 
+class Step(NamedTuple):
+    """Weights before and after a perturbation, and the gradients at both."""
+
+    before: Any
+    after: Any
+    gradient_before: Any
+    gradient_after: Any
+
+
 @partial(jax.jit, static_argnames="dtype")
 def rounded(tree: Any, dtype: str, key: jax.Array | None) -> Any:
     """Weights as products see them, in float32: rounded at random by the key, or without one to nearest."""
@@ -75,8 +84,7 @@ def cosine(a: Any, b: Any) -> jax.Array:
 def measure(found: Solution, opt_state: Any, arguments: Arguments) -> list[Row]:
     """A row for each place where weights are kept, format of products, radius and rounding.
 
-    Weights are kept in float32 and rounded for products alone, or lie on the format's grid themselves. A draw at random
-    rounds both points by the same noise, so that their difference is due to the perturbation alone.
+    Weights are kept in float32 and rounded for products alone, or lie on the format's grid themselves.
     """
     one, perturbed = jax.jit(jax.grad(found.loss_fn)), jax.jit(perturb)
     telemetry = jax.jit(sharpness_metrics, static_argnames="compute_dtype")
@@ -91,29 +99,36 @@ def measure(found: Solution, opt_state: Any, arguments: Arguments) -> list[Row]:
         for rho in arguments.radii:
             state = optax.tree.set(opt_state, rho=jnp.asarray(rho))
             point = perturbed(params, state)
-            there, metrics = gradient(point), telemetry(params, state, compute_dtype=dtype)
+            metrics = telemetry(params, state, compute_dtype=dtype)
             common = {"dtype": dtype, "stored": stored, "rho_measured": rho}
             common |= {name: float(value) for name, value in metrics.items()}
+            exact = Step(params, point, clean, gradient(point))
             for rounding in ("nearest",) if dtype == "float32" else ROUNDINGS:
                 keys = [None] if rounding == "nearest" else list(jax.random.split(jax.random.key(0), arguments.draws))
-                low = [[rounded(tree, dtype, key) for tree in (params, point)] for key in keys]
-                gradients = [[gradient(tree) for tree in pair] for pair in low]
-                changes = [minus(after, before) for before, after in gradients]
-                exact, epsilon = minus(there, clean), minus(point, params)
-                figures = {
-                    "kept": mean([optax.tree.norm(minus(after, before)) for before, after in low]) / rho,
-                    "cosine": mean([cosine(minus(after, before), epsilon) for before, after in low]),
-                    "gradient": mean([cosine(after, there) for _, after in gradients]),
-                    "change": mean([cosine(change, exact) for change in changes]),
-                    "mean_change": cosine(mean(changes), exact),
-                }
-                figures = {name: float(value) for name, value in figures.items()}
-                rows.append(common | {"rounding": rounding, "draws": len(keys)} | figures)
+                # Both points are rounded by the same noise, so that their difference is due to the perturbation alone.
+                pairs = [[rounded(tree, dtype, key) for tree in (params, point)] for key in keys]
+                draws = [Step(before, after, gradient(before), gradient(after)) for before, after in pairs]
+                rows.append(common | {"rounding": rounding, "draws": len(keys)} | compared(draws, exact, rho))
     return rows
 
 
+def compared(draws: list[Step], exact: Step, rho: float) -> dict[str, float]:
+    """What is left of an exact step where weights are rounded: a figure for each column of the page."""
+    moves = [minus(draw.after, draw.before) for draw in draws]
+    changes = [minus(draw.gradient_after, draw.gradient_before) for draw in draws]
+    move, change = minus(exact.after, exact.before), minus(exact.gradient_after, exact.gradient_before)
+    figures = {
+        "kept": mean([optax.tree.norm(m) for m in moves]) / rho,
+        "cosine": mean([cosine(m, move) for m in moves]),
+        "gradient": mean([cosine(draw.gradient_after, exact.gradient_after) for draw in draws]),
+        "change": mean([cosine(c, change) for c in changes]),
+        "mean_change": cosine(mean(changes), change),
+    }
+    return {name: float(value) for name, value in figures.items()}
+
+
 def networks(file: Path) -> dict[tuple[str, int], Row]:
-    """What has been measured of each."""
+    """What has been measured of each network, by its method and seed."""
     found: dict[tuple[str, int], list[Row]] = {}
     for row in jsonl.read(file, ("method", "seed", "config", "rho_measured", "draws")):
         found.setdefault((row["method"], row["seed"]), []).append(row)

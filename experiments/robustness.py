@@ -58,14 +58,14 @@ def main(arguments: Arguments) -> dict[Path, Row]:
 
 def evaluate(arguments: Arguments, console: Console) -> dict[Path, Row]:
     """Accuracy on every cell, written into the folders of the runs; returns the summaries of those that had no row."""
-    configs = {folder: runs.read_config(folder, arguments.data) for folder in arguments.runs}
-    _check(arguments, configs.values())
+    asked = {folder: runs.read_config(folder, arguments.data) for folder in arguments.runs}
+    _check(arguments, asked.values())
     old = [] if arguments.rows is None else jsonl.read(arguments.rows, ("examples", "by_corruption"))
     done = {(Config.from_json(row["config"]).digest, row["seed"]) for row in old}
-    asked, configs = configs, {f: config for f, config in configs.items() if (config.digest, config.seed) not in done}
-    if len(configs) < len(asked):
-        there = f"{len(asked) - len(configs)} runs have their rows in {arguments.rows} already"
-        console.print(f"{there}, of {old[0]['examples']} images.", soft_wrap=True)
+    configs = {folder: config for folder, config in asked.items() if (config.digest, config.seed) not in done}
+    if there := len(asked) - len(configs):
+        said = f"{there} runs have their rows in {arguments.rows} already, of {old[0]['examples']} images."
+        console.print(said, soft_wrap=True)
     if not configs:
         return {}
     first = next(iter(configs.values()))
