@@ -3,7 +3,7 @@
     uv run --extra experiments --with 'jax[cuda12]' python -m experiments.aot --target h100
     uv run --extra experiments --with 'jax[tpu]' python -m experiments.aot --target v5e
 
-A row a program, stored as soon as it is compiled; what has a row is skipped.
+Each program gives a row, stored as soon as it is compiled; a program that has a row is skipped.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ from experiments.rows import jsonl, provenance
 from experiments.rows.jsonl import Row
 
 Section = Literal["weights", "methods", "sharded", "networks"]
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all")  # Nothing starts.
+# Instructions for which a GPU starts nothing.
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all")
 TO_HOST = r'= \S+ (?:infeed|outfeed)\(|is_host_transfer=true|custom_call_target="[^"]*callback'
 
 
@@ -40,7 +41,7 @@ class Arguments:
 
 
 def compiled(program: Program) -> Row:
-    """What the compiler says of it; in place of figures its error, where it refuses."""
+    """The compiler's figures for a program, or its error where it refuses."""
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(program.state.params))
     try:
         executable = program.step.lower(program.state, program.batch).compile()
@@ -59,14 +60,14 @@ def compiled(program: Program) -> Row:
 
 
 def kernels(text: str) -> list[str]:
-    """What the outermost computation of a program has to start: a branch or a loop, whatever is in it, is one."""
+    """The instructions of a program's outermost computation that start something; a branch or a loop counts as one."""
     lines = text[text.index("\nENTRY") :].splitlines()
     found = [(re.search(r" = .*?\b([a-z][a-z-]*)\(", line), line) for line in lines]
     return [line for match, line in found if match and match[1] not in FREE and not match[1].endswith("-done")]
 
 
 def run(arguments: Arguments) -> None:
-    """Compiles what has no row."""
+    """Compiles each program that has no row yet."""
     jax.config.update("jax_platforms", "cpu")  # before JAX looks for devices: what is not there cannot be initialised
     console, devices = Console(), targets.devices(arguments.target)
     made: dict[str, Callable[[], Iterator[Program]]] = {

@@ -25,7 +25,7 @@ Section = Literal[
     "throughput", "step", "memory", "peak", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official",
     "growth",
 ]  # fmt: skip
-OF_OTHERS = ("throughput", "peak", "loop", "inference")  # Not of the ResNet-32: their rows name the network.
+OTHER_NETWORKS = ("throughput", "peak", "loop", "inference")  # Not about the ResNet-32: their rows name the network.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Arguments:
     sections: tuple[Section, ...] = get_args(Section)  # What is measured; default: everything.
     models: tuple[ModelName, ...] = ("resnet32",)  # Networks of the section throughput, at their own image sizes.
     formats: tuple[ComputeName, ...] = ("float32",)  # Number formats of the section throughput.
-    width: int = 32  # Of the ResNet-32 whose steps are timed.
-    batch_size: int = 128  # Of the ResNet-32, and of the section throughput.
-    parameters: int = 25_000_000  # Of the large tree of the sections optimizer and masks.
+    width: int = 32  # Width of the ResNet-32 whose steps are timed.
+    batch_size: int = 128  # Batch size of that ResNet-32, and of the section throughput.
+    parameters: int = 25_000_000  # Weights in the large tree of the sections optimizer and masks.
     largest: int = 10_000_000  # The most scores of the section growth, in which their number grows tenfold each time.
     rounds: int = 7  # How often each case is timed.
     jaxpruner: Path | None = None  # A checkout of google-research/jaxpruner, to be measured beside.
@@ -47,7 +47,6 @@ class Arguments:
 
 @cli.command
 def main(arguments: Arguments) -> None:
-    """The command line."""
     console = Console()
     config = Config(dataset="cifar10", model="resnet32", width=arguments.width, batch_size=arguments.batch_size)
     everything = _sections(arguments, config, console)
@@ -56,7 +55,7 @@ def main(arguments: Arguments) -> None:
     file = arguments.out / f"bench_{_device()}.jsonl"
     for section in arguments.sections:
         begin = time.perf_counter()
-        origin = provenance.environment() if section in OF_OTHERS else provenance.of_run(config)
+        origin = provenance.environment() if section in OTHER_NETWORKS else provenance.of_run(config)
         for row in everything[section]():
             rows.append(origin | measured | {"section": section} | row._asdict() | {"met": row.met})
             console.print(f"{section}: {row.what} {row.value:.4g} {row.unit}  {row.detail}", soft_wrap=True)
@@ -149,7 +148,7 @@ def _official(arguments: Arguments, workload: steps.Workload, console: Console) 
 
 
 def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
-    """A log-log plot instead of rows."""
+    """A figure of how selection grows, from a file of its own; the rows compare the largest size."""
     sizes = [10**power for power in range(5, 10) if 10**power <= arguments.largest]
     points = list(masks.growth(sizes, arguments.rounds))
     file = arguments.out / f"bench_select_{_device()}.jsonl"
@@ -164,7 +163,7 @@ def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
 
 
 def _merged(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was not measured again stays."""
+    """The rows of the file, without those that were measured again, and the new ones."""
     fresh = {(row["section"], row["what"]) for row in rows}
     return [row for row in jsonl.read(file) if (row["section"], row["what"]) not in fresh] + rows
 

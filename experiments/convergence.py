@@ -25,12 +25,12 @@ from experiments.theory import nonconvex, stability
 class Arguments:
     """Measures gradients and risks on problems with known constants, and compares them with their bounds."""
 
-    radii: tuple[float, ...] = (0.075, 0.5)  # Of the gradients; the Sparse SAM paper's bound asks for at most 0.0758.
-    steps: int = 100_000  # Of the gradients.
-    seeds: int = 8  # Of the gradients: how many.
-    sizes: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)  # Of the risks: examples in a training set.
-    sets: int = 200  # Of the risks: training sets drawn of each size.
-    risk_radii: tuple[float, ...] = (0.0, 0.1, 1.0)  # Of the risks; 0 is SGD.
+    radii: tuple[float, ...] = (0.075, 0.5)  # Rho, for the gradients; the Sparse SAM paper asks for at most 0.0758.
+    steps: int = 100_000  # Length of each run whose gradients are measured.
+    seeds: int = 8  # How many runs gradients are averaged over.
+    sizes: tuple[int, ...] = (20, 50, 100, 200, 500, 1000)  # Examples in a training set, for the risks.
+    sets: int = 200  # Training sets drawn of each size, for the risks.
+    risk_radii: tuple[float, ...] = (0.0, 0.1, 1.0)  # Rho, for the risks; 0 is SGD.
     rows: Path = jsonl.RESULTS / "convergence.jsonl"  # File that rows are added to; page and figure lie beside it.
 
 
@@ -56,7 +56,7 @@ def gradients(name: str, rho: float, steps: int, seeds: int) -> Row:
 
 
 def risks(n: int, rho: float, sets: int) -> Row:
-    """Means over training sets, their standard errors, and the bounds."""
+    """Means of gap, excess risk and distance over training sets, their standard errors, and the bounds."""
     found = jax.device_get(stability.measure(jax.random.key(0), rho, n=n, sets=sets))
     return {
         "sets": sets,
@@ -67,7 +67,7 @@ def risks(n: int, rho: float, sets: int) -> Row:
 
 
 def run(arguments: Arguments) -> None:
-    """Each row is written as soon as it is there."""
+    """Measures what has no row yet; each row is written as soon as it is there."""
     optimizers = [name for name in nonconvex.OPTIMIZERS if name != "sgd"]
     walks = [("sgd", 0.0), *((name, rho) for rho in arguments.radii for name in optimizers)]
     wanted: dict[tuple[str, Any, float], Row] = {

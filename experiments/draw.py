@@ -25,7 +25,7 @@ from experiments.training import runs
 
 RUNS = Path("runs")  # Where figures go that nobody has named.
 ANALYSES = {"surfaces": surface.ANALYSIS, "spectra": spectrum.ANALYSIS, "ratios": ratio.ANALYSIS}
-SHOWN = {  # What a row must have, beside its config and seed.
+SHOWN = {  # What a row must have for a kind of figure, beside its config and seed.
     "curves": ("epoch", "train_loss", "test_accuracy"),
     "surfaces": ("surface", "span", "n", "roughness"),
     "spectra": ("nodes", "weights"),
@@ -86,13 +86,13 @@ def _file(arguments: Arguments) -> Path:
 
 
 def _in_folder(file: Path) -> Path:
-    """With its folder made; only once there is a figure to put there."""
+    """The same file, once its folder is made: not before there is a figure to put there."""
     file.parent.mkdir(parents=True, exist_ok=True)
     return file
 
 
 def _against_sparsity(rows: list[Row], arguments: Arguments, file: Path) -> None:
-    """The last row of each run; a row that says nothing else has method, optimizer and sparsity of its config."""
+    """Draws the last row of each run; method, optimizer and sparsity are those of its config if it does not say."""
     finals = []
     for row in rows:
         config = row["config"]
@@ -117,7 +117,7 @@ def _against_sparsity(rows: list[Row], arguments: Arguments, file: Path) -> None
 
 
 def _common(rows: list[Row]) -> str:
-    """What the runs are on."""
+    """Data sets and models of the runs."""
     found: dict[str, None] = dict.fromkeys(f"{row['config']['dataset']}, {row['config']['model']}" for row in rows)
     return "; ".join(found)
 

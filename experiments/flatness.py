@@ -29,21 +29,21 @@ OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "sam", "ssam-f", "ssam-d", "s2sa
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Which runs, how they are measured, and where the rows go."""
+    """Measures how flat the solutions of runs on digits, or of finished runs, are."""
 
-    methods: tuple[str, ...] = ("static", "rigl", "mest-em")
+    methods: tuple[str, ...] = ("static", "rigl", "mest-em")  # A network is trained for each combination of these four.
     optimizers: tuple[OptimizerName, ...] = OPTIMIZERS
     sparsities: tuple[float, ...] = (0.8, 0.9, 0.95, 0.98)
     seeds: tuple[int, ...] = (0, 1, 2)  # Which ones, not how many.
     runs: tuple[Path, ...] = ()  # Folders of finished runs, to be looked at in place of all that.
     data: Path | None = None  # Where their data set lies, if no longer where it was.
-    examples: int = 512  # Training images that the loss is the mean of.
-    span: float = 1.0
-    n: int = 15
-    steps: int = 30  # Of Lanczos.
-    samples: int = 10  # For the trace.
-    rows: Path = jsonl.RESULTS / "flatness_digits.jsonl"
-    cache: Path = cli.COMPILED  # Compiled programs: the seeds of a cell share them.
+    examples: int = 512  # Training images over which the loss is averaged.
+    span: float = 1.0  # The grid of losses runs from -span to span filter norms.
+    n: int = 15  # Points along each of the two directions.
+    steps: int = 30  # Of the Lanczos iteration that gives eigenvalues.
+    samples: int = 10  # Random vectors that the trace is estimated from.
+    rows: Path = jsonl.RESULTS / "flatness_digits.jsonl"  # File that rows are added to; the page is written beside it.
+    cache: Path = cli.COMPILED  # Folder of compiled programs, which the seeds of a cell share.
 
 
 def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int) -> Config:
@@ -53,14 +53,14 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int)
 
 
 def measured(config: Config, loaded: Any, arguments: Arguments) -> dict[str, Any]:
-    """Trains, and looks at what came out."""
+    """Trains a network and measures its solution."""
     task, reporter = tasks.make(config, loaded), Last()
     state = loop.train(config, task, reporter)
     return reporter.last | looked_at(solution.of_state(config, task, state, arguments.examples), config, arguments)
 
 
 def looked_at(found: solution.Solution, config: Config, arguments: Arguments) -> dict[str, Any]:
-    """Along live weights alone, and with pruned ones moving too."""
+    """Roughness along live weights, and with pruned ones moving too; curvature of live weights."""
     grid: Any = {"span": arguments.span, "n": arguments.n, "seed": 0}
     live, whole = surface.measure(found, pruned=False, **grid), surface.measure(found, pruned=True, **grid)
     options: Any = {"steps": arguments.steps, "samples": arguments.samples}
@@ -77,7 +77,7 @@ def looked_at(found: solution.Solution, config: Config, arguments: Arguments) ->
 
 
 def run(arguments: Arguments) -> None:
-    """Each row is written as soon as it is there.
+    """Measures what has no row yet; each row is written as soon as it is there.
 
     Raises:
       ValueError: for a row of the same method, optimizer, sparsity and seed that is otherwise another one, or was
@@ -96,7 +96,7 @@ def _cell_of(row: Row) -> Cell:
 
 
 def _wanted(config: Config, arguments: Arguments) -> Row:
-    """What a row must say of itself."""
+    """The fields that tell how a row was measured, with the values asked for."""
     measured = {field: getattr(arguments, field) for field in ("span", "n", "steps")}
     measured["sharpness_rho"] = config.rho  # read by the measure, if not by SGD
     examples = min(arguments.examples, config.subset or arguments.examples)

@@ -38,8 +38,8 @@ class Arguments:
     methods: tuple[str, ...] = ("dense", "rigl")  # A network is trained for each method and seed.
     seeds: tuple[int, ...] = (0, 1)  # Which ones, not how many.
     radii: tuple[float, ...] = (0.005, 0.01, 0.05, 0.1, 0.5)  # Of the perturbations that are measured.
-    epochs: int = 20
-    examples: int = 256  # Training images that gradients are the mean of.
+    epochs: int = 20  # Of each training.
+    examples: int = 256  # Training images over which gradients are averaged.
     draws: int = 4  # How often weights are rounded at random.
     rows: Path = jsonl.RESULTS / "precision.jsonl"  # File that rows are added to; the page is written beside it.
     cache: Path = cli.COMPILED  # Folder of compiled programs, for the next run.

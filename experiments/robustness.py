@@ -3,8 +3,8 @@
     python -m experiments.robustness runs/SOME_CIFAR10_RUN runs/OTHER_RUN
 
 Each corruption is made once for all runs. Corruptions that are computed lack frost, and their mean is over the other
-fourteen; the summary names what is missing. ``--rows FILE.jsonl`` collects a row a run, with a page beside it that is
-made from the rows alone: does S2-SAM make sparse networks more robust?
+fourteen; the summary names what is missing. ``--rows FILE.jsonl`` collects one row per run, with a page beside it: does
+S2-SAM make sparse networks more robust?
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def _check(arguments: Arguments, configs: Collection[Config]) -> None:
 
 
 def _cells(arguments: Arguments, config: Config, loaded: Any) -> Iterator[Cell]:
-    """Computed, released or prepared by TFDS."""
+    """The corrupted images: computed, read as they were released, or as TFDS has prepared them."""
     folder, names = arguments.corrupted, arguments.corruptions
     if folder is None:
         clean = np.asarray(loaded.test_images), np.asarray(loaded.test_labels)
@@ -122,7 +122,7 @@ def _cells(arguments: Arguments, config: Config, loaded: Any) -> Iterator[Cell]:
 def _accuracies(
     configs: Mapping[Path, Config], loaded: Any, cells: Iterator[Cell]
 ) -> dict[Path, tuple[list[Row], float]]:
-    """Of each run a row a cell, and its accuracy on clean images."""
+    """For each run one row per cell, and its accuracy on clean images."""
     predictors, clean = {}, {}
     for folder, config in configs.items():
         # On test images, also of a run that was evaluated on held-out ones.

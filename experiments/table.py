@@ -88,7 +88,7 @@ def _config(recipe: Recipe, seed: int, arguments: Arguments, best: dict[str, flo
 
 
 def _row(recipe: Recipe, config: Config, scale: Scale) -> Row:
-    """What a table is made of: the printed figures, ours, and all that the run says of itself."""
+    """A row of the table: the printed figures, ours, and all that the run says of itself."""
     rows, metric = runs.rows(config.run_dir), recipe.metric
     last = rows[-1] | runs.robustness(config.run_dir)
     value = metric.scale * last[metric.field] if metric.field in last else None
@@ -110,7 +110,7 @@ def best_accuracy(rows: list[Row]) -> float:
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
-    """The paper's part of a line."""
+    """What the paper says of a recipe, as fields of a line of the comparison."""
     baseline = None if recipe.baseline is None else recipes.get(recipe.baseline).expected
     return {
         "name": recipe.name,
@@ -142,7 +142,6 @@ def store(rows: list[Row], file: Path) -> list[Row]:
 
 @cli.command
 def main(arguments: Arguments) -> None:
-    """The command line."""
     console, file = Console(), rows_file(arguments)
     cli.keep_compiled(arguments.out / "compiled")
     old = jsonl.read(file)

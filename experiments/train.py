@@ -117,7 +117,7 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
 
 
 def _train(fresh: list[Config], console: Console, arguments: Arguments) -> None:
-    """Trains them, and prints what they cost."""
+    """Trains runs, and prints their FLOPs."""
     if not fresh:
         return
     loaded, start = tasks.load(arguments.config), _start(arguments.config)
@@ -140,7 +140,7 @@ def _curves_name(configs: Sequence[Config]) -> str:
 
 
 def _configs(arguments: Arguments) -> dict[str, Config]:
-    """Of every run asked for, by what tells it from the others."""
+    """The config of every run asked for, by what tells it from the others."""
     if arguments.vmap and len(set(arguments.seeds)) < 2:
         raise ValueError(f"--vmap trains several seeds side by side: give them as --seeds; got {arguments.seeds}.")
     if arguments.seeds and arguments.config.seed not in (0, *arguments.seeds):
@@ -166,7 +166,7 @@ def _groups(configs: list[Config], vmap: bool) -> list[list[Config]]:
 
 
 def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> Table:
-    """Trains them, and returns what they cost."""
+    """Trains one run, or several side by side, and returns the table of FLOPs."""
     made = [tasks.make(config, loaded, sharding.make_mesh(arguments.mesh)) for config in configs]
     steps = made[0].steps_per_epoch
     for config, task in zip(configs, made, strict=True):

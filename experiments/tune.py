@@ -139,7 +139,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 @cli.command
 def main(arguments: Arguments) -> None:
-    """The command line."""
     file = arguments.rows or jsonl.RESULTS / f"{arguments.table}_{arguments.scale}_tuning.jsonl"
     cli.keep_compiled(arguments.cache)
     Console().print(table(run(arguments, file)))

@@ -44,7 +44,7 @@ class Workload:
         return TrainState.create(self.network.params, tx, model_state=self.network.model_state)
 
     def runner(self, name: str) -> Any:
-        """A case that goes on training with this optimizer, a step a call."""
+        """A case that goes on training with this optimizer, by one step at each call."""
         tx = optimizer(name)
         step, state = make_train_step(self.loss_fn, tx), [self.state(tx)]
 

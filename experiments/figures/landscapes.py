@@ -15,7 +15,7 @@ from s2sam_jax.analysis import Spectrum
 
 
 def draw_surfaces(rows: Mapping[str, Row], file: Path) -> None:
-    """Each as a surface above its contours, all to one scale."""
+    """The loss around each solution as a surface above its contours, all to one scale."""
     columns = min(len(rows), 4)
     lines = math.ceil(len(rows) / columns)
     figure = Figure(figsize=(4.2 * columns, 6.6 * lines), layout="constrained")
@@ -59,7 +59,7 @@ def draw_spectra(rows: Mapping[str, Row], file: Path) -> None:
 
 
 def draw_ratios(rows: Mapping[str, Row], file: Path) -> None:
-    """How SAM's gradient differs from the plain one, coordinate by coordinate; left of the line by less than itself."""
+    """How SAM's gradient differs from the plain one, by coordinates: below r = 0 by less than its own size."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0.0, color=GREY, linewidth=1.0)

@@ -44,7 +44,7 @@ def _mark(axes: Axes, place: int, optimizer: str, ours: float | None, half: floa
 
 
 def _hollow(axes: Axes, x: float | None, y: float | None, optimizer: str) -> None:
-    """What a paper printed, if it did."""
+    """The paper's figure as a hollow mark, if it is known."""
     if x is not None and y is not None:
         axes.plot(x, y, "D", color=colour_of(optimizer), markerfacecolor="none", markersize=5)
 

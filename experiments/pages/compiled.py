@@ -23,7 +23,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 
 
 def table(rows: list[Row]) -> str:
-    """A line a program, with the columns of each target that has any."""
+    """A line for each program; of each target, the columns in which it has anything."""
     found = {(row["what"], row["target"]): row for row in rows}
     said = [(target, name) for target in _each(rows, "target") for name in COLUMNS]
     whole = [row for row in rows if "error" not in row]
@@ -39,12 +39,12 @@ def _cell(row: Row | None, name: str) -> str:
 
 
 def _each(rows: list[Row], field: str) -> list[str]:
-    """Its values, once each."""
+    """The values of a field, once each, in their order."""
     return list(dict.fromkeys(row[field] for row in rows))
 
 
 def page(rows: list[Row], name: str) -> str:
-    """A table a section, with columns for each target; of a program that was tried again, the last row."""
+    """A table for each section; of a program that was tried again, the last row counts."""
     rows = list({(row["target"], row["section"], row["what"]): row for row in rows}.values())
     kinds = "; ".join(f"{row['target']}: {row['device_kind']}" for row in {row["target"]: row for row in rows}.values())
     good = sum("error" not in row for row in rows)

@@ -15,12 +15,12 @@ from experiments.theory import nonconvex, stability
 
 
 def slope(steps: Sequence[float], values: Sequence[float]) -> float:
-    """Of a straight line through logarithms."""
+    """The slope of a straight line through the logarithms of both."""
     return float(np.polyfit(np.log(steps), np.log(values), 1)[0])
 
 
 def gradient_table(rows: list[Row]) -> str:
-    """Measured means, and the largest share of a bound that is used up."""
+    """Measured means, and the largest share of each bound that they reach."""
     steps = rows[0]["steps"]
     shown = [index for index, count in enumerate(steps) if np.log10(count) % 1 == 0]
     header = ["optimizer", *(f"T = {steps[i]:,}" for i in shown), "slope", "largest measured / bound", "/ the paper's"]

@@ -48,7 +48,7 @@ def table(rows: list[Row]) -> str:
 
 
 def accuracies(row: Row) -> dict[str, float]:
-    """Of one run in per cent: clean, the mean over all corruptions, and over each kind that there are some of."""
+    """Accuracies of a run in per cent: clean, mean over all corruptions, and over those of each kind that it has."""
     each = row["by_corruption"]
     kinds = {kind: [each[name] for name in names if name in each] for kind, names in KINDS.items()}
     found = {"clean": row["clean_accuracy"], "corrupted": row["mean_corruption_accuracy"]}

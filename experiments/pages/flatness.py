@@ -37,7 +37,7 @@ def table(rows: list[Row]) -> str:
 
 
 def claims(rows: list[Row]) -> str:
-    """The paper's two claims beside what the means are, of an optimizer and of SGD over the seeds that both have."""
+    """The paper's two claims beside our means; an optimizer is compared with SGD over the seeds that both have."""
     cells = _by_cell(rows)
     of_sgd = {(method, zeros): mine for (method, zeros, optimizer), mine in cells.items() if optimizer == "sgd"}
     others = dict.fromkeys(optimizer for _, _, optimizer in cells if optimizer != "sgd")
@@ -72,7 +72,7 @@ def _roughness(of_sgd: dict[tuple[str, float], list[Row]]) -> str:
 def _compared(
     cells: dict[tuple[str, float, str], list[Row]], of_sgd: dict[tuple[str, float], list[Row]], optimizer: str
 ) -> list[str]:
-    """Two entries for each measure."""
+    """For each measure, in how many cells it is below SGD's, and how many times SGD's it is."""
     pairs = [(mine, of_sgd.get((m, zeros), [])) for (m, zeros, o), mine in cells.items() if o == optimizer]
     found = []
     for field in MEASURES:
@@ -83,7 +83,7 @@ def _compared(
 
 
 def _ratio(both: list[list[tuple[float, float]]]) -> str:
-    """Of the means of each cell, over several cells."""
+    """The geometric mean over cells of how many times SGD's the measure is, with its 95 % interval."""
     means = [map(statistics.mean, zip(*cell, strict=True)) for cell in both]
     logs = [math.log(mine / base) for mine, base in means if mine > 0 and base > 0]
     average, deviation = spread.mean(logs)

@@ -33,13 +33,13 @@ def table(rows: list[Row]) -> str:
 
 
 def found_mean(rows: list[Row], field: str, **where: Any) -> str:
-    """Over the rows whose fields have these values."""
+    """The mean of a field over the rows whose other fields have these values."""
     values = [row[field] for row in rows if all(row[name] == value for name, value in where.items())]
     return f"{statistics.mean(values):.2f}" if values else "–"
 
 
 def conclusion(rows: list[Row]) -> str:
-    """In figures of the smallest radius, where there is most to lose."""
+    """What the figures say at the smallest radius, where there is most to lose."""
     rho = min(row["rho_measured"] for row in rows)
     figure = partial(found_mean, [row for row in rows if row["rho_measured"] == rho])
     bf16 = {(s, r): {"dtype": "bfloat16", "stored": s, "rounding": r} for s in ("float32", "format") for r in ROUNDINGS}
@@ -66,7 +66,7 @@ def conclusion(rows: list[Row]) -> str:
 
 
 def page(rows: list[Row], name: str) -> str:
-    """The conclusion, and a table a method."""
+    """The conclusion, and a table for each method."""
     first = rows[0]
     live = {row["method"]: row["live_parameters"] for row in rows}
     seeds = sorted({row["seed"] for row in rows})

@@ -68,7 +68,6 @@ def run(arguments: Arguments) -> None:
 
 @cli.command
 def main(arguments: Arguments) -> None:
-    """The command line."""
     cli.keep_compiled(arguments.cache, 0.0)
     run(arguments)
 

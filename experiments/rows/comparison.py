@@ -14,21 +14,21 @@ class Line(NamedTuple):
       name: of the recipe.
       row: the paper's label.
       sparsity: fraction of zeros.
-      optimizer: ours.
-      metric: what the figures are of.
-      paper: as printed.
-      paper_spread: as printed.
-      paper_difference: to the baseline, of the printed figures.
-      baseline: the recipe that differences are to.
-      ours: mean over seeds.
-      spread: over seeds.
-      seeds: how many.
-      difference: to the baseline, mean of the differences seed by seed.
-      difference_spread: of these.
-      pairs: how many.
-      gradients: evaluations a step, or the like of them.
-      best: mean over seeds of the figure of each seed's best epoch.
-      best_difference: to the baseline's.
+      optimizer: of our run.
+      metric: what is compared, such as ``accuracy (%)``.
+      paper: the printed figure.
+      paper_spread: what is printed behind its ±.
+      paper_difference: the printed figure less that of the baseline.
+      baseline: the name of the recipe that differences are to.
+      ours: our figure, the mean over seeds.
+      spread: its deviation over seeds.
+      seeds: how many there are.
+      difference: ours less the baseline's, the mean over the seeds that both have.
+      difference_spread: its deviation over these seeds.
+      pairs: how many these are.
+      gradients: gradient evaluations a step; other passes count in proportion.
+      best: the mean over seeds of the figure after each seed's best epoch.
+      best_difference: the same less the baseline's.
     """
 
     name: str
@@ -93,7 +93,7 @@ def _by_seed(rows: Sequence[Row], field: str) -> dict[str, dict[int, float]]:
 
 
 def pooled(lines: Sequence[Line]) -> dict[str, list[float]]:
-    """The gains of each optimizer over its baseline, a number a cell: the mean over its pairs."""
+    """The gains of each optimizer over its baseline, one number for each line: the mean over its pairs."""
     found: dict[str, list[float]] = {}
     for line in lines:
         if line.difference is not None:

@@ -42,7 +42,7 @@ def _module(config: Config):
 
 
 def losses(config: Config, network: Network) -> Losses:
-    """Of a network on the data of a config, which need not be there."""
+    """The losses of a network on the data of a config, which need not be there."""
     return _module(config).losses(config, network)
 
 

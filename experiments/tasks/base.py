@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.models import Network
+from experiments.rows.jsonl import Row
 from s2sam_jax import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
@@ -34,7 +35,7 @@ class Reporter(Protocol):
 
     def steps(self, count: int) -> None: ...
 
-    def row(self, row: dict[str, Any]) -> None: ...
+    def row(self, row: Row) -> None: ...
 
 
 class Task(Protocol):
@@ -72,7 +73,7 @@ class Task(Protocol):
 def run_epoch(
     step: Step, state: TrainState, batches: Iterator[Any], reporter: Reporter
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
-    """A step a batch; metrics are fetched once, so that the device never waits for the host."""
+    """Takes a step on each batch; metrics are fetched once, so that the device never waits for the host."""
     history = []
     for batch in batches:
         state, metrics = step(state, batch)

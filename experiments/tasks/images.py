@@ -55,7 +55,7 @@ def numbered(batch: tuple[Any, Any]) -> tuple[Any, Any, Any]:
 
 
 def _examples(config: Config, network: Network, augment: bool) -> Callable[..., Any]:
-    """Losses, model state, and which are right."""
+    """A function of a batch: the losses of its examples, the model state, and which are classified correctly."""
     kind = kinds.KINDS[config.dataset]
 
     def prepare(images, key):
@@ -110,7 +110,7 @@ def examples(batches: Iterable[Any], kind: Kind) -> Iterator[tuple[jax.Array, ja
 
 
 def accuracy(predict: Callable[[Any], jax.Array], batches: Iterable[Any]) -> float:
-    """Over rows whose label is not negative."""
+    """The accuracy over rows whose label is not negative."""
     counts = [((predict(images) == labels).sum(), (labels >= 0).sum()) for images, labels in batches]
     counts = jax.device_get(counts)
     return float(sum(right for right, _ in counts) / sum(rows for _, rows in counts))

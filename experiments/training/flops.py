@@ -96,7 +96,7 @@ def ledger(
 
 
 def forward_flops(config: Config, network: Network) -> int:
-    """Of a dense forward pass on a sample."""
+    """FLOPs of a dense forward pass on a sample."""
     return sum(layer_flops(*_forward(config, network)).values())
 
 
@@ -114,7 +114,7 @@ def table(entries: Sequence[Entry], *, layers: bool = False) -> Table:
 
 
 def gradient_evaluations(config: Config) -> float:
-    """A step's, in those of SGD."""
+    """What the gradients of a step cost, in those of SGD."""
     match config.optimizer:
         case "sgd" | "s2sam" | "s2sam-adaptive" | "s2sam-released" | "s2sam-opposite" | "msam":
             return 1.0
@@ -183,7 +183,7 @@ def _forward(config: Config, network: Network) -> tuple[Any, ...]:
 
 
 def _planned_flops(config: Config, network: Network, layers: dict[str, int]) -> dict[str, float]:
-    """With every layer as sparse as the distribution has it; where all are ranked together, alike."""
+    """FLOPs of every layer, as sparse as the distribution has it; where layers are ranked together, all alike."""
     if config.method == "dense":
         return dict(layers)
     ranks = sparse_methods.make(config, network.groups).ranks

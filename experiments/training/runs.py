@@ -36,7 +36,7 @@ Which = Literal["last", "best"]
 
 
 def finished(config: Config) -> bool:
-    """Whether its result is there, and no later training of it has been interrupted."""
+    """Whether the result of a run is there, and no later training of it has been interrupted."""
     return config.run_dir.is_dir() and not _partial(config).is_dir()
 
 
@@ -131,7 +131,7 @@ def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
 
 
 def metadata(config: Config) -> dict[str, str]:
-    """What the weights are of, where they are apart from their run's folder."""
+    """What exported weights are of, for where they are apart from their run's folder."""
     width = models.MODELS[config.model].width if config.width is None else config.width
     sparsity = 0.0 if config.method == "dense" else config.sparsity
     named = {"model": config.model, "dataset": config.dataset, "method": config.method}
@@ -145,7 +145,7 @@ def tidy(folder: Path) -> None:
 
 
 def rows(folder: Path) -> list[Row]:
-    """One an evaluation.
+    """The rows of a run, one for each evaluation.
 
     Raises:
       FileNotFoundError: when there is no such run.
@@ -211,7 +211,7 @@ def _check_config(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def _epoch(line: str) -> float:
-    """Of a row; infinite for half of one."""
+    """The epoch of a row; infinite for half of one."""
     try:
         return json.loads(line)["epoch"]
     except (ValueError, TypeError, KeyError):
