@@ -51,7 +51,7 @@ def main(arguments: Arguments) -> None:
     config = Config(dataset="cifar10", model="resnet32", width=arguments.width, batch_size=arguments.batch_size)
     everything = _sections(arguments, config, console)
     measured = {"bench": {"rounds": arguments.rounds}}
-    rows: list[dict[str, Any]] = []
+    rows: list[jsonl.Row] = []
     file = arguments.out / f"bench_{_device()}.jsonl"
     for section in arguments.sections:
         begin = time.perf_counter()
@@ -66,7 +66,7 @@ def main(arguments: Arguments) -> None:
     console.print(f"Rows: {file}", soft_wrap=True)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[jsonl.Row]) -> Table:
     """What was measured beside what it should be."""
     versions = ", ".join(f"{name} {number}" for name, number in rows[0]["versions"].items())
     shown = Table(title=f"{rows[0]['device']}; {versions}")
@@ -162,7 +162,7 @@ def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
         yield ratio_row(f"selection of {points[-1]['parameters']:,} scores, {way} / ours", *times)
 
 
-def _merged(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _merged(file: Path, rows: list[jsonl.Row]) -> list[jsonl.Row]:
     """The rows of the file, without those that were measured again, and the new ones."""
     fresh = {(row["section"], row["what"]) for row in rows}
     return [row for row in jsonl.read(file) if (row["section"], row["what"]) not in fresh] + rows

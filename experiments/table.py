@@ -8,7 +8,6 @@ apart. A run is done when its folder is there, so that the same command goes on 
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -109,7 +108,7 @@ def best_accuracy(rows: list[Row]) -> float:
     return max(row["test_accuracy"] for row in rows if row["sparsity"] >= zeros)
 
 
-def described(recipe: Recipe) -> dict[str, Any]:
+def described(recipe: Recipe) -> Row:
     """What the paper says of a recipe, as fields of a line of the comparison."""
     baseline = None if recipe.baseline is None else recipes.get(recipe.baseline).expected
     return {

@@ -8,7 +8,6 @@ One seed, the same grid for all. What has a row is skipped. ``experiments.table 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -60,7 +59,7 @@ def best(file: Path) -> dict[str, float]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"There are no rows in {file}; python -m experiments.tune makes them.")
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Row] = {}
     for row in sorted(jsonl.read(file, FIELDS), key=lambda row: row["config"]["rho"]):
         if row["accuracy"] > found.get(row["setting"], {"accuracy": 0.0})["accuracy"]:
             found[row["setting"]] = row
@@ -124,7 +123,7 @@ def run(arguments: Arguments, file: Path) -> list[Row]:
     return [have[key] for key in wanted]
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[Row]) -> Table:
     """Accuracy on held-out images by setting and radius."""
     radii = sorted({row["config"]["rho"] for row in rows})
     result = Table("held-out accuracy (%)", *(f"rho {rho:g}" for rho in radii))

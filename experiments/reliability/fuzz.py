@@ -28,6 +28,7 @@ from experiments import cli
 from experiments.reliability import fuzz_cases
 from experiments.reliability.fuzz_cases import Case
 from experiments.rows import jsonl, provenance
+from experiments.rows.jsonl import Row
 from s2sam_jax import SparseState, apply_masks, get_masks, perturb
 from s2sam_jax._base import select
 
@@ -200,7 +201,7 @@ def main(arguments: Arguments) -> None:
             console.print_json(data=finding)
 
 
-def chunk(numbers: range, jit_every: int) -> dict[str, Any]:
+def chunk(numbers: range, jit_every: int) -> Row:
     """Runs some cases; the row says how many passed, why others were refused, and what was found."""
     started, refused, findings = time.perf_counter(), collections.Counter(), []
     for number in track(numbers, description="cases", transient=True):
