@@ -14,7 +14,7 @@ from experiments.figures import selection
 from experiments.pages import compiled, convergence, corruptions, flatness, precision, table
 from experiments.rows import jsonl
 
-# What makes the pages of which rows; the first that fits.
+# Names of files, and what makes their pages and figures; the first that fits. All others are tables.
 WRITERS: tuple[tuple[str, Callable[[Path], Any]], ...] = (
     ("flatness_*", flatness.write),
     ("corruptions_*", corruptions.write),
@@ -33,7 +33,7 @@ class Arguments:
 
 
 def writer(file: Path) -> Callable[[Path], Any] | None:
-    """Makes the pages and figures of a file of rows; None if it has none, or a page written by hand speaks of them."""
+    """What makes the pages and figures of a file; None if it has no rows, or a page written by hand speaks of them."""
     rows = jsonl.read(file)
     if not rows:
         return None

@@ -34,7 +34,7 @@ def rows(config: Config, formats: Sequence[ComputeName], rounds: int, steps: int
 
 
 def _runner(workload: Workload, which: str, steps: int) -> tuple[Callable[[], Any], int]:
-    """A case that goes on training, so many steps a call, and the bytes that a step holds at the most."""
+    """A case that goes on training by so many steps at each call, and the bytes that a step holds at the most."""
     tx = optimizer(which)
     _, step = workload.lowered(tx)
     state = [workload.state(tx)]

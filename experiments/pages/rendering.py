@@ -20,7 +20,7 @@ LEAST_NEEDED = ("pairs", "gradients a step", *BEST, "paper: gain", "seeds", "pap
 
 
 def terminal(lines: Sequence[Line], title: str, width: int) -> Table:
-    """For a terminal of that width: without empty columns and those that there is no room for; nothing is truncated."""
+    """The lines, without empty columns and those that the width has no room for; no cell is truncated."""
     header, *body = _cells(lines)
     columns = {name: cells for name, *cells in zip(header, *body, strict=True) if set(cells) - {MISSING, "0"}}
     for name in LEAST_NEEDED:
@@ -35,12 +35,12 @@ def terminal(lines: Sequence[Line], title: str, width: int) -> Table:
 
 
 def _heading(name: str) -> str:
-    """On two lines where it has two words."""
+    """The name of a column, on two lines where it has two words."""
     return "\n".join(name.rsplit(" ", 1))
 
 
 def _width(columns: Mapping[str, Sequence[str]]) -> int:
-    """Of a table of these, with a blank on either side of a cell, and another between two cells and at the ends."""
+    """How wide a table is: a blank on either side of a cell, and another between two cells and at the ends."""
     return 1 + sum(3 + max(map(len, [*_heading(name).split("\n"), *cells])) for name, cells in columns.items())
 
 

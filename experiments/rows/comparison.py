@@ -83,7 +83,7 @@ def compare(rows: Sequence[Row]) -> list[Line]:
 
 
 def _by_seed(rows: Sequence[Row], field: str) -> dict[str, dict[int, float]]:
-    """Of each recipe that has rows; without the seeds that lack the field."""
+    """The values of a field by recipe and seed, without the seeds that lack it."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         mine = found.setdefault(row["recipe"]["name"], {})

@@ -1,4 +1,4 @@
-"""Rows: a JSON object a line, added as soon as it is known. Pages and figures of results are made from them."""
+"""Rows: one JSON object on each line of a file, added as soon as it is known. Pages and figures are made from them."""
 
 import json
 from collections.abc import Iterable, Sequence

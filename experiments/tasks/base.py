@@ -54,7 +54,7 @@ class Task(Protocol):
     mesh: Mesh
 
     def runner(self, step: Step, reporter: Reporter) -> Epoch:
-        """Trains once over the data by this step, as the epoch of that number; metrics have one value a step."""
+        """A function that trains through the epoch of that number; its metrics have one value for each step."""
         ...
 
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The FLOPs of a run, as papers on sparse training count them: of every layer, in all, and of the training."""
+"""The FLOPs of a run, as papers on sparse training count them: of every layer, of all layers, and of the training."""
 
 import dataclasses
 import math

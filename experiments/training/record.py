@@ -1,4 +1,4 @@
-"""What a run keeps from epoch to epoch: what its next row is made of, its rows, and its checkpoints."""
+"""The bookkeeping of a run from epoch to epoch: what its next row is made of, its rows, and its checkpoints."""
 
 import time
 from collections.abc import Callable
