@@ -19,14 +19,13 @@ from experiments.benchmarks.timing import Row, paired, ratio_row
 from experiments.config import ComputeName, Config, ModelName
 from experiments.datasets import in_memory
 from experiments.figures import selection
-from experiments.rows import jsonl
-from experiments.training import runs
+from experiments.rows import jsonl, provenance
 
 Section = Literal[
     "throughput", "step", "memory", "peak", "compile", "optimizer", "masks", "loop", "seeds", "inference", "official",
     "growth",
 ]  # fmt: skip
-OF_OTHERS = ("throughput", "peak", "loop", "inference")  # Not of the ResNet-32: their rows name the network.
+OTHER_NETWORKS = ("throughput", "peak", "loop", "inference")  # Not about the ResNet-32: their rows name the network.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Arguments:
     sections: tuple[Section, ...] = get_args(Section)  # What is measured; default: everything.
     models: tuple[ModelName, ...] = ("resnet32",)  # Networks of the section throughput, at their own image sizes.
     formats: tuple[ComputeName, ...] = ("float32",)  # Number formats of the section throughput.
-    width: int = 32  # Of the ResNet-32 whose steps are timed.
-    batch_size: int = 128  # Of the ResNet-32, and of the section throughput.
-    parameters: int = 25_000_000  # Of the large tree of the sections optimizer and masks.
+    width: int = 32  # Width of the ResNet-32 whose steps are timed.
+    batch_size: int = 128  # Batch size of that ResNet-32, and of the section throughput.
+    parameters: int = 25_000_000  # Weights in the large tree of the sections optimizer and masks.
     largest: int = 10_000_000  # The most scores of the section growth, in which their number grows tenfold each time.
     rounds: int = 7  # How often each case is timed.
     jaxpruner: Path | None = None  # A checkout of google-research/jaxpruner, to be measured beside.
@@ -48,18 +47,17 @@ class Arguments:
 
 @cli.command
 def main(arguments: Arguments) -> None:
-    """The command line."""
     console = Console()
     config = Config(dataset="cifar10", model="resnet32", width=arguments.width, batch_size=arguments.batch_size)
     everything = _sections(arguments, config, console)
     measured = {"bench": {"rounds": arguments.rounds}}
-    rows: list[dict[str, Any]] = []
+    rows: list[jsonl.Row] = []
     file = arguments.out / f"bench_{_device()}.jsonl"
     for section in arguments.sections:
         begin = time.perf_counter()
-        provenance = runs.environment() if section in OF_OTHERS else runs.provenance(config)
+        origin = provenance.environment() if section in OTHER_NETWORKS else provenance.of_run(config)
         for row in everything[section]():
-            rows.append(provenance | measured | {"section": section} | row._asdict() | {"met": row.met})
+            rows.append(origin | measured | {"section": section} | row._asdict() | {"met": row.met})
             console.print(f"{section}: {row.what} {row.value:.4g} {row.unit}  {row.detail}", soft_wrap=True)
         jsonl.write(file, _merged(file, rows))  # now, so that they outlast an interruption
         jax.clear_caches()
@@ -68,7 +66,7 @@ def main(arguments: Arguments) -> None:
     console.print(f"Rows: {file}", soft_wrap=True)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[jsonl.Row]) -> Table:
     """What was measured beside what it should be."""
     versions = ", ".join(f"{name} {number}" for name, number in rows[0]["versions"].items())
     shown = Table(title=f"{rows[0]['device']}; {versions}")
@@ -150,13 +148,13 @@ def _official(arguments: Arguments, workload: steps.Workload, console: Console) 
 
 
 def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
-    """A log-log plot instead of rows."""
+    """A figure of how selection grows, from a file of its own; the rows compare the largest size."""
     sizes = [10**power for power in range(5, 10) if 10**power <= arguments.largest]
     points = list(masks.growth(sizes, arguments.rounds))
     file = arguments.out / f"bench_select_{_device()}.jsonl"
-    provenance = runs.environment() | {"bench": {"rounds": arguments.rounds}}
-    jsonl.write(file, [provenance | point for point in points])
-    draw_growth(file)
+    origin = provenance.environment() | {"bench": {"rounds": arguments.rounds}}
+    jsonl.write(file, [origin | point for point in points])
+    selection.draw_growth(file)
     console.print(f"Growth: {file.with_suffix('.png')}", soft_wrap=True)
     largest = {point["way"]: point["seconds"] for point in points[-3:]}
     for way in ("argsort", "top_k"):
@@ -164,13 +162,8 @@ def _growth(arguments: Arguments, console: Console) -> Iterator[Row]:
         yield ratio_row(f"selection of {points[-1]['parameters']:,} scores, {way} / ours", *times)
 
 
-def draw_growth(file: Path) -> None:
-    """The figure, from the rows alone."""
-    selection.draw_growth(jsonl.read(file), file.stem.removeprefix("bench_select_"), file.with_suffix(".png"))
-
-
-def _merged(file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was not measured again stays."""
+def _merged(file: Path, rows: list[jsonl.Row]) -> list[jsonl.Row]:
+    """The rows of the file, without those that were measured again, and the new ones."""
     fresh = {(row["section"], row["what"]) for row in rows}
     return [row for row in jsonl.read(file) if (row["section"], row["what"]) not in fresh] + rows
 

@@ -76,6 +76,6 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def keep_compiled(folder: Path, min_seconds: float = 0.5) -> None:
-    """Programs that took longer to compile are kept there, for the next run."""
+    """Keeps programs that took longer than this to compile in a folder, for the next run."""
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", min_seconds)

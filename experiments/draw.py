@@ -17,15 +17,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments import cli, ratio, spectrum, surface
-from experiments.figures import curves, landscapes, masks
-from experiments.flatness import FIGURES
+from experiments.figures import against_sparsity, curves, masks
+from experiments.figures.against_sparsity import Quantity
 from experiments.rows import jsonl
 from experiments.rows.jsonl import Row
 from experiments.training import runs
 
 RUNS = Path("runs")  # Where figures go that nobody has named.
 ANALYSES = {"surfaces": surface.ANALYSIS, "spectra": spectrum.ANALYSIS, "ratios": ratio.ANALYSIS}
-SHOWN = {  # What a row must have, beside its config and seed.
+SHOWN = {  # What a row must have for a kind of figure, beside its config and seed.
     "curves": ("epoch", "train_loss", "test_accuracy"),
     "surfaces": ("surface", "span", "n", "roughness"),
     "spectra": ("nodes", "weights"),
@@ -86,13 +86,13 @@ def _file(arguments: Arguments) -> Path:
 
 
 def _in_folder(file: Path) -> Path:
-    """With its folder made; only once there is a figure to put there."""
+    """The same file, once its folder is made: not before there is a figure to put there."""
     file.parent.mkdir(parents=True, exist_ok=True)
     return file
 
 
 def _against_sparsity(rows: list[Row], arguments: Arguments, file: Path) -> None:
-    """The last row of each run; a row that says nothing else has method, optimizer and sparsity of its config."""
+    """Draws the last row of each run; method, optimizer and sparsity are those of its config if it does not say."""
     finals = []
     for row in rows:
         config = row["config"]
@@ -111,16 +111,13 @@ def _against_sparsity(rows: list[Row], arguments: Arguments, file: Path) -> None
             f"Several rows are of {method}, {optimizer}, sparsity {sparsity:g} and seed {seed}: they differ in what "
             "this figure does not tell apart. Draw their files one by one."
         )
-    plain = (arguments.field, arguments.field, arguments.field, 1.0, False)
-    _, label, title, scale, logarithmic = next((known for known in FIGURES if known[0] == arguments.field), plain)
-    title = f"{title}, {_common(rows)}"
-    landscapes.draw_against_sparsity(
-        finals, arguments.field, label, title, _in_folder(file), scale=scale, logarithmic=logarithmic
-    )
+    plain = Quantity(arguments.field, label=arguments.field, title=arguments.field)
+    quantity = next((known for known in against_sparsity.FLATNESS if known.field == arguments.field), plain)
+    against_sparsity.draw(finals, quantity, f"{quantity.title}, {_common(rows)}", _in_folder(file))
 
 
 def _common(rows: list[Row]) -> str:
-    """What the runs are on."""
+    """Data sets and models of the runs."""
     found: dict[str, None] = dict.fromkeys(f"{row['config']['dataset']}, {row['config']['model']}" for row in rows)
     return "; ".join(found)
 

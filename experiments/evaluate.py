@@ -41,7 +41,7 @@ def evaluate(arguments: Arguments, console: Console) -> tuple[float, float]:
 
 
 def _notes(which: runs.Which, batch_norm: bool) -> str:
-    """What an accuracy is to be read with: at the end of a run its statistics are recalibrated, before they are not."""
+    """How to read an accuracy: BatchNorm statistics are recalibrated at the end of a run alone."""
     statistics = {"last": "recalibrated", "best": "running"}[which] + " BatchNorm statistics"
     notes = [statistics] * batch_norm + ["of the epoch that is best by this figure, so optimistic"] * (which == "best")
     return f" ({'; '.join(notes)})" if notes else ""

@@ -14,7 +14,7 @@ from rich.console import Console
 from experiments import cli, solution
 from experiments.figures import landscapes
 from experiments.rows.jsonl import Row
-from experiments.solution import Solution
+from experiments.solution import Progress, Solution
 from s2sam_jax import analysis, sam
 
 EDGES = np.linspace(-12.0, 6.0, 73)  # what lies outside goes into the first and the last bin
@@ -28,7 +28,7 @@ class Arguments(solution.Arguments):
     pruned: bool = False  # Count the coordinates of pruned weights as well.
 
 
-def measure(found: Solution, *, rho: float, pruned: bool, progress: Any = None) -> dict[str, Any]:
+def measure(found: Solution, *, rho: float, pruned: bool, progress: Progress | None = None) -> Row:
     """A histogram of r over the coordinates whose gradient is not zero."""
     masks = None if pruned else found.masks
     gradient_on = jax.jit(jax.grad(found.loss_fn))

@@ -9,17 +9,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from experiments import aot, bench, cli, convergence, flatness, precision, robustness, table
+from experiments import cli
+from experiments.figures import selection
+from experiments.pages import compiled, convergence, corruptions, flatness, precision, table
 from experiments.rows import jsonl
 
-# What makes the pages of which rows; the first that fits.
+# Names of files, and what makes their pages and figures; the first that fits. All others are tables.
 WRITERS: tuple[tuple[str, Callable[[Path], Any]], ...] = (
     ("flatness_*", flatness.write),
-    ("corruptions_*", robustness.write),
+    ("corruptions_*", corruptions.write),
     ("precision", precision.write),
-    ("compiled", aot.write),
+    ("compiled", compiled.write),
     ("convergence", convergence.write),
-    ("bench_select_*", bench.draw_growth),
+    ("bench_select_*", selection.draw_growth),
 )
 
 
@@ -31,7 +33,7 @@ class Arguments:
 
 
 def writer(file: Path) -> Callable[[Path], Any] | None:
-    """Of the pages and figures of these rows; None where a page written by hand speaks of them, or there are none."""
+    """What makes the pages and figures of a file; None if it has no rows, or a page written by hand speaks of them."""
     rows = jsonl.read(file)
     if not rows:
         return None

@@ -65,12 +65,12 @@ def check_batch(mesh: Mesh, size: int) -> None:
 
 
 def fill(mesh: Mesh, size: int) -> int:
-    """The least multiple of the devices that is no smaller."""
+    """The least multiple of the number of devices that is no smaller than ``size``."""
     return mesh.size * -(-size // mesh.size)
 
 
 def of_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Of arrays that have the examples of a batch along an axis."""
+    """The sharding of arrays that have the examples of a batch along an axis."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES))
 
 
@@ -79,7 +79,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def of_state(mesh: Mesh, state: Any) -> Any:
-    """A large leaf is sharded along its largest dimension that divides.
+    """The sharding of each leaf: a large one is cut along its largest dimension that the devices divide.
 
     By its shape alone, so that masks, momentum and the last gradient lie as their parameter does.
     """
@@ -96,7 +96,7 @@ def of_state(mesh: Mesh, state: Any) -> Any:
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-    """Arrays of which every process holds the whole."""
+    """Places arrays of which every process holds the whole."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
     host = jax.tree.map(np.asarray, tree)
@@ -104,12 +104,12 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def assemble(mesh: Mesh, share: Any) -> Any:
-    """A batch, of which every process holds its share."""
+    """The batch of which every process holds its share."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(of_batch(mesh), x), share)
 
 
 def gather(tree: Any) -> Any:
-    """NumPy arrays of the whole, in every process."""
+    """The whole of each array in every process, as NumPy arrays."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

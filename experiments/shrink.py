@@ -33,17 +33,17 @@ class Arguments:
 
 
 class Comparison(NamedTuple):
-    """Of the masked and the small network, on what the run was evaluated on: the test set, or held-out images.
+    """The masked and the small network, on what the run was evaluated on: the test set, or held-out images.
 
     Attributes:
-      difference: the largest between two outputs.
-      largest: output of the masked network.
-      masked_accuracy: with channels masked.
-      small_accuracy: with channels removed.
-      masked_parameters: zeros included.
-      small_parameters: those that are left.
-      masked_flops: of a forward pass on a sample, zeros included.
-      small_flops: those that are left.
+      difference: the largest difference between two outputs.
+      largest: the largest output of the masked network.
+      masked_accuracy: accuracy with channels masked.
+      small_accuracy: accuracy with channels removed.
+      masked_parameters: how many parameters there are, zeros included.
+      small_parameters: how many are left.
+      masked_flops: FLOPs of a forward pass on a sample, zeros included.
+      small_flops: how many are left.
     """
 
     difference: float

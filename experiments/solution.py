@@ -8,16 +8,18 @@ from typing import Any
 
 import jax
 import tyro
+from rich import progress
 from rich.console import Console
-from rich.progress import Progress
 
 from experiments import tasks
 from experiments.config import Config
-from experiments.rows import jsonl
+from experiments.rows import jsonl, provenance
 from experiments.rows.jsonl import Row
 from experiments.tasks.base import Task
 from experiments.training import runs
 from s2sam_jax import TrainState, eval_params, get_masks
+
+Progress = Callable[[int], None]  # Is told of each piece of work that is done.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Analysis:
     name: str
     work: str  # What the progress bar counts,
     total: Callable[[Any, Solution], int]  # and how many of them there are for these arguments.
-    measure: Callable[..., dict[str, Any]]  # Of a solution, the analysis's own options and progress(count).
+    measure: Callable[..., Row]  # Of a solution, the analysis's own options and progress(count).
     draw: Callable[[dict[str, Row], Path], None]
     say: Callable[[Row], list[str]]
 
@@ -64,10 +66,10 @@ class Analysis:
         config, found = of_run(folder, arguments.data, arguments.examples)
         common = {field.name for field in dataclasses.fields(Arguments)}
         options = {name: value for name, value in vars(arguments).items() if name not in common}
-        with Progress(console=console, transient=True) as bar:
+        with progress.Progress(console=console, transient=True) as bar:
             task = bar.add_task(self.work, total=self.total(arguments, found))
             figures = self.measure(found, **options, progress=lambda count: bar.advance(task, count))
-        row = runs.provenance(config) | figures | {"examples": len(found.batches) * config.batch_size}
+        row = provenance.of_run(config) | figures | {"examples": len(found.batches) * config.batch_size}
         jsonl.write(folder / self.rows, [row])
         self.draw({folder.resolve().name: row}, folder / self.figure)
         for line in [*self.say(row), f"Files: {folder / self.rows}, {folder / self.figure}"]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from experiments import cli, solution
 from experiments.figures import landscapes
 from experiments.rows.jsonl import Row
-from experiments.solution import Solution
+from experiments.solution import Progress, Solution
 from s2sam_jax import analysis
 
 EIGENVALUES = 5
@@ -30,8 +30,8 @@ class Arguments(solution.Arguments):
 
 
 def measure(
-    found: Solution, *, steps: int, samples: int, rho: float, seed: int, pruned: bool, progress: Any = None
-) -> dict[str, Any]:
+    found: Solution, *, steps: int, samples: int, rho: float, seed: int, pruned: bool, progress: Progress | None = None
+) -> Row:
     """Figures of the curvature; of live weights alone unless ``pruned``."""
     masks = None if pruned else found.masks
     loss_fn, params, batches = found.loss_fn, found.params, found.batches

@@ -4,7 +4,6 @@ python -m experiments.surface runs/SOME_RUN
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.console import Console
 from experiments import cli, solution
 from experiments.figures import landscapes
 from experiments.rows.jsonl import Row
-from experiments.solution import Solution
+from experiments.solution import Progress, Solution
 from s2sam_jax import analysis
 
 
@@ -26,7 +25,7 @@ class Arguments(solution.Arguments):
     pruned: bool = False  # Let pruned weights move as well.
 
 
-def measure(found: Solution, *, span: float, n: int, seed: int, pruned: bool, progress: Any = None) -> dict[str, Any]:
+def measure(found: Solution, *, span: float, n: int, seed: int, pruned: bool, progress: Progress | None = None) -> Row:
     """Heights on the grid, and their roughness; the directions are those of the seed."""
     masks = None if pruned else found.masks
     directions = analysis.filter_normalized_directions(found.params, jax.random.key(seed), masks=masks)

@@ -8,19 +8,19 @@ apart. A run is done when its folder is there, so that the same command goes on 
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
 from experiments import cli, recipes, train, tune
-from experiments.config import LABELS, Config
-from experiments.figures import tables
+from experiments.config import Config
+from experiments.pages import markdown, rendering
+from experiments.pages import table as page
 from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.recipes.scales import Scale, scaled
 from experiments.recipes.selection import Selection, chosen
-from experiments.rows import comparison, files, jsonl, missing, pages, spread
+from experiments.rows import comparison, jsonl, missing
 from experiments.rows.jsonl import Row
 from experiments.training import runs
 
@@ -87,7 +87,7 @@ def _config(recipe: Recipe, seed: int, arguments: Arguments, best: dict[str, flo
 
 
 def _row(recipe: Recipe, config: Config, scale: Scale) -> Row:
-    """What a table is made of: the printed figures, ours, and all that the run says of itself."""
+    """A row of the table: the printed figures, ours, and all that the run says of itself."""
     rows, metric = runs.rows(config.run_dir), recipe.metric
     last = rows[-1] | runs.robustness(config.run_dir)
     value = metric.scale * last[metric.field] if metric.field in last else None
@@ -95,7 +95,7 @@ def _row(recipe: Recipe, config: Config, scale: Scale) -> Row:
         value = None  # a mean over some corruptions is not the paper's
     best = metric.scale * best_accuracy(rows) if metric is ACCURACY and len(rows) == config.epochs else None
     if known := [row for row in rows if "device" in row]:
-        last["device"] = pages.values(known, "device")  # all that an interrupted run has been on
+        last["device"] = markdown.values(known, "device")  # all that an interrupted run has been on
     return {"recipe": described(recipe), "scale": scale, "value": value, "best": best} | last
 
 
@@ -108,8 +108,8 @@ def best_accuracy(rows: list[Row]) -> float:
     return max(row["test_accuracy"] for row in rows if row["sparsity"] >= zeros)
 
 
-def described(recipe: Recipe) -> dict[str, Any]:
-    """The paper's part of a line."""
+def described(recipe: Recipe) -> Row:
+    """What the paper says of a recipe, as fields of a line of the comparison."""
     baseline = None if recipe.baseline is None else recipes.get(recipe.baseline).expected
     return {
         "name": recipe.name,
@@ -139,111 +139,16 @@ def store(rows: list[Row], file: Path) -> list[Row]:
     return kept
 
 
-def write(file: Path) -> None:
-    """Page, figures and plots beside the rows' file, from the rows alone."""
-    rows = jsonl.read(file)
-    lines, title = comparison.compare(rows), file.stem.replace("_", ", ")
-    head = _head(rows, file) + (_pooled(lines) if file.stem.split("_")[0] in POOLED else "")
-    drawn = {file.with_suffix(".png"): tables.draw_comparison}
-    if drawing := GAINS.get(file.stem.rsplit("_", 1)[0]):
-        drawn[file.with_name(f"{file.stem}_gains.png")] = drawing
-    for figure, draw in drawn.items():
-        draw(lines, title, figure)
-    parts = [
-        f"# {title}",
-        pages.wrapped(head),
-        comparison.markdown(lines),
-        *(pages.picture(figure) for figure in drawn if figure.exists()),
-    ]
-    files.write_text(file.with_suffix(".md"), "\n\n".join(parts) + "\n")
-    files.write_text(file.with_suffix(".csv"), comparison.comma_separated(lines))
-
-
-# Tables whose gains are drawn once more: against the share of zeros, or side by side.
-GAINS = {
-    "sparsities": tables.draw_gains,
-    "rebuttal-sweep": tables.draw_gains,
-    "label-noise": tables.draw_prices,
-    "label-noise-cifar10": tables.draw_prices,
-}
-POOLED = ("methods", "sparsities")  # Tables whose cells ask the same question, so that their mean answers it.
-LEVEL = 0.005  # Points that are printed as none.
-BEST = (
-    "Best is of the epoch that is best on the test set: chosen on test images, so too high, and without recalibration, "
-    "which S2-SAM of a large radius needs (its running statistics are of perturbed weights)."
-)
-
-
-def _head(rows: list[Row], file: Path) -> str:
-    table, scale = file.stem.rsplit("_", 1)
-    best = f" {BEST}" if any(row.get("best") is not None for row in rows) else ""
-    small = "" if scale == "full" else " Smaller than the paper's, so its figures cannot be compared with these."
-    return (
-        f"Ours: {_size([row['config'] for row in rows])}.{small} After the last epoch, BatchNorm recalibrated; mean ± "
-        f"standard deviation over seeds. Gains are over {_baselines(rows)}; ours are paired by seed.{best}\n\n"
-        f"Device: {pages.values(rows, 'device')}; XLA flags: `{pages.values(rows, 'xla_flags')}`; {_versions(rows)}. "
-        f"{_effort(rows)}\n\nMade by `python -m experiments.table {table} --scale {scale}{_tuned(rows)}` from "
-        f"`{file.name}`, which holds config, versions and commit of each run."
-    )
-
-
-def _size(configs: list[dict[str, Any]]) -> str:
-    """What says how large the runs were; a field that none has set is left out."""
-    fields = ("dataset", "model", "width", "subset", "epochs", "batch_size", "label_noise")
-    said = [field for field in fields if any(config.get(field) for config in configs)]
-    return ", ".join(f"{field.replace('_', ' ')} {pages.values(configs, field)}" for field in said)
-
-
-def _versions(rows: list[Row]) -> str:
-    each = (", ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in rows)
-    return "; or ".join(sorted(set(each)))
-
-
-def _pooled(lines: list[comparison.Line]) -> str:
-    """A sentence on each optimizer. The interval is over cells, whatever the number of pairs in them."""
-    sentences = []
-    for optimizer, gains in comparison.pooled(lines).items():
-        ahead, behind = sum(gain > LEVEL for gain in gains), sum(gain < -LEVEL for gain in gains)
-        sentences.append(
-            f"{LABELS[optimizer]} minus its baseline, mean over {len(gains)} cells with its 95 % interval: "
-            f"{spread.with_interval(gains)}; ahead in {ahead}, behind in {behind}"
-            + (f", level in {level}." if (level := len(gains) - ahead - behind) else ".")
-        )
-    return "\n\n" + " ".join(sentences)
-
-
-def _tuned(rows: list[Row]) -> str:
-    """Whether a radius is another than its recipe's."""
-    known = [(recipes.RECIPES.get(row["recipe"]["name"]), row["config"]["rho"]) for row in rows]
-    return " --tuned ROWS" if any(recipe and recipe.config.rho != rho for recipe, rho in known) else ""
-
-
-def _baselines(rows: list[Row]) -> str:
-    optimizers = {row["recipe"]["name"]: row["recipe"]["optimizer"] for row in rows}
-    found = {optimizers.get(row["recipe"]["baseline"], "sgd") for row in rows}
-    return "the row of SGD" if found == {"sgd"} else "the row of SGD, of SSAM over that of SAM"
-
-
-def _effort(rows: list[Row]) -> str:
-    """Commits and time, as far as the rows have them."""
-    if not all({"commit", "seconds"} <= row.keys() for row in rows):
-        return ""
-    commits = dict.fromkeys(str(row["commit"])[:7] for row in rows)
-    hours = sum(row["seconds"] for row in rows) / 3600
-    return f"{len(rows)} runs, {hours:.1f} hours in all; commits {', '.join(commits)}."
-
-
 @cli.command
 def main(arguments: Arguments) -> None:
-    """The command line."""
     console, file = Console(), rows_file(arguments)
     cli.keep_compiled(arguments.out / "compiled")
     old = jsonl.read(file)
     rows = run(arguments)
-    write(file)
+    page.write(file)
     title = file.stem.replace("_", ", ")
     if lines := asked_for(arguments):
-        console.print(comparison.terminal(lines, title, console.width), soft_wrap=True)
+        console.print(rendering.terminal(lines, title, console.width), soft_wrap=True)
     there = sum(row in old for row in rows)
     console.print(f"{len(rows) - there} runs are new, {there} had their rows in {file} already.", soft_wrap=True)
     console.print(f"Files, of all rows and with all columns: {file.with_suffix('')}.*", soft_wrap=True)

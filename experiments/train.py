@@ -19,6 +19,7 @@ from experiments import cli, recipes, sharding, tasks
 from experiments.config import Config, OptimizerName, check_read
 from experiments.config.variants import RANDOM, in_library
 from experiments.figures import training
+from experiments.rows import provenance
 from experiments.rows.jsonl import Row
 from experiments.tasks.base import Task
 from experiments.training import display, flops, loop, optimizers, runs, seeds
@@ -56,7 +57,7 @@ class _Recorder:
 
     def __init__(self, config: Config, folder: Path, bar: display.ProgressBar | None, arguments: Arguments):
         options = {"mesh": arguments.mesh, "debug": arguments.debug}
-        self._provenance = runs.provenance(config) | {name: value for name, value in options.items() if value}
+        self._provenance = provenance.of_run(config) | {name: value for name, value in options.items() if value}
         self._folder, self._bar = folder, bar
         self._events = _event_writer(folder) if arguments.tensorboard and sharding.writes() else None
 
@@ -116,7 +117,7 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
 
 
 def _train(fresh: list[Config], console: Console, arguments: Arguments) -> None:
-    """Trains them, and prints what they cost."""
+    """Trains runs, and prints their FLOPs."""
     if not fresh:
         return
     loaded, start = tasks.load(arguments.config), _start(arguments.config)
@@ -139,7 +140,7 @@ def _curves_name(configs: Sequence[Config]) -> str:
 
 
 def _configs(arguments: Arguments) -> dict[str, Config]:
-    """Of every run asked for, by what tells it from the others."""
+    """The config of every run asked for, by what tells it from the others."""
     if arguments.vmap and len(set(arguments.seeds)) < 2:
         raise ValueError(f"--vmap trains several seeds side by side: give them as --seeds; got {arguments.seeds}.")
     if arguments.seeds and arguments.config.seed not in (0, *arguments.seeds):
@@ -165,7 +166,7 @@ def _groups(configs: list[Config], vmap: bool) -> list[list[Config]]:
 
 
 def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> Table:
-    """Trains them, and returns what they cost."""
+    """Trains one run, or several side by side, and returns the table of FLOPs."""
     made = [tasks.make(config, loaded, sharding.make_mesh(arguments.mesh)) for config in configs]
     steps = made[0].steps_per_epoch
     for config, task in zip(configs, made, strict=True):

@@ -8,7 +8,6 @@ One seed, the same grid for all. What has a row is skipped. ``experiments.table 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -20,9 +19,9 @@ from experiments.datasets import in_memory
 from experiments.recipes import Recipe
 from experiments.recipes.scales import Scale, scaled
 from experiments.recipes.selection import Selection, chosen
-from experiments.rows import jsonl, missing
+from experiments.rows import jsonl, missing, provenance
 from experiments.rows.jsonl import Row
-from experiments.training import loop, runs
+from experiments.training import loop
 from experiments.training.record import Last
 
 FIELDS = ("setting", "accuracy", "config")  # What a row must have.
@@ -60,7 +59,7 @@ def best(file: Path) -> dict[str, float]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"There are no rows in {file}; python -m experiments.tune makes them.")
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Row] = {}
     for row in sorted(jsonl.read(file, FIELDS), key=lambda row: row["config"]["rho"]):
         if row["accuracy"] > found.get(row["setting"], {"accuracy": 0.0})["accuracy"]:
             found[row["setting"]] = row
@@ -118,13 +117,13 @@ def run(arguments: Arguments, file: Path) -> list[Row]:
             accuracy = reporter.last["test_accuracy_recalibrated"]
         except FloatingPointError:  # a radius that is too large for this optimizer: never the best one
             accuracy = 0.0
-        row = {"setting": name, "accuracy": accuracy} | runs.provenance(config)
+        row = {"setting": name, "accuracy": accuracy} | provenance.of_run(config)
         jsonl.append(file, row)
         have[name, rho] = row
     return [have[key] for key in wanted]
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[Row]) -> Table:
     """Accuracy on held-out images by setting and radius."""
     radii = sorted({row["config"]["rho"] for row in rows})
     result = Table("held-out accuracy (%)", *(f"rho {rho:g}" for rho in radii))
@@ -139,7 +138,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 @cli.command
 def main(arguments: Arguments) -> None:
-    """The command line."""
     file = arguments.rows or jsonl.RESULTS / f"{arguments.table}_{arguments.scale}_tuning.jsonl"
     cli.keep_compiled(arguments.cache)
     Console().print(table(run(arguments, file)))

@@ -21,8 +21,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
 
-from experiments import flatness
-from experiments.table import LEVEL
+from experiments.figures.against_sparsity import FLATNESS
+from experiments.pages import flatness, rendering
+from experiments.pages.table import LEVEL
 from experiments.rows import comparison, jsonl, spread
 
 plt.rcParams.update({"figure.dpi": 80, "axes.spines.top": False, "axes.spines.right": False})
@@ -87,10 +88,10 @@ if rows:
 if rows:
     methods, optimizers = (list(dict.fromkeys(row[field] for row in rows)) for field in ("method", "optimizer"))
     figure, panels = plt.subplots(
-        len(flatness.FIGURES), len(methods), figsize=(3.3 * len(methods), 7.5), sharex=True, sharey="row", squeeze=False
+        len(FLATNESS), len(methods), figsize=(3.3 * len(methods), 7.5), sharex=True, sharey="row", squeeze=False
     )
     palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-    for line, (field, label, _, scale, logarithmic) in zip(panels, flatness.FIGURES):
+    for line, (field, label, _, scale, logarithmic) in zip(panels, FLATNESS):
         for axes, method in zip(line, methods):
             for optimizer, colour in zip(optimizers, palette):
                 mine = [row for row in rows if (row["method"], row["optimizer"]) == (method, optimizer)]
@@ -123,7 +124,7 @@ tables = (*papers, "causes*", "overfit*", "label-noise*", "length*")
 for file in itertools.chain.from_iterable(sorted(jsonl.RESULTS.glob(f"{name}.jsonl")) for name in tables):
     display(
         Markdown(
-            f"**{file.stem.replace('_', ', ')}**\n\n" + comparison.markdown(comparison.compare(rows_of(file.name)))
+            f"**{file.stem.replace('_', ', ')}**\n\n" + rendering.markdown(comparison.compare(rows_of(file.name)))
         )
     )
 

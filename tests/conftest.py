@@ -67,13 +67,13 @@ def shallow(monkeypatch):
     from functools import partial
 
     from experiments import models
-    from experiments.models import efficientnet, mobilenet, resnet, resnet_imagenet, transformer, vit, wide_resnet
+    from experiments.models import efficientnet, mobilenet, resnet, transformer, vit, wide_resnet
 
     makes = {
         "wrn28x10": partial(wide_resnet.WideResNet, 1, 10),
-        "resnet18-cifar": partial(resnet_imagenet.ResNet, resnet.Block, (1, 1), small_images=True),
-        "resnet34": partial(resnet_imagenet.ResNet, resnet.Block, (1, 1), small_images=False),
-        "resnet50": partial(resnet_imagenet.ResNet, resnet_imagenet.Bottleneck, (1, 1), small_images=False),
+        "resnet18-cifar": partial(resnet.ResNet, resnet.Block, (1, 1), small_images=True),
+        "resnet34": partial(resnet.ResNet, resnet.Block, (1, 1), small_images=False),
+        "resnet50": partial(resnet.ResNet, resnet.Bottleneck, (1, 1), small_images=False),
         "vit-small-cifar": partial(vit.ViT, 4, 32, 2),
         "transformer-base": partial(transformer.Transformer, 2, 0.1),
     }

@@ -11,6 +11,7 @@ from jax.experimental import topologies
 
 from experiments import aot, report
 from experiments.benchmarks import programs, targets
+from experiments.pages import compiled as compiled_page
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_a_row_a_program_and_a_page_of_them(here, tmp_path, capsys):
     aot.main(words)
     assert len(file.read_text().splitlines()) == len(rows)
     assert "sharded" not in capsys.readouterr().out
-    assert report.writer(file) is aot.write
+    assert report.writer(file) is compiled_page.write
 
 
 def test_every_method_and_transformation_has_a_program(here):
@@ -60,11 +61,13 @@ def test_a_program_that_is_refused_has_the_compilers_words():
     row = {"section": "weights", "what": "x", "target": "v5e", "device_kind": "TPU v5 lite", "device": "cpu"}
     row |= {"versions": {}, "commit": "0"} | aot.compiled(programs.Program("x", Refused(), state, None))
     assert row["error"] == "out of memory in space hbm"
-    assert "Of 1 programs 0 compiled" in aot.page([row], "x")
-    assert "\n| step | v5e: MB |\n|---|---|\n| x | not compiled |" in aot.page([row], "x")
+    assert "Of 1 programs 0 compiled" in compiled_page.page([row], "x")
+    assert "\n| step | v5e: MB |\n|---|---|\n| x | not compiled |" in compiled_page.page([row], "x")
     compiled = row | {"peak_bytes": 3e6, "parameter_bytes": 2e6, "kernels": 9, "convolutions": 4}
     del compiled["error"]
-    assert "\n| step | v5e: MB | v5e: copies |\n|---|---|---|\n| x | 3.0 | 1.50 |" in aot.page([row, compiled], "x")
+    assert "\n| step | v5e: MB | v5e: copies |\n|---|---|---|\n| x | 3.0 | 1.50 |" in compiled_page.page(
+        [row, compiled], "x"
+    )
 
 
 def test_what_takes_too_long_is_given_up_and_said(here, tmp_path):

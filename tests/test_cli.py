@@ -31,6 +31,7 @@ from experiments import (
     tune,
 )
 from experiments.config import Config
+from experiments.pages import flatness as flatness_page
 from experiments.recipes.scales import scaled
 from experiments.rows import jsonl
 from experiments.training import runs
@@ -329,12 +330,12 @@ def test_claims_are_of_cells_that_have_sgd_beside():
         return dict(method="rigl", optimizer=optimizer, sparsity_asked=sparsity, seed=seed, roughness=roughness,
                     largest_eigenvalue=1.0, trace=-1.0)  # fmt: skip
 
-    assert "| S2-SAM | 0 of 0 | – | 0 of 0 |" in flatness.claims([row("s2sam", 1.0), row("sgd", 2.0, seed=1)])
+    assert "| S2-SAM | 0 of 0 | – | 0 of 0 |" in flatness_page.claims([row("s2sam", 1.0), row("sgd", 2.0, seed=1)])
     one = [row("s2sam", 1.0), row("sgd", 2.0)]
-    assert "| S2-SAM | 1 of 1 | – | 0 of 1 | – | 0 of 1 | – |" in flatness.claims(one)
+    assert "| S2-SAM | 1 of 1 | – | 0 of 1 | – | 0 of 1 | – |" in flatness_page.claims(one)
     several = [*one, row("s2sam", 1.0, sparsity=0.8), row("sgd", 8.0, sparsity=0.8), row("sgd", 99.0, seed=1)]
-    said = flatness.claims(several)
+    said = flatness_page.claims(several)
     (line,) = [line for line in said.splitlines() if line.startswith("| S2-SAM |")]
     assert line.startswith("| S2-SAM | 2 of 2 | 0.25 (")
     assert line.endswith("| 0 of 2 | 1.00 (1.00 to 1.00) | 0 of 2 | – |")  # no ratio of traces below zero
-    assert "|" not in flatness.claims([row("s2sam", 1.0)])
+    assert "|" not in flatness_page.claims([row("s2sam", 1.0)])

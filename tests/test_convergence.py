@@ -11,6 +11,8 @@ import pytest
 from matplotlib.image import imread
 
 from experiments import convergence, precision
+from experiments.pages import convergence as convergence_page
+from experiments.pages import precision as precision_page
 from experiments.solution import Solution
 from experiments.theory import nonconvex, stability
 from s2sam_jax import s2sam, stochastic_round
@@ -132,7 +134,7 @@ def test_page_comes_from_rows_and_says_when_a_bound_does_not_hold(tmp_path, monk
     convergence.main(small)  # nothing is missing
     assert file.read_text().splitlines() == lines
     rows[-1]["mean"]["gap"] = 10.0
-    assert "A measured mean is above its bound." in convergence.page(rows, "convergence.jsonl")
+    assert "A measured mean is above its bound." in convergence_page.page(rows, "convergence.jsonl")
     assert "1.00e+01" not in page
 
 
@@ -258,11 +260,11 @@ def test_page_of_precision_comes_from_its_rows(tmp_path):
     rows = [
         {"method": "dense", "seed": seed, "stored": "format", "dtype": "bfloat16", "rounding": rounding,
          "device": "cpu", "rho_measured": rho, "live_parameters": 100, "draws": 8, "config": {"epochs": 20}}
-        | dict.fromkeys(precision.COLUMNS.values(), 0.25 + seed / 2)
+        | dict.fromkeys(precision_page.COLUMNS.values(), 0.25 + seed / 2)
         for seed in (0, 1)
         for rho in (0.05, 0.1)
-        for rounding in precision.ROUNDINGS
+        for rounding in precision_page.ROUNDINGS
     ]  # fmt: skip
-    text = precision.page(rows, "precision.jsonl")
+    text = precision_page.page(rows, "precision.jsonl")
     assert "| bfloat16 | bfloat16 | nearest | 0.05 | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 |" in text
     assert dataclasses.asdict(precision.Arguments())["radii"] == (0.005, 0.01, 0.05, 0.1, 0.5)

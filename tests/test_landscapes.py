@@ -8,7 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from experiments import flatness, solution, spectrum, surface, train
-from experiments.figures import landscapes
+from experiments.figures import against_sparsity, landscapes
+from experiments.pages import flatness as flatness_page
 from experiments.training import runs
 
 RNG = np.random.default_rng(0)
@@ -42,14 +43,15 @@ def test_spectra(tmp_path):
 def test_against_sparsity_has_a_line_for_each_optimizer(tmp_path, monkeypatch):
     """Of means over seeds, with bars of the sample deviation."""
     figures = []
-    monkeypatch.setattr(landscapes.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    monkeypatch.setattr(against_sparsity.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     rows = [
         {"method": "rigl", "optimizer": f"o{o}", "sparsity_asked": s, "x": o + s + seed}
         for o in range(8)
         for s in (0.9, 0.8)
         for seed in (0, 1)
     ]
-    landscapes.draw_against_sparsity(rows, "x", "x", "title", tmp_path / "x.png", scale=2.0)
+    quantity = against_sparsity.Quantity("x", label="x", title="x", factor=2.0)
+    against_sparsity.draw(rows, quantity, "title", tmp_path / "x.png")
     (axes,) = figures[0].axes
     means, dots = axes.lines[::2], axes.lines[1::2]
     assert len(means) == len(dots) == 8
@@ -140,7 +142,7 @@ def test_page_of_flatness_comes_from_its_rows(tmp_path):
     ]
     file = tmp_path / "flatness.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flatness.write(file)
+    flatness_page.write(file)
     lines = file.with_suffix(".md").read_text().splitlines()
     cells = "100 ± 71 | 1 ± 0.71 | 1 ± 0.71 | 1 ± 0.71 | – | 1 ± 0.71 | 0 ± 0"
     assert f"| rigl | 90 | SGD | {cells} | 2 |" in lines

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from experiments import models, shrink, tasks, train
 from experiments.benchmarks import inference
 from experiments.config import Config
-from experiments.models import resnet, resnet_imagenet, transformer
+from experiments.models import resnet, transformer
 from experiments.tasks import streams
 from experiments.training import checkpoint, optimizers
 from s2sam_jax import ChannelAxis, ChannelGroup, TrainState, channel_masks, materialize
@@ -373,7 +373,7 @@ def test_a_run_on_text_shrinks(tmp_path, monkeypatch):
 
 
 def test_a_run_on_a_stream_of_images_shrinks(tmp_path, monkeypatch):
-    make = partial(resnet_imagenet.ResNet, resnet.Block, (1, 1), small_images=False)
+    make = partial(resnet.ResNet, resnet.Block, (1, 1), small_images=False)
     monkeypatch.setattr(streams, "EVAL_BATCH", 8)
     monkeypatch.setitem(models.MODELS, "resnet34", models.MODELS["resnet34"]._replace(make=make))
     rng = np.random.default_rng(0)

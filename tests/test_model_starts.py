@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 from common import numbers
 from flax import nnx
-from shallow import shallow
 
 from experiments import models
 from experiments.models import efficientnet, layers, transformer, vit
-
-__all__ = ["shallow"]
 
 
 def he(shape):

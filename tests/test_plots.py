@@ -13,9 +13,9 @@ from rich.console import Console
 from experiments import bench, draw, ratio, spectrum, surface, tasks, train
 from experiments.config import Config
 from experiments.figures import curves, landscapes, masks
-from experiments.rows import jsonl
+from experiments.rows import jsonl, provenance
 from experiments.solution import Solution
-from experiments.training import churn, loop, runs
+from experiments.training import churn, loop
 
 RNG = np.random.default_rng(0)
 
@@ -201,6 +201,6 @@ def test_rows_of_how_selection_grows_say_where_they_were_made(tmp_path, monkeypa
     made = list(bench._growth(bench.Arguments(out=tmp_path / "new", rounds=3), Console(quiet=True)))
     assert [row.value for row in made] == [1.0, 1.0]
     (file,) = (tmp_path / "new").glob("bench_select_*.jsonl")
-    where = runs.environment() | {"bench": {"rounds": 3}}
+    where = provenance.environment() | {"bench": {"rounds": 3}}
     assert jsonl.read(file) == [where | way for way in ways]
     assert file.with_suffix(".png").is_file()

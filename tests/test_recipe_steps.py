@@ -81,7 +81,7 @@ def check_traced_step(config, monkeypatch, least_size):
     def step():
         train_step, first_state = one_step.step_and_state(config, steps_per_epoch=1000)
         state = first_state()
-        return state, *train_step(state, one_step.batch_of(config))
+        return state, *train_step(state, tasks.noise(config))
 
     before, after, metrics = jax.eval_shape(step)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
@@ -124,9 +124,9 @@ def test_every_combination_has_a_row():
 
 @pytest.mark.parametrize(("dataset", "shape"), [("digits", (8, 8, 1)), ("cifar100", (32, 32, 3))])
 def test_a_batch_has_the_shape_of_its_data(dataset, shape):
-    images, labels = one_step.batch_of(Config(dataset=dataset, batch_size=2))
+    images, labels = tasks.noise(Config(dataset=dataset, batch_size=2))
     assert (images.shape, labels.shape) == ((2, *shape), (2,))
-    images, _ = one_step.batch_of(Config(dataset="imagenet2012", model="resnet50", batch_size=2, image_size=32))
+    images, _ = tasks.noise(Config(dataset="imagenet2012", model="resnet50", batch_size=2, image_size=32))
     assert images.shape == (2, 32, 32, 3)
 
 

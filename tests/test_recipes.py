@@ -14,9 +14,10 @@ from scipy import stats
 
 from experiments import recipes, table
 from experiments.figures import tables
+from experiments.pages import rendering
 from experiments.recipes import base
 from experiments.recipes.ssam import DOUBTFUL
-from experiments.rows import comparison
+from experiments.rows import comparison, provenance
 from experiments.training import runs, sparse_methods
 from s2sam_jax import ChannelAxis, ChannelGroup, Every
 
@@ -373,7 +374,7 @@ def trained(monkeypatch):
         done.append(config)
         config.run_dir.mkdir(parents=True)
         row = {
-            "config": runs.provenance(config)["config"], "seed": config.seed, "device": "cpu", "xla_flags": "",
+            "config": provenance.of_run(config)["config"], "seed": config.seed, "device": "cpu", "xla_flags": "",
             "versions": {"jax": "1"},
             "test_accuracy_recalibrated": (0.5 if config.optimizer == "sgd" else 0.52) + config.seed / 100,
         }  # fmt: skip
@@ -524,7 +525,7 @@ def test_best_epochs_stand_beside_the_last_where_each_epoch_was_evaluated():
     assert (sgd.best, sgd.best_difference) == (93.0, None)
     assert (s2sam.best, s2sam.best_difference) == (94.4, pytest.approx((1 + 2 + 4 + 3) / 4))
     assert {(line.best, line.best_difference) for line in others} == {(None, None)}
-    header, _, *cells = comparison.markdown([sgd, s2sam]).splitlines()
+    header, _, *cells = rendering.markdown([sgd, s2sam]).splitlines()
     assert header.endswith("| pairs | ours: best | best: gain |")
     assert [line.split(" | ", 10)[-1] for line in cells] == ["93.00 | – |", "94.40 | +2.50 |"]
     rows[0]["best"] = None  # a mean over other seeds than the last epoch's would be no comparison
@@ -563,8 +564,8 @@ def test_the_best_epoch_is_one_of_the_final_sparsity():
 
 
 def test_missing_cells_are_dashes():
-    header, rule, *cells = comparison.markdown(comparison.compare(synthetic())).splitlines()
-    assert {line.count("|") for line in (header, rule, *cells)} == {len(comparison.HEADER) + 1}
+    header, rule, *cells = rendering.markdown(comparison.compare(synthetic())).splitlines()
+    assert {line.count("|") for line in (header, rule, *cells)} == {len(rendering.HEADER) + 1}
     assert cells[0].startswith("| RigL | 90 | 1.00 | 93.07 | ")
     assert cells[0].endswith(" | 4 | – | – | – | 0 |")
     assert cells[2].startswith("| RigL + S2-SAM | 80 | 1.00 | – | ")
@@ -653,13 +654,13 @@ def test_no_gains_no_figure_and_no_interval_no_bar(tmp_path, monkeypatch):
 
 def test_one_seed_has_no_deviation():
     rows = [row for row in synthetic() if row["seed"] == 1]
-    assert " ± " not in comparison.markdown(comparison.compare(rows)).replace("93.55 ± 0.14", "")
+    assert " ± " not in rendering.markdown(comparison.compare(rows)).replace("93.55 ± 0.14", "")
 
 
 def printed(lines, width):
     console = Console(width=width)
     with console.capture() as captured:
-        console.print(comparison.terminal(lines, "table1, cpu", console.width), soft_wrap=True)
+        console.print(rendering.terminal(lines, "table1, cpu", console.width), soft_wrap=True)
     return captured.get()
 
 
@@ -681,7 +682,7 @@ def test_terminal_table_and_plot(tmp_path):
     text = printed(lines, 200)
     assert "table1, cpu" in text
     assert all(line.row in text for line in lines)
-    assert all(word in text for column in comparison.HEADER for word in column.split())
+    assert all(word in text for column in rendering.HEADER for word in column.split())
     tables.draw_comparison(lines, "table1, cpu", tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000
 

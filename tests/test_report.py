@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from experiments import report
-from experiments.rows import jsonl, pages
+from experiments.pages import markdown
+from experiments.rows import jsonl
 
 ROWS = sorted(jsonl.RESULTS.glob("*.jsonl"))
 BY_HAND = {
@@ -63,11 +64,11 @@ def test_the_command_makes_what_there_are_rows_for(tmp_path, capsys):
 
 def test_tables_and_sources_of_pages():
     cells = [["a", "1"], ["b", ""]]
-    assert pages.table(("name", "n"), cells) == "| name | n |\n|---|---|\n| a | 1 |\n| b | |"
-    assert pages.table(("name", "n"), cells[:1], rule=" --- ") == "| name | n |\n| --- | --- |\n| a | 1 |"
+    assert markdown.table(("name", "n"), cells) == "| name | n |\n|---|---|\n| a | 1 |\n| b | |"
+    assert markdown.table(("name", "n"), cells[:1], rule=" --- ") == "| name | n |\n| --- | --- |\n| a | 1 |"
     rows = [{"device": device, "width": width} for device, width in (("gpu", None), ("cpu", 8), ("gpu", 8))]
-    assert pages.values(rows, "width") == "8, None"
+    assert markdown.values(rows, "width") == "8, None"
     assert (
-        pages.source(rows, "flatness", "a.jsonl")
+        markdown.source(rows, "flatness", "a.jsonl")
         == "Device: cpu, gpu. Made by `python -m experiments.flatness` from `a.jsonl`"
     )

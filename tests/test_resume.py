@@ -18,6 +18,7 @@ from interrupted import CASES, SHORT, assert_same_run, raw, small_state, start, 
 
 from experiments import evaluate
 from experiments.config import Config
+from experiments.rows import provenance
 from experiments.tasks import arrays
 from experiments.training import record, runs
 from experiments.training.checkpoint import Checkpoints
@@ -287,8 +288,8 @@ def test_without_a_checkout_the_commit_is_what_the_environment_says(monkeypatch)
     def missing(*_, **options):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(runs.subprocess, "run", missing)
+    monkeypatch.setattr(provenance.subprocess, "run", missing)
     monkeypatch.setenv("GIT_COMMIT", "abc")
-    assert runs.environment()["commit"] == "abc"
+    assert provenance.environment()["commit"] == "abc"
     monkeypatch.delenv("GIT_COMMIT")
-    assert runs.environment()["commit"] is None
+    assert provenance.environment()["commit"] is None

@@ -17,6 +17,7 @@ from experiments import recipes, robustness, table, tasks, train
 from experiments.config import Config
 from experiments.datasets import cifar_c, corruptions
 from experiments.datasets.corruptions import CORRUPTIONS
+from experiments.pages import corruptions as corruptions_page
 from experiments.rows import jsonl
 from experiments.training import runs
 
@@ -227,7 +228,7 @@ def synthetic():
 
 def test_gains_are_paired_by_seed_with_their_interval():
     rows = synthetic()
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in robustness.table(rows).splitlines()]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in corruptions_page.table(rows).splitlines()]
     header, _, sgd, s2sam, sam = lines
     assert header[2:8] == ["clean", "corrupted", "noise", "blur", "weather", "digital"]
     value = {(row["optimizer"], row["seed"]): 100 * row["mean_corruption_accuracy"] for row in rows}
@@ -243,18 +244,18 @@ def test_gains_are_paired_by_seed_with_their_interval():
 def test_a_table_is_of_runs_that_differ_in_optimizer_and_seed(tmp_path):
     config = Config(dataset="cifar10", optimizer="s2sam").to_json()
     row = {**synthetic()[0], "config": config, "examples": 60}
-    robustness.check([row, {**row, "config": {**config, "optimizer": "sam", "seed": 3}}])
+    corruptions_page.check([row, {**row, "config": {**config, "optimizer": "sam", "seed": 3}}])
     for other, named in (
         ({"config": {**config, "rho": 0.1, "width": 3}}, "width, rho"),
         ({"examples": 61}, "examples"),
         ({"by_corruption": {"fog": 0.5}}, "corruptions"),
     ):
         with pytest.raises(ValueError, match=f"these also differ in {named}. Leave some out"):
-            robustness.check([row, {**row, **other}])
+            corruptions_page.check([row, {**row, **other}])
     file = tmp_path / "rows.jsonl"
     jsonl.append(file, row, {**row, "examples": 61})
     with pytest.raises(ValueError, match="differ in examples"):
-        robustness.write(file)
+        corruptions_page.write(file)
 
 
 def test_runs_of_two_tables_are_refused_before_a_row_is_written(cifar_run, tmp_path, monkeypatch):

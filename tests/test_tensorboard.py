@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import train
+from experiments.rows import provenance
 from experiments.training import runs
 
 TINY = ["--width", "2", "--subset", "128", "--epochs", "2", "--method", "dense", "--optimizer", "sgd"]
@@ -31,12 +32,12 @@ def scalars(folder):
 
 def test_events_equal_the_rows(tmp_path):
     folder = train.main([*TINY, "--tensorboard", "--out", str(tmp_path)])["sgd"]
-    rows, provenance = runs.rows(folder), runs.provenance(runs.read_config(folder))
+    rows, origin = runs.rows(folder), provenance.of_run(runs.read_config(folder))
     expected = {
         (name, row["step"]): float(np.float32(value))
         for row in rows
         for name, value in row.items()
-        if isinstance(value, int | float) and name not in provenance
+        if isinstance(value, int | float) and name not in origin
     }
     assert scalars(folder) == expected
     assert [row["step"] for row in rows] == [2, 4]

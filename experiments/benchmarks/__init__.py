@@ -1,1 +1,1 @@
-"""What the library costs, measured beside what it is compared with; one file a question."""
+"""What the library costs, measured beside what it is compared with; a file for each question."""

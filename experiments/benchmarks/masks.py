@@ -26,7 +26,7 @@ def large_params(size: int) -> dict[str, jax.Array]:
 
 
 def sgd() -> optax.GradientTransformation:
-    """With momentum and decay."""
+    """SGD with momentum and weight decay."""
     return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
 
 
@@ -56,7 +56,7 @@ def _optimizers(params: Any, grads: Any, peer: Path | None) -> Iterator[tuple[st
 
 
 def _stepper(tx: Any, params: Any, grads: Any, updater: Any = None, **extra: Any) -> Any:
-    """A case that updates its own parameters, donated, a step a call."""
+    """A case that takes one step at each call, on parameters of its own, which are donated."""
     update = optax.with_extra_args_support(tx).update
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -90,7 +90,7 @@ def mask_update(name: str, params: Any, rounds: int, peer: Path | None) -> Itera
 
 
 def update_seconds(params: Any, rounds: int) -> float:
-    """One update of the masks."""
+    """The time of one update of the masks."""
     return float(np.median(paired(_mask_updates(params, False, None)[0], rounds)["ours"]))
 
 

@@ -27,7 +27,7 @@ def loss_fn(params: Any, model_state: Any, x: jax.Array, key: jax.Array) -> Any:
 
 
 def rows() -> Iterator[Row]:
-    """In copies of the parameters, with those themselves and the optimizer's state."""
+    """Peak memory in copies of the parameters; these and the optimizer's state are included."""
     cases = {"S2-SAM": optax.chain(s2sam(), sgd()), "S2-SAM, Adam": optax.chain(s2sam(), optax.adam(0.1))}
     cases["S2-SAM, RigL"] = sparsify(cases["S2-SAM"], methods.rigl(), sparsity=0.9, when=RARELY)
     for name, tx in cases.items():

@@ -49,7 +49,7 @@ class Jaxpruner:
 
 
 class Official:
-    """The released PyTorch code of S2-SAM: its ResNet-32 and its optimizer, one training step a call."""
+    """The released PyTorch code of S2-SAM: its ResNet-32 and its optimizer, one training step at each call."""
 
     def __init__(self, folder: Path, name: str, images: np.ndarray, labels: np.ndarray):
         self.torch: Any = importlib.import_module("torch")

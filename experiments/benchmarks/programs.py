@@ -81,7 +81,7 @@ def sharded(devices: list[Any]) -> Iterator[Program]:
 
 
 def on_one(device: Any, program: Program) -> Program:
-    """With its arguments there."""
+    """The program with its arguments on one device."""
     mesh = Mesh([device], ("fsdp",))
     return program._replace(state=_placed(program.state, mesh), batch=_placed(program.batch, mesh))
 

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import models, tasks
+from experiments import tasks
 from experiments.benchmarks import masks, timing
 from experiments.benchmarks.timing import Row, compile_seconds, cost, figure, paired, ratio_row
 from experiments.config import Config
-from experiments.datasets import kinds
 from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, sam, sparsify, ssam
 
 SHARPNESS = {
@@ -39,16 +38,13 @@ class Workload:
         self.config = config
         self.network = tasks.build(config)
         self.loss_fn = tasks.losses(config, self.network).loss_fn
-        kind, size = kinds.KINDS[config.dataset], models.MODELS[config.model].image_size or 32
-        rng = np.random.default_rng(0)
-        pixels = rng.integers(0, 256, (config.batch_size, size, size, kind.shape[2]), np.uint8)
-        self.batch = (jnp.asarray(pixels), jnp.asarray(rng.integers(0, kind.classes, config.batch_size)))
+        self.batch = tasks.noise(config)
 
     def state(self, tx: optax.GradientTransformation) -> TrainState:
         return TrainState.create(self.network.params, tx, model_state=self.network.model_state)
 
     def runner(self, name: str) -> Any:
-        """A case that goes on training with this optimizer, a step a call."""
+        """A case that goes on training with this optimizer, by one step at each call."""
         tx = optimizer(name)
         step, state = make_train_step(self.loss_fn, tx), [self.state(tx)]
 

@@ -16,7 +16,7 @@ OPTIMIZERS = ("sgd", "s2sam", "sam")
 
 
 def rows(config: Config, formats: Sequence[ComputeName], rounds: int, steps: int) -> Iterator[Row]:
-    """Of a network, in each format of its products. The memory is XLA's figure of the step as one program."""
+    """Speed and memory of a network in each format of its products; memory as XLA says of the whole step."""
     for compute in formats:
         workload = Workload(dataclasses.replace(config, compute=compute))
         name = f"{config.model}, RigL-ERK 90 %, batch {config.batch_size}, {compute}"
@@ -34,7 +34,7 @@ def rows(config: Config, formats: Sequence[ComputeName], rounds: int, steps: int
 
 
 def _runner(workload: Workload, which: str, steps: int) -> tuple[Callable[[], Any], int]:
-    """A case that goes on training, so many steps a call, and the bytes that a step holds at the most."""
+    """A case that goes on training by so many steps at each call, and the bytes that a step holds at the most."""
     tx = optimizer(which)
     _, step = workload.lowered(tx)
     state = [workload.state(tx)]

@@ -25,7 +25,7 @@ OptimizerName = Literal[
     "sgd", "sam", "asam", "ssam-f", "ssam-d", "s2sam", "s2sam-adaptive", "s2sam-released", "s2sam-opposite", "msam",
     "looksam", "gsam", "esam",
 ]  # fmt: skip
-# What tables and figures call them.
+# Optimizers as tables and figures call them.
 LABELS: dict[str, str] = {
     "sgd": "SGD", "sam": "SAM", "asam": "ASAM", "ssam-f": "SSAM-F", "ssam-d": "SSAM-D", "s2sam": "S2-SAM",
     "s2sam-adaptive": "S2-SAM, adaptive", "s2sam-released": "S2-SAM as released", "s2sam-opposite": "S2-SAM, downhill",

@@ -24,7 +24,7 @@ class Readers(NamedTuple):
         return f"any {self.field} but {names}" if self.others else f"{self.field} {names}"
 
 
-# What a run does not read does not tell it from another one.
+# Options, and the runs that read them: what a run does not read does not tell it from another one.
 READ_BY: tuple[tuple[Readers, tuple[str, ...]], ...] = (
     (Readers("dataset", ("digits",), others=True), ("data",)),
     (Readers("dataset", IN_MEMORY), ("subset",)),

@@ -5,8 +5,9 @@ from typing import Any
 from s2sam_jax import methods
 
 ROUNDS = ("lottery", "lrr")  # Methods that train several times in one run.
-ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # No clock, or one of their own.
-RANDOM = ("static", "set", "rigl", "itop", "dsr", "chase")  # In the library; first masks whatever the weights are.
+ONE_SHOT = ("static", "magnitude", "magnitude-global", "snip", "grasp")  # Methods that no clock of masks is for.
+# Methods of the library whose first masks do not depend on the weights.
+RANDOM = ("static", "set", "rigl", "itop", "dsr", "chase")
 
 # Names of their own for the forms that papers report.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,0 +1,1 @@
+"""Data sets: loading, streaming, augmenting and corrupting them."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.datasets import cifar_c, imagenet, sources
 from experiments.datasets.stream import Evaluation
+from experiments.rows.jsonl import Row
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -24,8 +25,6 @@ SEVERITIES = range(1, 6)
 
 _TFDS_SPLITS = {"cifar10_corrupted": "test", "imagenet2012_corrupted": "validation"}
 _TFDS_NAMES = {"cifar10_corrupted": {"glass_blur": "frosted_glass_blur", "elastic_transform": "elastic"}}
-
-Row = dict[str, Any]
 
 
 class Cell(NamedTuple):

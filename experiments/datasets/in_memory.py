@@ -43,7 +43,7 @@ def load(name: str, path: Path | None = None, subset: int | None = None) -> Data
 
 
 def hold_out(dataset: Dataset, rows: int) -> Dataset:
-    """With the last rows of the training set in place of the test set.
+    """The data set with the last rows of its training set in place of its test set.
 
     Raises:
       ValueError: when nothing would be left to train on.
@@ -56,7 +56,7 @@ def hold_out(dataset: Dataset, rows: int) -> Dataset:
 
 
 def with_label_noise(dataset: Dataset, share: float, classes: int, seed: int) -> Dataset:
-    """With a share of the training labels, rounded, replaced by one of the other classes at random."""
+    """The data set with a share of its training labels replaced, each by one of the other classes at random."""
     labels = np.array(dataset.train_labels)
     random = np.random.default_rng([seed, zlib.crc32(b"label noise")])
     wrong = random.choice(len(labels), round(share * len(labels)), replace=False)

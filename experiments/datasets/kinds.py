@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """What is known about a data set before it is loaded. Mean and deviation are per channel, of pixels in [0, 1]."""
+    """Shape, classes and augmentation of images; mean and deviation are per channel, of pixels in [0, 1]."""
 
     shape: tuple[int, int, int]
     classes: int

@@ -28,7 +28,7 @@ def tfds_folder(data_dir: Path | None) -> Path:
 
 
 def versions(name: str, folder: Path) -> list[Path]:
-    """Folders of what has been prepared."""
+    """The folders of a data set's versions that have been prepared."""
     return [file.parent for file in (folder / name).glob("*/dataset_info.json")]
 
 
@@ -48,7 +48,7 @@ def how_to_prepare(name: str) -> str:
 
 
 def _builder(name: str, data_dir: Path | None) -> Any:
-    """Of the newest version there is, whichever one the code of TFDS would prepare now."""
+    """TFDS's builder of the newest version there is, whichever one its code would prepare now."""
     folder = tfds_folder(data_dir)
     if not (found := versions(name, folder)):
         raise FileNotFoundError(f"There is no prepared {name} in {folder}. {how_to_prepare(name)}")

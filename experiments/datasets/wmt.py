@@ -108,7 +108,7 @@ class TokenPairs:
         return self.tokens[start:middle], self.tokens[middle:end]
 
     def of_length(self, max_length: int) -> "TokenPairs":
-        """Those with two sentences that are not empty, and with ``<eos>`` not longer than this."""
+        """The pairs of two sentences that are not empty, and with ``<eos>`` not longer than this."""
         lengths = np.diff(self.bounds).reshape(-1, 2)[self.rows]
         kept = ((lengths > 0) & (lengths < max_length)).all(axis=1)
         return dataclasses.replace(self, rows=self.rows[kept])

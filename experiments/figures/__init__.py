@@ -1,1 +1,1 @@
-"""Every figure, drawn from rows alone, a kind of rows a file."""
+"""Every figure, drawn from rows alone; a file for each kind of rows."""

@@ -31,7 +31,7 @@ def label(row: Row) -> str:
 
 
 def _gradients(axes: Axes, rows: Sequence[Row]) -> None:
-    """SGD's, and those of the largest radius."""
+    """Gradients of SGD, and of the largest radius."""
     largest = max(row["rho"] for row in rows)
     shown = [row for row in rows if row["rho"] in (0.0, largest)]
     for row, colour, marker in zip(shown, cycle(COLOURS), cycle(MARKERS)):
@@ -41,7 +41,7 @@ def _gradients(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _risks(axes: Axes, rows: Sequence[Row]) -> None:
-    """Those of the largest radius."""
+    """Risks of the largest radius."""
     largest = max(row["rho"] for row in rows)
     mine = [row for row in rows if row["rho"] == largest]
     sizes = [row["of"] for row in mine]

@@ -1,17 +1,17 @@
 """How selection grows with the number of scores."""
 
-from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from experiments.figures.style import COLOURS
+from experiments.rows import jsonl
 
 
-def draw_growth(points: Sequence[Mapping[str, Any]], device: str, file: Path) -> None:
-    """Time and memory of selection against the number of scores, both axes logarithmic."""
+def draw_growth(file: Path) -> None:
+    """Time and memory of selection against the number of scores, both axes logarithmic; beside its rows' file."""
+    points, device = jsonl.read(file), file.stem.removeprefix("bench_select_")
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, field, label in (
@@ -25,4 +25,4 @@ def draw_growth(points: Sequence[Mapping[str, Any]], device: str, file: Path) ->
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.suptitle(f"Selecting the largest tenth, {device}")
-    figure.savefig(file, dpi=120)
+    figure.savefig(file.with_suffix(".png"), dpi=120)

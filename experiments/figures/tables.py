@@ -1,7 +1,7 @@
 """Lines of a table, the paper's and ours: figures, differences, and gains against sparsity."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from matplotlib.ticker import FixedLocator, ScalarFormatter
 
 from experiments.config import LABELS
 from experiments.figures.style import GREY, colour_of, tidy
+from experiments.rows.comparison import Line
 
 
-def draw_comparison(lines: Sequence[Any], title: str, file: Path) -> None:
+def draw_comparison(lines: Sequence[Line], title: str, file: Path) -> None:
     """Lines of a paper's table: means with their deviations, and gains with their intervals; hollow the paper's."""
     figure = Figure(figsize=(11, max(3.0, 0.24 * len(lines) + 1.4)), layout="constrained")
     means, gains = figure.subplots(1, 2, sharey=True)
@@ -29,7 +30,7 @@ def draw_comparison(lines: Sequence[Any], title: str, file: Path) -> None:
     means.set(xlabel=f"{' / '.join(dict.fromkeys(line.metric for line in lines))}, ± deviation over seeds")
     gains.set(xlabel="difference to the baseline, paired by seed, 95 % interval")
     gains.axvline(0.0, color=GREY, linewidth=0.8)
-    _cut(gains, [x for line in lines for x in (line.difference, line.paper_difference) if x is not None])
+    _cut(gains, [gain for line in lines for gain in (line.difference, line.paper_difference)])
     for axes in (means, gains):
         tidy(axes)
     figure.suptitle(title + ("; hollow: the paper's" if any(line.paper is not None for line in lines) else ""))
@@ -44,24 +45,24 @@ def _mark(axes: Axes, place: int, optimizer: str, ours: float | None, half: floa
 
 
 def _hollow(axes: Axes, x: float | None, y: float | None, optimizer: str) -> None:
-    """What a paper printed, if it did."""
+    """The paper's figure as a hollow mark, if it is known."""
     if x is not None and y is not None:
         axes.plot(x, y, "D", color=colour_of(optimizer), markerfacecolor="none", markersize=5)
 
 
-def _cut(axes: Axes, gains: Sequence[float]) -> None:
+def _cut(axes: Axes, gains: Iterable[float | None]) -> None:
     """Lets wide intervals go on beyond the figure, where those of a few pairs would make all gains look alike."""
-    if reach := 2.5 * max(map(abs, gains), default=0.0):
+    if reach := 2.5 * max((abs(gain) for gain in gains if gain is not None), default=0.0):
         left, right = axes.get_xlim()
         axes.set_xlim(max(left, -reach), min(right, reach))
 
 
-def draw_gains(lines: Sequence[Any], title: str, file: Path) -> None:
+def draw_gains(lines: Sequence[Line], title: str, file: Path) -> None:
     """Paired differences to the baseline against the share of zeros, with 95 % intervals; hollow the paper's.
 
     A panel for each method; a line without zeros belongs to all of them.
     """
-    labels = {line.name: line.row for line in lines}
+    labels: dict[str | None, str] = {line.name: line.row for line in lines}
     gains = [line for line in lines if line.difference is not None]
     methods = list(dict.fromkeys(labels[line.baseline] for line in gains if line.sparsity))
     if not methods:
@@ -93,13 +94,13 @@ def draw_gains(lines: Sequence[Any], title: str, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def draw_prices(lines: Sequence[Any], title: str, file: Path) -> None:
+def draw_prices(lines: Sequence[Line], title: str, file: Path) -> None:
     """Gains over SGD, a panel for each of its lines; the optimizers that take the fewest gradients come first."""
-    gains = sorted((line for line in lines if line.difference is not None), key=lambda line: line.gradients)
+    gains = sorted((line for line in lines if line.difference is not None), key=lambda line: line.gradients or 0.0)
     bases = [line for line in lines if line.name in {gain.baseline for gain in gains}]
     if not bases:
         return
-    kinds = {base.name: base.row.removesuffix("SGD").removesuffix(", ") for base in bases}
+    kinds: dict[str | None, str] = {base.name: base.row.removesuffix("SGD").removesuffix(", ") for base in bases}
     words = {line.name: line.row.removeprefix(f"{kinds[line.baseline]}, ") for line in gains}
     places = {word: place for place, word in enumerate(dict.fromkeys(words.values()))}
     prices = {words[line.name]: line.gradients for line in gains}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models import efficientnet, mobilenet, resnet, resnet_imagenet, transformer, vgg, vit, wide_resnet
+from experiments.models import efficientnet, mobilenet, resnet, transformer, vgg, vit, wide_resnet
 from experiments.trees import by_name
 from s2sam_jax import ChannelGroup
 
@@ -52,17 +52,19 @@ class Network(NamedTuple):
     groups: tuple[ChannelGroup, ...] = ()
 
 
-_BASIC, _BOTTLENECK, _SIZES = resnet.Block, resnet_imagenet.Bottleneck, (3, 4, 6, 3)
+_SIZES = (3, 4, 6, 3)
+_cifar = partial(resnet.ResNet, resnet.Block, small_images=True)
+_three_stages = partial(_cifar, head_init=nnx.initializers.normal(0.01))
 
 MODELS: dict[str, Spec] = {
-    "resnet8": Spec(partial(resnet.ResNet, 1), 16, 32, 10),
-    "resnet20": Spec(partial(resnet.ResNet, 3), 16, 32, 10),
-    "resnet32": Spec(partial(resnet.ResNet, 5), 32, 32, 10),
+    "resnet8": Spec(partial(_three_stages, (1, 1, 1)), 16, 32, 10),
+    "resnet20": Spec(partial(_three_stages, (3, 3, 3)), 16, 32, 10),
+    "resnet32": Spec(partial(_three_stages, (5, 5, 5)), 32, 32, 10),
     "wrn28x10": Spec(partial(wide_resnet.WideResNet, 4, 10), 160, 32, 10),
-    "resnet18-cifar": Spec(partial(resnet_imagenet.ResNet, _BASIC, (2, 2, 2, 2), small_images=True), 64, 32, 10),
-    "resnet34-cifar": Spec(partial(resnet_imagenet.ResNet, _BASIC, _SIZES, small_images=True), 64, 32, 10),
-    "resnet34": Spec(partial(resnet_imagenet.ResNet, _BASIC, _SIZES, small_images=False), 64, 224, 1000),
-    "resnet50": Spec(partial(resnet_imagenet.ResNet, _BOTTLENECK, _SIZES, small_images=False), 64, 224, 1000),
+    "resnet18-cifar": Spec(partial(_cifar, (2, 2, 2, 2)), 64, 32, 10),
+    "resnet34-cifar": Spec(partial(_cifar, _SIZES), 64, 32, 10),
+    "resnet34": Spec(partial(resnet.ResNet, resnet.Block, _SIZES, small_images=False), 64, 224, 1000),
+    "resnet50": Spec(partial(resnet.ResNet, resnet.Bottleneck, _SIZES, small_images=False), 64, 224, 1000),
     "vgg19": Spec(vgg.VGG19, 64, 32, 10),
     "mobilenet-v2-cifar": Spec(mobilenet.MobileNetV2, 32, 32, 10),
     "efficientnet-b0": Spec(efficientnet.EfficientNetB0, 32, 224, 1000),

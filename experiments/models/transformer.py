@@ -126,7 +126,7 @@ class Transformer(nnx.Module):
         train: bool,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """Logits as of a call, from what :meth:`encode` made of the sources."""
+        """The logits that a call gives, from what :meth:`encode` made of the sources."""
         length = targets_in.shape[1]
         causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
         x = self._embed(targets_in, train=train, rngs=rngs)

@@ -47,12 +47,12 @@ class Recipe:
       key: the row without sparsity and optimizer, such as ``rigl-erk``.
       row: the label in the paper.
       config: the run.
-      printed: what the paper has there.
-      metric: of what.
+      printed: the figure that the paper has there.
+      metric: what the figure is.
       known: what the sources say of the run.
       unknown: what they do not say, and what was chosen; and where the library differs.
       baseline: the recipe that the paper compares it with.
-      share: of the epochs that other rows of the table have.
+      share: its epochs, as a share of those that other rows of the table have.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Recipe:
 
     @property
     def gradients(self) -> float:
-        """Gradient evaluations a step, or the like of them; of SSAM by its paper's formula."""
+        """Gradient evaluations a step, other passes counted in proportion; those of SSAM by its paper's formula."""
         return flops.gradient_evaluations(self.config)
 
     @property

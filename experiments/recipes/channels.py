@@ -47,7 +47,7 @@ UNKNOWN = {
 
 
 def on_cifar() -> Iterator[Recipe]:
-    """Small enough to be tried."""
+    """The same methods where they are small enough to be tried."""
     known = "Nothing: the paper has these methods on ImageNet alone."
     for (key, sparsity), optimizer in itertools.product((("chex", 0.5), ("chase", 0.9)), OPTIMIZERS):
         yield cifar.row("table3-cifar10", key, sparsity, optimizer, Printed(), known=known)

@@ -6,7 +6,7 @@ from experiments.config import Config, OptimizerName
 from experiments.recipes import cifar, imagenet
 from experiments.recipes.base import REBUTTAL, S2SAM, Recipe, cell, lines, recipe
 
-# SGD, S2-SAM, and SAM of the rebuttal.
+# Columns: network, SGD, S2-SAM, and SAM of the rebuttal.
 TABLE_6 = """
 resnet32           94.58 94.99(+0.41) 95.32
 mobilenet-v2-cifar 94.13 94.55(+0.42) 94.77

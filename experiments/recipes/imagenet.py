@@ -23,7 +23,7 @@ from experiments.training import sparse_methods
 
 EPOCHS = 100
 
-# Accuracy and images a second, at 90 %.
+# Columns: method, optimizer, accuracy and images a second, at 90 %.
 TABLE_4 = """
 grasp   sgd   68.10 2148
 grasp   sam   68.95 1021
@@ -35,7 +35,7 @@ mest-em sgd   73.60 2981
 mest-em sam   74.88 1398
 mest-em s2sam 74.58 2977
 """
-# Accuracy on ImageNet and on ImageNet-C, at 80 %.
+# Columns: method, optimizer, accuracy on ImageNet and on ImageNet-C, at 80 %.
 TABLE_5 = """
 snip    sgd   69.70        31.12
 snip    s2sam 70.55(+0.85) 34.87(+3.75)
@@ -46,7 +46,7 @@ mest-em s2sam 76.35(+0.65) 36.98(+3.11)
 rigl    sgd   74.60        33.68
 rigl    s2sam 75.39(+0.79) 36.80(+3.12)
 """
-# Method, sparsity, SGD and S2-SAM.
+# Columns: method, sparsity, SGD and S2-SAM.
 REBUTTAL_IMAGENET = """
 rigl    0.95 69.02 69.83
 mest-em 0.95 69.95 70.81
@@ -127,7 +127,7 @@ def row(
 
 
 def table_2() -> Iterator[Recipe]:
-    """Not at hand: its methods are those that the other tables and the rebuttal name."""
+    """The table is not at hand: its methods are those that the other tables and the rebuttal name."""
     known = "80 and 90 % with uniform and other distributions, RigL 5x and MEST 1.7x among the rows (rebuttal)."
     for key, sparsity, optimizer in itertools.product(METHODS, (0.8, 0.9), OPTIMIZERS):
         if key != "set-5x":

@@ -6,19 +6,19 @@ from typing import Any
 from experiments.recipes.base import REBUTTAL, Recipe, cell, lines
 from experiments.recipes.cifar import KNOWN, OPTIMIZERS, UNKNOWN, row
 
-# Sparsity, SGD and S2-SAM.
+# Columns: sparsity, SGD and S2-SAM.
 LRR = """
 0.8  94.68 94.87
 0.9  94.05 94.39
 0.95 93.82 94.22
 """
-# Share pruned a round, the rounds it takes, SGD and S2-SAM, at 90 %.
+# Columns: share pruned in a round, the rounds it takes, SGD and S2-SAM, at 90 %.
 LOTTERY = """
 0.2 11 92.31 92.58
 0.3 6  91.71 92.32
 0.4 4  90.73 91.44
 """
-# Sparsity, SGD and S2-SAM with the difference that is printed.
+# Columns: sparsity, SGD, and S2-SAM with the difference that is printed.
 SWEEP = """
 0    94.58 94.99(+0.41)
 0.2  94.35 94.67(+0.32)

@@ -6,7 +6,7 @@ from typing import Any, cast
 from experiments.config import LABELS, Config, OptimizerName
 from experiments.recipes.base import ACCURACY, SSAM, Recipe, cell, lines
 
-# Optimizer, sparsity of the perturbation, CIFAR-10, CIFAR-100; differences are to SAM.
+# Columns: optimizer, sparsity of the perturbation, CIFAR-10, CIFAR-100; differences are to SAM.
 TABLE_1 = """
 sgd    –    96.07        77.80
 sam    –    96.83        81.03

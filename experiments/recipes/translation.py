@@ -7,7 +7,7 @@ from experiments.config import Config
 from experiments.recipes.base import BLEU, REBUTTAL, Recipe, cell, lines, recipe
 from experiments.recipes.cifar import OPTIMIZERS
 
-# SGD, that is no perturbation, and S2-SAM.
+# Columns: method, sparsity, SGD (that is, no perturbation) and S2-SAM.
 WMT = """
 dense   0   27.6 27.9
 mest-em 0.8 27.1 27.5

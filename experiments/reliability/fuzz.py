@@ -27,8 +27,8 @@ from rich.progress import track
 from experiments import cli
 from experiments.reliability import fuzz_cases
 from experiments.reliability.fuzz_cases import Case
-from experiments.rows import jsonl
-from experiments.training import runs
+from experiments.rows import jsonl, provenance
+from experiments.rows.jsonl import Row
 from s2sam_jax import SparseState, apply_masks, get_masks, perturb
 from s2sam_jax._base import select
 
@@ -84,7 +84,7 @@ def run(case: Case) -> str:
 
 @contextlib.contextmanager
 def _operation_by_operation() -> Iterator[None]:
-    """But for the search for thresholds, which would take most of the time."""
+    """Compiles nothing but the search for thresholds, which would take most of the time."""
     largest = select.largest
 
     def compiled(*arguments: Any) -> Any:
@@ -96,7 +96,7 @@ def _operation_by_operation() -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str:
-    """Its message; behind the name of the package whose it is, where that is another."""
+    """The message of an error, behind the name of another package if that raised it."""
     if len(str(error)) < 20:
         raise WrongError(f"a message that says too little: {error!r}") from error
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
@@ -124,7 +124,7 @@ def _step(case: Case, tx: optax.GradientTransformationExtraArgs) -> Callable[...
 
 
 def _same_kind(before: Any, after: Any, name: str) -> None:
-    """Structure, shapes and dtypes, as scan and checkpoints need."""
+    """Structure, shapes and dtypes must not change, as scan and checkpoints need."""
     if jax.tree.structure(before) != jax.tree.structure(after):
         raise WrongError(f"{name} has another structure")
     for (path, old), new in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True):
@@ -133,7 +133,7 @@ def _same_kind(before: Any, after: Any, name: str) -> None:
 
 
 def _check(case: Case, params: Any, state: Any, old_params: Any, old_state: Any) -> None:
-    """Every promise, in NumPy."""
+    """Checks every promise, in NumPy."""
     sparse, old = (_sparse_state(tree) for tree in (state, old_state))
     leaves, masks = jax.tree.leaves_with_path(params), [np.asarray(mask) for mask in jax.tree.leaves(sparse.masks)]
     counts, before = sparse.nnz.tolist(), jax.tree.leaves(old_params)
@@ -201,8 +201,8 @@ def main(arguments: Arguments) -> None:
             console.print_json(data=finding)
 
 
-def chunk(numbers: range, jit_every: int) -> dict[str, Any]:
-    """What came of some cases."""
+def chunk(numbers: range, jit_every: int) -> Row:
+    """Runs some cases; the row says how many passed, why others were refused, and what was found."""
     started, refused, findings = time.perf_counter(), collections.Counter(), []
     for number in track(numbers, description="cases", transient=True):
         case = fuzz_cases.draw(random.Random(number), number, number % jit_every == 0)
@@ -217,7 +217,7 @@ def chunk(numbers: range, jit_every: int) -> dict[str, Any]:
             findings.append(dataclasses.asdict(case) | found)
     seconds = time.perf_counter() - started
     counts = {"cases": len(numbers), "passed": refused.pop("passed", 0), "refused": dict(refused)}
-    return {"first": numbers.start} | counts | {"findings": findings, "seconds": seconds} | runs.environment()
+    return {"first": numbers.start} | counts | {"findings": findings, "seconds": seconds} | provenance.environment()
 
 
 if __name__ == "__main__":

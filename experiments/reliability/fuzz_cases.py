@@ -214,7 +214,7 @@ def noise(case: Case, rng: np.random.Generator, params: Any, masks: Any) -> Any:
 
 
 def optimizer(case: Case) -> optax.GradientTransformation:
-    """Everything in the order of wrapping."""
+    """The transformation of a case: sharpness and optimizer under sparsify, and what is around it."""
     tx = sparsify(
         optax.chain(SHARPNESS[case.sharpness](), OPTIMIZERS[case.optimizer]()),
         METHODS[case.method](case.fraction),

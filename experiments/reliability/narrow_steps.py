@@ -17,8 +17,7 @@ from rich.progress import track
 from experiments import cli, models, recipes
 from experiments.config import Config
 from experiments.reliability import one_step
-from experiments.rows import jsonl
-from experiments.training import runs
+from experiments.rows import jsonl, provenance
 
 Key = tuple[str, str, str]  # model, method, optimizer
 
@@ -62,14 +61,13 @@ def run(arguments: Arguments) -> None:
     for (model, method, optimizer), name in track(missing.items(), description="combinations"):
         config = narrowed(recipes.get(name).config)
         row = {"model": model, "method": method, "optimizer": optimizer, "recipe": name}
-        row |= one_step.two_steps(config) | runs.provenance(config)
+        row |= one_step.two_steps(config) | provenance.of_run(config)
         jsonl.append(arguments.out, row)
         jax.clear_caches()
 
 
 @cli.command
 def main(arguments: Arguments) -> None:
-    """The command line."""
     cli.keep_compiled(arguments.cache, 0.0)
     run(arguments)
 

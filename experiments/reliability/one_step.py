@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from experiments import cli, models, tasks
 from experiments.config import Config
-from experiments.datasets import kinds
-from experiments.rows import jsonl
-from experiments.training import loop, optimizers, runs
+from experiments.rows import jsonl, provenance
+from experiments.training import loop, optimizers
 from s2sam_jax import TrainState, check_masks, get_masks
 
 
@@ -35,19 +33,6 @@ def config_of(name: str, batch_size: int) -> Config:
     spec = models.MODELS[name]
     dataset = "wmt14" if spec.text else "imagenet2012" if spec.classes == 1000 else "cifar10"
     return dataclasses.replace(Config(), dataset=dataset, model=name, batch_size=batch_size, learning_rate=0.01)
-
-
-def batch_of(config: Config) -> Any:
-    """Noise in the shapes of the data."""
-    rng = np.random.default_rng(0)
-    if models.MODELS[config.model].text:
-        tokens = rng.integers(4, config.vocabulary, (2, config.batch_size, config.max_length), np.int32)
-        return {"sources": jnp.asarray(tokens[0]), "targets": jnp.asarray(tokens[1])}
-    kind = kinds.KINDS[config.dataset]
-    side, _, channels = kind.shape
-    side = config.image_size or side
-    pixels = rng.integers(0, 256, (config.batch_size, side, side, channels), np.uint8)
-    return jnp.asarray(pixels), jnp.asarray(rng.integers(0, kind.classes, config.batch_size))
 
 
 def step_and_state(config: Config, steps_per_epoch: int = 100) -> tuple[Any, Any]:
@@ -68,7 +53,7 @@ def two_steps(config: Config) -> dict[str, Any]:
       ValueError: naming the leaves whose masks do not hold.
     """
     step, first_state = step_and_state(config)
-    batch, state, begin = batch_of(config), first_state(), time.perf_counter()
+    batch, state, begin = tasks.noise(config), first_state(), time.perf_counter()
     # Where the first call changes the masks, it leaves the weights; the second is an ordinary one.
     state, first = step(state, batch)
     before = jax.device_get(jax.tree.leaves(state.params))
@@ -103,7 +88,7 @@ def main(arguments: Arguments) -> None:
     rows = {row["model"]: row for row in jsonl.read(arguments.out)}
     for name in arguments.models:
         config = config_of(name, arguments.batch_size)
-        rows[name] = {"model": name} | two_steps(config) | runs.provenance(config)
+        rows[name] = {"model": name} | two_steps(config) | provenance.of_run(config)
         console.print({k: rows[name][k] for k in ("model", "parameters", "loss_after", "seconds_with_compilation")})
         jsonl.write(arguments.out, rows.values())
         jax.clear_caches()

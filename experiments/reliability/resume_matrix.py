@@ -23,7 +23,7 @@ from rich.console import Console
 
 from experiments import cli
 from experiments.config import Config, OptimizerName
-from experiments.rows import jsonl
+from experiments.rows import jsonl, provenance
 from experiments.training import runs
 
 TIMES = ("seconds", "images_per_second", "config")
@@ -65,7 +65,7 @@ def one(config: Config, kills: int, moments: random.Random, scratch: Path) -> di
     _start(killed, scratch).wait()
     states = [[np.asarray(_raw(x)) for x in jax.tree.leaves(runs.restore(c.run_dir))] for c in (whole, killed)]
     rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in runs.rows(c.run_dir)] for c in (whole, killed)]
-    return runs.provenance(config) | {
+    return provenance.of_run(config) | {
         "kills": log,
         "leaves": len(states[0]),
         "equal": all(a.tobytes() == b.tobytes() for a, b in zip(*states, strict=True)),

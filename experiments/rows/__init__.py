@@ -1,1 +1,1 @@
-"""Rows of results, and the pages that are made of them."""
+"""Results as rows, JSON objects on lines of a file: reading, adding, where they come from, means and intervals."""

@@ -1,4 +1,4 @@
-"""Files that are there are whole."""
+"""Files that are written as a whole or not at all."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Rows: a JSON object a line, added as soon as it is known. Pages and figures of results are made from them."""
+"""Rows: one JSON object on each line of a file, added as soon as it is known. Pages and figures are made from them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -36,7 +36,7 @@ def write(file: Path, rows: Iterable[Row]) -> None:
     files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def append(file: Path, *rows: dict[str, Any]) -> None:
+def append(file: Path, *rows: Row) -> None:
     """Adds rows, and the folder if it is missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as stream:

@@ -10,7 +10,7 @@ MISSING = "–"
 
 
 def mean(values: Collection[float]) -> tuple[float | None, float | None]:
-    """And the sample deviation, which takes two values; None where there is none."""
+    """The mean and the sample deviation, which takes two values; None where there is none."""
     average = statistics.mean(values) if values else None
     return average, statistics.stdev(values) if len(values) > 1 else None
 

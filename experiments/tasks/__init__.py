@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from experiments import models, sharding
 from experiments.config import Config
 from experiments.datasets import kinds
 from experiments.models import Network
-from experiments.tasks import arrays, streams, text
+from experiments.tasks import arrays, images, streams, text
 from experiments.tasks.base import Losses, Task
 
 
@@ -40,8 +42,19 @@ def _module(config: Config):
 
 
 def losses(config: Config, network: Network) -> Losses:
-    """Of a network on the data of a config, which need not be there."""
+    """The losses of a network on the data of a config, which need not be there."""
     return _module(config).losses(config, network)
+
+
+def noise(config: Config) -> Any:
+    """A batch in the shapes of the data of a config, which need not be there."""
+    rng = np.random.default_rng(0)
+    if models.MODELS[config.model].text:
+        tokens = rng.integers(4, config.vocabulary, (2, config.batch_size, config.max_length), np.int32)
+        return {"sources": jnp.asarray(tokens[0]), "targets": jnp.asarray(tokens[1])}
+    kind, side = kinds.KINDS[config.dataset], images.side(config)
+    pixels = rng.integers(0, 256, (config.batch_size, side, side, kind.shape[2]), np.uint8)
+    return jnp.asarray(pixels), jnp.asarray(rng.integers(0, kind.classes, config.batch_size))
 
 
 def load(config: Config) -> Any:

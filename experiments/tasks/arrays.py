@@ -99,7 +99,7 @@ def _take(images: jax.Array, labels: jax.Array, rows: jax.Array) -> tuple[jax.Ar
 
 
 def epoch_runner(step: Step, dataset: Dataset, reporter: Reporter, mesh: Mesh | None = None) -> OrderedEpoch:
-    """An epoch as one program; on CPU, where XLA is slow at convolution gradients inside loops, as one a step."""
+    """An epoch as one program; on CPU, where XLA is slow at convolution gradients inside loops, a step at a time."""
     mesh = mesh or sharding.make_mesh()
 
     def stepwise(state, order):

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.models import Network
+from experiments.rows.jsonl import Row
 from s2sam_jax import TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
@@ -34,7 +35,7 @@ class Reporter(Protocol):
 
     def steps(self, count: int) -> None: ...
 
-    def row(self, row: dict[str, Any]) -> None: ...
+    def row(self, row: Row) -> None: ...
 
 
 class Task(Protocol):
@@ -53,7 +54,7 @@ class Task(Protocol):
     mesh: Mesh
 
     def runner(self, step: Step, reporter: Reporter) -> Epoch:
-        """Trains once over the data by this step, as the epoch of that number; metrics have one value a step."""
+        """A function that trains through the epoch of that number; its metrics have one value for each step."""
         ...
 
     def evaluate(self, params: Any, model_state: Any, final: bool = False) -> dict[str, float]:
@@ -72,7 +73,7 @@ class Task(Protocol):
 def run_epoch(
     step: Step, state: TrainState, batches: Iterator[Any], reporter: Reporter
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
-    """A step a batch; metrics are fetched once, so that the device never waits for the host."""
+    """Takes a step on each batch; metrics are fetched once, so that the device never waits for the host."""
     history = []
     for batch in batches:
         state, metrics = step(state, batch)

@@ -8,11 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import models
 from experiments.config import Config
 from experiments.datasets import kinds, transforms
 from experiments.datasets.kinds import Kind
 from experiments.models import Network
 from experiments.tasks.base import Losses
+
+
+def side(config: Config) -> int:
+    """Pixels on a side of the images that the network sees; those of ImageNet are cropped to the model's size."""
+    if config.dataset == "imagenet2012":
+        return config.image_size or models.MODELS[config.model].image_size or 224
+    return kinds.KINDS[config.dataset].shape[0]
 
 
 def losses(config: Config, network: Network, *, augment: bool) -> Losses:
@@ -47,7 +55,7 @@ def numbered(batch: tuple[Any, Any]) -> tuple[Any, Any, Any]:
 
 
 def _examples(config: Config, network: Network, augment: bool) -> Callable[..., Any]:
-    """Losses, model state, and which are right."""
+    """A function of a batch: the losses of its examples, the model state, and which are classified correctly."""
     kind = kinds.KINDS[config.dataset]
 
     def prepare(images, key):
@@ -103,7 +111,7 @@ def examples(batches: Iterable[Any], kind: Kind) -> Iterator[tuple[jax.Array, ja
 
 
 def accuracy(predict: Callable[[Any], jax.Array], batches: Iterable[Any]) -> float:
-    """Over rows whose label is not negative."""
+    """The accuracy over rows whose label is not negative."""
     counts = [((predict(images) == labels).sum(), (labels >= 0).sum()) for images, labels in batches]
     counts = jax.device_get(counts)
     return float(sum(right for right, _ in counts) / sum(rows for _, rows in counts))

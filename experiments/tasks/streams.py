@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from experiments import models, sharding
+from experiments import sharding
 from experiments.config import Config
 from experiments.datasets import imagenet, kinds
 from experiments.datasets.stream import Evaluation, Stream
@@ -25,7 +25,7 @@ class Loaded(NamedTuple):
 
 def load(config: Config) -> Loaded:
     """Opens the prepared files; nothing is read yet."""
-    size = config.image_size or models.MODELS[config.model].image_size or 224
+    size = images.side(config)
     train = imagenet.train_stream(config.batch_size, config.data, image_size=size)
     return Loaded(train, imagenet.evaluation(EVAL_BATCH, config.data, image_size=size))
 

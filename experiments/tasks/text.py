@@ -77,7 +77,7 @@ class Task(Streamed):
             yield (batch["sources"], _before(targets)), targets, targets != wmt.PAD
 
     def _counts(self, params: Any, model_state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        """The accuracy of a batch, and of how many tokens."""
+        """The accuracy on the tokens of a batch, and how many these are."""
         _, (_, metrics) = self.losses.plain_loss_fn(params, model_state, batch, jax.random.key(0))
         return metrics["train_accuracy"], jnp.sum(batch["targets"] != wmt.PAD)
 

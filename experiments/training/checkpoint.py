@@ -21,7 +21,7 @@ _POLICIES = ocp.training.preservation_policies
 
 
 class Checkpoints:
-    """Those of a run in progress, by epoch: the last two, and the one of the best test accuracy.
+    """The checkpoints of a run in progress, by epoch: the last two, and that of the best test accuracy.
 
     They are written while training goes on; each appears at once, when it is complete, and only then an older one is
     removed. A context manager: leaving it waits for what is being written.
@@ -50,12 +50,12 @@ class Checkpoints:
 
     @property
     def epochs(self) -> list[int]:
-        """Of which there is one, ascending."""
+        """The epochs that have a checkpoint, ascending."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     @property
     def best(self) -> Path:
-        """The folder of the one with the best test accuracy; among equals the last."""
+        """The folder of the checkpoint with the best test accuracy; among equals the last."""
         measured = [c for c in self._checkpointer.checkpoints if c.metrics is not None]
         return self.folder / str(max(measured, key=lambda c: (_accuracy(c.metrics), c.step)).step)
 
@@ -70,7 +70,7 @@ class Checkpoints:
             self._checkpointer.save_async(epoch, state, force=True, metrics=metrics, custom_metadata=progress)
 
     def wait(self) -> None:
-        """Until all is written; raises as :meth:`save`."""
+        """Waits until all is written; raises as :meth:`save`."""
         with self._writing():
             self._checkpointer.wait()
 

@@ -18,7 +18,7 @@ def masks_of(config: Config, state: TrainState) -> Any:
 
 
 def count(before: Any, after: Any) -> Counts:
-    """Of each kernel, by path. What dies and comes back in between does not show; empty for dense training."""
+    """Counts by kernel; empty for dense training. What dies and comes back in between does not show."""
     if after is None:
         return {}
     counts = jax.device_get(_compare(before, after))
@@ -30,7 +30,7 @@ def count(before: Any, after: Any) -> Counts:
 
 
 def total(counts: Counts, more: Counts) -> Counts:
-    """Of two spans of time, one after the other."""
+    """The counts of two spans of time together, one after the other."""
     earlier = {name: counts.get(name, [0, 0, 0, 0]) for name in more}
     return {
         name: [zeros, size, earlier[name][2] + died, earlier[name][3] + grown]

@@ -50,7 +50,7 @@ class ProgressBar:
 
 
 def result_table(finals: Mapping[str, Row]) -> Table:
-    """A line a run: accuracy, also with BatchNorm's running statistics, speed, and the zeros of all kernels."""
+    """A line for each run: accuracy, also with BatchNorm's running statistics, speed, and the zeros of all kernels."""
     columns = ("test\naccuracy", "running\nstats", "training\nloss", "seconds", "images/s", "zeros of\nkernels")
     table = _table(*columns)
     for name, row in finals.items():
@@ -96,7 +96,7 @@ def seeds_table(finals: Sequence[Row]) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    """Names on the left, and figures."""
+    """A table with names on the left, and columns of figures."""
     table = Table()
     table.add_column("")
     for column in columns:
@@ -105,7 +105,7 @@ def _table(*columns: str) -> Table:
 
 
 def _whole(table: Table) -> Table:
-    """Wider than the terminal, if need be, but with nothing cut."""
+    """Keeps cells from being cut: the table becomes wider than the terminal, if need be."""
     for column in table.columns:
         texts = [str(column.header), *map(str, column.cells)]
         column.min_width = max(len(line) for text in texts for line in text.split("\n"))
@@ -113,7 +113,7 @@ def _whole(table: Table) -> Table:
 
 
 def _speed(row: Row) -> str:
-    """There is none for a first epoch alone."""
+    """Images a second; not known after a first epoch alone, in whose time the step is compiled."""
     return f"{row['images_per_second']:,.0f}" if "images_per_second" in row else "-"
 
 

@@ -1,4 +1,4 @@
-"""The FLOPs of a run, as papers on sparse training count them: of every layer, in all, and of the training."""
+"""The FLOPs of a run, as papers on sparse training count them: of every layer, of all layers, and of the training."""
 
 import dataclasses
 import math
@@ -17,6 +17,7 @@ from experiments.config import Config
 from experiments.config.variants import ROUNDS, in_library
 from experiments.datasets import kinds
 from experiments.models import Network
+from experiments.tasks import images
 from experiments.training import optimizers, sparse_methods
 from experiments.trees import by_name
 from s2sam_jax import ChannelGroup, erdos_renyi, erdos_renyi_kernel, uniform
@@ -95,7 +96,7 @@ def ledger(
 
 
 def forward_flops(config: Config, network: Network) -> int:
-    """Of a dense forward pass on a sample."""
+    """FLOPs of a dense forward pass on a sample."""
     return sum(layer_flops(*_forward(config, network)).values())
 
 
@@ -113,7 +114,7 @@ def table(entries: Sequence[Entry], *, layers: bool = False) -> Table:
 
 
 def gradient_evaluations(config: Config) -> float:
-    """A step's, in those of SGD."""
+    """What the gradients of a step cost, in those of SGD."""
     match config.optimizer:
         case "sgd" | "s2sam" | "s2sam-adaptive" | "s2sam-released" | "s2sam-opposite" | "msam":
             return 1.0
@@ -173,19 +174,16 @@ def _forward(config: Config, network: Network) -> tuple[Any, ...]:
     def forward(params: Any, model_state: Any, inputs: Any) -> Any:
         return network.apply(params, model_state, inputs, False)[0]
 
-    spec = models.MODELS[config.model]
-    if spec.text:
+    if models.MODELS[config.model].text:
         tokens = jax.ShapeDtypeStruct((1, config.max_length), jnp.int32)
         return forward, network.params, network.model_state, (tokens, tokens)
-    height, width, channels = kinds.KINDS[config.dataset].shape
-    if config.dataset == "imagenet2012":
-        height = width = config.image_size or spec.image_size or height
-    image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+    side = images.side(config)
+    image = jax.ShapeDtypeStruct((1, side, side, kinds.KINDS[config.dataset].shape[2]), jnp.float32)
     return forward, network.params, network.model_state, image
 
 
 def _planned_flops(config: Config, network: Network, layers: dict[str, int]) -> dict[str, float]:
-    """With every layer as sparse as the distribution has it; where all are ranked together, alike."""
+    """FLOPs of every layer, as sparse as the distribution has it; where layers are ranked together, all alike."""
     if config.method == "dense":
         return dict(layers)
     ranks = sparse_methods.make(config, network.groups).ranks

@@ -28,7 +28,7 @@ def initial_state(
     mesh: Mesh | None = None,
     scored_masks: ScoredMasks | None = None,
 ) -> TrainState:
-    """Fresh, or with the weights and statistics of ``start``; each leaf is made where it is to lie.
+    """A fresh state, or one with the weights and statistics of ``start``; each leaf is made where it is to lie.
 
     With ``scored_masks`` the masks are what it gives for these weights, in place of the method's first ones.
     """
@@ -53,7 +53,7 @@ def initial_state(
 def first_state(
     config: Config, task: Task, tx: optax.GradientTransformation, start: TrainState | None = None
 ) -> TrainState:
-    """Of a training, on the devices of its task."""
+    """The first state of a training, on the devices of its task."""
     return initial_state(config, task.network, tx, start, task.mesh, scored_masks(config, task))
 
 

@@ -71,7 +71,7 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
 
 
 def radius(config: Config, steps_per_epoch: int) -> optax.Schedule:
-    """Of the perturbation: constant, rising over a third, or as the learning rate; anew in each round of a lottery."""
+    """Rho: constant, rising over a third, or in proportion to the learning rate; anew in each round of a lottery."""
     total = sparse_methods.round_steps(config, steps_per_epoch)
     match config.rho_schedule:
         case "constant":

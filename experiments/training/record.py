@@ -1,4 +1,4 @@
-"""What a run keeps from epoch to epoch: what its next row is made of, its rows, and its checkpoints."""
+"""The bookkeeping of a run from epoch to epoch: what its next row is made of, its rows, and its checkpoints."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from s2sam_jax import (
 )
 
 RECALIBRATION_BATCHES = 20
-PERTURBING = (S2SAMState, MSAMState)  # What tells the perturbation of the next step; that of sam is inside its update.
+PERTURBING = (S2SAMState, MSAMState)  # They tell the perturbation of the next step; sam's is inside its update.
 
 
 class Last:
@@ -83,7 +83,7 @@ class Record:
         return state
 
     def add(self, state: TrainState, metrics: dict[str, np.ndarray], seconds: float) -> None:
-        """After an epoch of so many seconds, of whose steps these are the metrics.
+        """Takes in an epoch: the state after it, the metrics of its steps, and how long it took.
 
         Raises:
           FloatingPointError: naming the step at which something was not finite.
@@ -157,7 +157,7 @@ def layer_sparsity(config: Config, state: TrainState) -> dict[str, list[int]]:
 
 
 def perturbation(config: Config, state: TrainState) -> dict[str, float]:
-    """Its norm, and how well the format that products are computed in keeps its direction; empty where none is kept."""
+    """Norm of the perturbation, and how well the format of products keeps its direction; empty where none is kept."""
     leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, PERTURBING))
     if not any(isinstance(leaf, PERTURBING) for leaf in leaves):
         return {}
@@ -179,7 +179,7 @@ def stop_if_bad(state: TrainState) -> None:
 
 
 def _means(metrics: dict[str, np.ndarray]) -> dict[str, float]:
-    """Over the steps of an epoch; the sparsity is the newest."""
+    """Means over the steps of an epoch; the sparsity is that of the last."""
     means = {"train_loss" if name == "loss" else name: float(np.mean(values)) for name, values in metrics.items()}
     return means | {"sparsity": float(metrics["sparsity"][-1]) if "sparsity" in metrics else 0.0}
 

@@ -9,15 +9,12 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-import s2sam_jax
 from experiments import models, sharding, tasks
 from experiments.config import Config, check_same, choices
 from experiments.figures import training
@@ -39,7 +36,7 @@ Which = Literal["last", "best"]
 
 
 def finished(config: Config) -> bool:
-    """Whether its result is there, and no later training of it has been interrupted."""
+    """Whether the result of a run is there, and no later training of it has been interrupted."""
     return config.run_dir.is_dir() and not _partial(config).is_dir()
 
 
@@ -134,7 +131,7 @@ def finish(config: Config, folder: Path, state: TrainState, best: Path) -> None:
 
 
 def metadata(config: Config) -> dict[str, str]:
-    """What the weights are of, where they are apart from their run's folder."""
+    """What exported weights are of, for where they are apart from their run's folder."""
     width = models.MODELS[config.model].width if config.width is None else config.width
     sparsity = 0.0 if config.method == "dense" else config.sparsity
     named = {"model": config.model, "dataset": config.dataset, "method": config.method}
@@ -148,7 +145,7 @@ def tidy(folder: Path) -> None:
 
 
 def rows(folder: Path) -> list[Row]:
-    """One an evaluation.
+    """The rows of a run, one for each evaluation.
 
     Raises:
       FileNotFoundError: when there is no such run.
@@ -198,25 +195,6 @@ def restore(folder: Path, which: Which = "last") -> TrainState:
     return checkpoint.restore(folder / {"last": CHECKPOINT, "best": BEST}[which], like)
 
 
-def provenance(config: Config) -> dict[str, Any]:
-    """What every row says about where it comes from; the config without paths, which are of one machine alone."""
-    return {
-        "config": {field: value for field, value in config.to_json().items() if field not in ("data", "out")},
-        "seed": config.seed,
-        **environment(),
-    }
-
-
-def environment() -> dict[str, Any]:
-    """What provenance says that no config decides: device, XLA flags, versions and commit."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "versions": {name: version(name) for name in ("jax", "optax", "flax")} | {"s2sam_jax": s2sam_jax.__version__},
-        "commit": _commit(),
-    }
-
-
 def _check_config(folder: Path, config: Config) -> dict[str, Any]:
     """What an unfinished run has stored; raises a ValueError that names the fields in which it is another config."""
     file = folder / CONFIG
@@ -233,18 +211,8 @@ def _check_config(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def _epoch(line: str) -> float:
-    """Of a row; infinite for half of one."""
+    """The epoch of a row; infinite for half of one."""
     try:
         return json.loads(line)["epoch"]
     except (ValueError, TypeError, KeyError):
         return float("inf")
-
-
-def _commit() -> str | None:
-    """Of the source tree, with a ``+`` where files differ from it; without a git checkout, what GIT_COMMIT says."""
-    here = Path(__file__).parent
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")

@@ -82,7 +82,7 @@ def rounds(sparsity: float, prune_fraction: float) -> int:
 
 
 def trainings(config: Config) -> int:
-    """In one run: a lottery trains once before its first pruning, and once after each."""
+    """How often a run trains: a lottery once before its first pruning, and once after each."""
     if config.method not in ROUNDS:
         return 1
     return (config.rounds or rounds(config.sparsity, config.prune_fraction or PRUNE_FRACTION)) + 1
