@@ -9,7 +9,7 @@ from flax import nnx
 from oracles_models import batch_norm, close, convolve, depthwise, layer_norm, sigmoid
 from scipy.special import erf
 
-from experiments.models import efficientnet, mobilenet, resnet_imagenet, transformer, vit, wide_resnet
+from experiments.models import efficientnet, mobilenet, resnet, transformer, vit, wide_resnet
 
 
 def make(kind, *sizes, **options):
@@ -39,7 +39,7 @@ def test_wide_block():
 
 
 def test_bottleneck():
-    block, p = make(resnet_imagenet.Bottleneck, "block", 3, 8, 2)
+    block, p = make(resnet.Bottleneck, "block", 3, 8, 2)
     y = relu(batch_norm(convolve(x := images(3), p["conv1/kernel"], 1), p, "norm1"))
     y = relu(batch_norm(convolve(y, p["conv2/kernel"], 2), p, "norm2"))
     y = batch_norm(convolve(y, p["conv3/kernel"], 1), p, "norm3")
