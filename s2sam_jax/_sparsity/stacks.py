@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from s2sam_jax._base.select import ones
-from s2sam_jax._base.tree import by_name, map_named
+from s2sam_jax._base.tree import by_name, leaf_name, map_named
 from s2sam_jax._base.types import GradFn, MaskInputs, MaskUpdate, Params
 
 Stacked = Mapping[str, int]  # the axis of the layers, by path pattern
@@ -19,9 +20,13 @@ def check_stacked(stacked: Any) -> Stacked:
     """The mapping, empty for ``None``."""
     if stacked is None:
         return {}
-    if not isinstance(stacked, Mapping) or not all(isinstance(axis, int | np.integer) for axis in stacked.values()):
+    if not isinstance(stacked, Mapping) or not all(map(_is_axis, stacked, stacked.values())):
         raise TypeError(f"stacked maps path patterns to the axis of the layers, as {{'layers/*': 0}}; got {stacked!r}.")
-    return stacked
+    return dict(stacked)  # a copy, as the caller's may change
+
+
+def _is_axis(pattern: Any, axis: Any) -> bool:
+    return isinstance(pattern, str) and isinstance(axis, int | np.integer) and not isinstance(axis, bool)
 
 
 def layers_of(tree: Any, stacked: Stacked) -> Any:
@@ -33,11 +38,23 @@ def layers_of(tree: Any, stacked: Stacked) -> Any:
         return tree
     leaves = by_name(tree)
     axes = _axes(leaves, stacked)
-    layers = {name: leaf for name, leaf in leaves.items() if name not in axes}
+    layers = _hidden(tree) | {name: leaf for name, leaf in leaves.items() if name not in axes}
     for name, axis in axes.items():
         cut = jnp.moveaxis(leaves[name], axis, 0)
-        layers |= {_numbered(name, index): cut[index] for index in range(len(cut))}
+        numbered = {_numbered(name, index): cut[index] for index in range(len(cut))}
+        if twice := sorted(numbered.keys() & layers.keys()):
+            raise ValueError(
+                f"Layers of the stacked leaf {name!r} are called {twice}, and so are other leaves; rename one of the "
+                "two, or put one into a dict of its own."
+            )
+        layers |= numbered
     return layers
+
+
+def _hidden(tree: Any) -> dict[str, optax.MaskedNode]:
+    """What stands where a wrapper hides a leaf, by which methods know of it."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return {leaf_name(path): node for path, node in nodes if isinstance(node, optax.MaskedNode)}
 
 
 def inputs_in_layers(x: MaskInputs, stacked: Stacked) -> MaskInputs:
@@ -101,7 +118,7 @@ def _restacked(layers: dict[str, Any], like: Any, stacked: Stacked) -> Any:
 
 def _numbered(name: str, index: int) -> str:
     module, _, last = name.rpartition("/")
-    return f"{module}/{index}/{last}".lstrip("/")
+    return "/".join(part for part in (module, str(index), last) if part)  # a bare array has no name
 
 
 def _axes(leaves: Mapping[str, Any], stacked: Stacked) -> dict[str, int]:
@@ -115,4 +132,4 @@ def _axes(leaves: Mapping[str, Any], stacked: Stacked) -> dict[str, int]:
         if wrong := {name: leaves[name].shape for name in names if not -leaves[name].ndim <= axis < leaves[name].ndim}:
             raise ValueError(f"stacked[{pattern!r}] has the layers on axis {axis}, which these leaves lack: {wrong}.")
         found |= dict.fromkeys(names, axis)
-    return found
+    return {name: axis for name, axis in found.items() if leaves[name].shape[axis]}  # no layers, nothing to cut

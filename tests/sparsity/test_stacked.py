@@ -224,7 +224,41 @@ def test_patterns_that_do_not_fit_are_named(stacked, message):
         sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, stacked=stacked).init(normal(0))
 
 
-@pytest.mark.parametrize("stacked", ["layers/*", {"layers/*": None}])
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [({"layers": {"w": 3, "0": {"w": 2}}}, "layers/0/w"), ([3, (2, 2)], "1/0")],
+    ids=["number", "list"],
+)
+def test_layers_called_as_another_leaf_are_named(params, name):
+    params = jax.tree.map(lambda size: jnp.ones((size, 4, 4)), params)
+    stacked = {"layers/w": 0} if isinstance(params, dict) else {"0": 0}
+    with pytest.raises(ValueError, match=rf"Layers of the stacked leaf .* are called \['{name}'\], and so are other"):
+        sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, stacked=stacked).init(params)
+
+
+def test_a_stack_without_layers_is_left_as_it_is():
+    params = {"layers": {"kernel": jnp.zeros((0, 4, 4))}, "kernel": jnp.ones((4, 4))}
+    tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, stacked={"layers/*": 0})
+    masks = get_masks(tx.init(params))
+    assert masks["layers"]["kernel"].shape == (0, 4, 4)
+    assert masks["kernel"].sum() == 8
+
+
+def test_layers_of_a_bare_array_are_called_by_their_numbers():
+    tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, stacked={"*": 0}, overrides={"1": 0.0})
+    assert get_masks(tx.init(jnp.ones((3, 4, 4)))).sum((1, 2)).tolist() == [8, 16, 8]
+
+
+def test_methods_learn_of_hidden_leaves():
+    """A gradient at a part of the parameters means nothing."""
+    params = normal(0)
+    tx = sparsify(optax.sgd(0.1), methods.grasp(), sparsity=0.5, stacked=AXES)
+    tx = optax.masked(tx, {"embed": False, "blocks": True})
+    with pytest.raises(TypeError, match=r"grasp takes a gradient at all parameters, and optax.masked"):
+        tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
+
+
+@pytest.mark.parametrize("stacked", ["layers/*", {"layers/*": None}, {"layers/*": True}, {0: 0}])
 def test_stacks_of_another_type_are_refused(stacked):
     with pytest.raises(TypeError, match=r"stacked maps path patterns to the axis of the layers, as .*; got "):
         sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, stacked=stacked)
