@@ -20,11 +20,7 @@ from s2sam_jax._base.tree import find_states
 
 # Without its fusion emitters XLA fuses multiplying and adding as it happens.
 AS_USUAL = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {}
-
-
 BATCHES = np.random.default_rng(0).normal(size=(5, 7, 6)).astype(np.float32)
-
-
 SGD = optax.sgd(0.1, momentum=0.9)
 
 

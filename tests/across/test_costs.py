@@ -9,8 +9,6 @@ from experiments.benchmarks.timing import memory
 from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, select, sparsify
 
 PARAMS = {f"kernel{i}": jnp.full((256, 256), 0.1) for i in range(4)}
-
-
 COPY = sum(p.nbytes for p in jax.tree.leaves(PARAMS))  # the bytes of the parameters
 
 

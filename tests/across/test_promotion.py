@@ -43,11 +43,7 @@ def test_transformations_under_strict_promotion(method):
 
 
 TWO_LAYERS = {"kernel": jnp.arange(1.0, 33.0).reshape(4, 8), "head": jnp.ones((8, 4))}
-
-
 GROUPS = [ChannelGroup("hidden", (ChannelAxis("kernel", -1),), inputs=(ChannelAxis("head", -2),))]
-
-
 WHEN = Every(0, 2, 8)
 
 

@@ -36,14 +36,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 # Few shapes, as each is compiled.
 QUICK = hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
-
-
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-
-
 SHAPES = ((), (0, 3), (1,), (3, 5))
-
-
 leaves = st.tuples(st.sampled_from(SHAPES), st.sampled_from(DTYPES))
 
 
@@ -158,8 +152,6 @@ def test_every_configuration_keeps_its_promises(rng, number):
 
 
 ACTIONS = ("step", "step", "not finite", "zero", "overflow", "no refresh", "refresh", "set_masks")
-
-
 REFRESH = {"refresh": True, "no refresh": False}
 
 

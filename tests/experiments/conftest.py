@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import toy as toy_network
+from interrupted import stop_in
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from prepared import encoded, image_features, write_tfds
@@ -15,7 +16,7 @@ from experiments import models, robustness, tasks
 from experiments.datasets import wmt
 from experiments.figures import training
 from experiments.models import efficientnet, mobilenet, resnet, transformer, vit, wide_resnet
-from experiments.tasks import streams, text
+from experiments.tasks import arrays, streams, text
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,11 @@ def small_evaluations(monkeypatch):
     monkeypatch.setattr(streams, "EVAL_BATCH", 8)
     monkeypatch.setattr(text, "EVAL_BATCH", 4)
     monkeypatch.setattr(robustness, "BATCH", 16)
+
+
+@pytest.fixture
+def interrupted(toy, tmp_path, monkeypatch):
+    """The folder of a run that was stopped in its third epoch."""
+    stop_in(monkeypatch, arrays.Task, "order", 3, tmp_path)
+    (partial,) = tmp_path.iterdir()
+    return partial

@@ -70,3 +70,7 @@ def small_state(value):
     params = {"kernel": jnp.full((64, 64), float(value)), "bias": jnp.arange(7.0) + value}
     momentum = jax.tree.map(jnp.array, params)
     return TrainState(jnp.int32(value), params, (), {"momentum": momentum}, jax.random.key(value), jnp.int32(-1))
+
+
+def snapshot(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

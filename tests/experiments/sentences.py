@@ -11,6 +11,4 @@ PAIRS = [
 
 
 ODD = ["naïve 漢字 🙂", "tab\tand  two spaces", "<eos> is no token here", "x"]
-
-
 SIZE = 300

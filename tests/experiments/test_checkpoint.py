@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from interrupted import raw, small_state, start, stop_in
+from interrupted import raw, small_state, snapshot, start
 
 from experiments import evaluate
-from experiments.tasks import arrays
 from experiments.training import runs
 from experiments.training.checkpoint import Checkpoints
 
@@ -49,18 +48,6 @@ def test_the_state_is_copied_before_it_can_be_donated(tmp_path):
         kept.wait()
         for epoch in (3, 2):
             assert float(kept.restore(epoch, state)[0].params["kernel"][0, 0]) == epoch
-
-
-@pytest.fixture
-def interrupted(toy, tmp_path, monkeypatch):
-    """The folder of a run that was stopped in its third epoch."""
-    stop_in(monkeypatch, arrays.Task, "order", 3, tmp_path)
-    (partial,) = tmp_path.iterdir()
-    return partial
-
-
-def snapshot(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @UNAWAITED

@@ -109,8 +109,6 @@ def write(file, text):
 
 
 ROW = {"seed": 0, "final": True, "test_accuracy_recalibrated": 0.5}
-
-
 TWO_RADII = [dataclasses.replace(Config(), rho=rho).to_json() for rho in (0.05, 0.2)]
 
 

@@ -29,14 +29,8 @@ SHARPNESS = {
 
 
 OF_STEP = {"sharpness_parts": 4, "sharpest_fraction": 0.25}
-
-
 CLOCK = {"update_every": 3.0, "update_end": 0.25, "rewind_epochs": 1.0}
-
-
 FACTORY = {"drop_fraction": 0.4, "prune_fraction": 0.3, "rounds": 2, "channel_sparsity": 0.3, "explore": 0.1}
-
-
 MASKED = {"sparsity": 0.8, "distribution": "uniform", "structure": "nm:2:4:pad"}
 
 

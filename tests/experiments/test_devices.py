@@ -24,8 +24,6 @@ from experiments.training import record, runs
 from s2sam_jax import get_masks
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 SHORT = ["--subset", "256", "--epochs", "2"]
 
 

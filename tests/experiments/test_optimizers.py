@@ -172,8 +172,6 @@ def test_phases_of_mest_end_when_they_were_published_to(method, ends):
 
 
 DRAW = np.random.default_rng(0)
-
-
 STATES = {"msam": MSAMState, "looksam": LookSAMState, "gsam": SAMState, "esam": ESAMState}
 
 

@@ -14,8 +14,6 @@ from experiments.training import display, runs
 from s2sam_jax import sharpness_metrics
 
 SHORT = ["--subset", "128", "--epochs", "3"]
-
-
 ROW = {"epoch": 2, "step": 44, "train_loss": 0.25, "test_accuracy": 0.9, "sparsity": 0.87, "images_per_second": 2000.0}
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from interrupted import CASES, SHORT, assert_same_run, start, stop_in
+from interrupted import CASES, SHORT, assert_same_run, snapshot, start, stop_in
 
 from experiments.config import Config
 from experiments.rows import provenance
@@ -96,18 +96,6 @@ def test_a_row_replaces_what_an_interrupted_run_has_left(tmp_path):
     file.write_text("\n".join(lines) + '\n{"epoch": 5, "st')
     runs.append(tmp_path, {"epoch": 3, "new": True})
     assert file.read_text().splitlines() == [*lines[:2], '{"epoch": 3, "new": true}']
-
-
-@pytest.fixture
-def interrupted(toy, tmp_path, monkeypatch):
-    """The folder of a run that was stopped in its third epoch."""
-    stop_in(monkeypatch, arrays.Task, "order", 3, tmp_path)
-    (partial,) = tmp_path.iterdir()
-    return partial
-
-
-def snapshot(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_another_config_is_refused_and_named(interrupted):

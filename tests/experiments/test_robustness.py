@@ -22,14 +22,8 @@ from experiments.rows import jsonl
 from experiments.training import runs
 
 pytestmark = pytest.mark.usefixtures("small_evaluations")
-
-
 SMALL = ["--model", "resnet8", "--width", "4", "--batch-size", "16", "--optimizer", "sgd", "--method", "dense"]
-
-
 NAMES = ["gaussian_noise", "contrast", "brightness"]
-
-
 ROWS = 60
 
 

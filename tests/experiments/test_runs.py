@@ -21,8 +21,6 @@ from experiments.training import checkpoint, loop, optimizers, record, runs
 from s2sam_jax import TrainState, get_masks, make_train_step
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "experiments.md"
-
-
 TINY = ["--width", "4", "--subset", "128", "--epochs", "2"]
 
 

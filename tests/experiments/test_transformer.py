@@ -27,8 +27,6 @@ def translator():
 
 
 SOURCES = np.array([[3, 4, 5, 6, 0, 0], [7, 8, 9, 1, 2, 3]])
-
-
 TARGETS = np.array([[1, 5, 2, 6, 4], [1, 3, 9, 0, 0]])
 
 

@@ -9,11 +9,7 @@ from s2sam_jax import Every, sparsify
 from s2sam_jax._base.select import random_scores
 
 WHEN = Every(1, 1, 21)
-
-
 LAST = 21
-
-
 LR, MOMENTUM = 0.1, 0.9
 
 

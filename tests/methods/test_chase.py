@@ -144,11 +144,7 @@ def test_chase_authors_keep_one_weight_more_and_grow_one_less():
 
 
 PARAMS = {"kernel": jnp.arange(1.0, 33.0).reshape(4, 8), "head": jnp.ones((8, 4))}
-
-
 HIDDEN = [ChannelGroup("hidden", (ChannelAxis("kernel", -1),), inputs=(ChannelAxis("head", -2),))]
-
-
 SHORT = Every(0, 2, 8)
 
 

@@ -13,8 +13,6 @@ from growing import LAST, WHEN, check_trajectory, draws, exhaust, gradient, ones
 from s2sam_jax import Every, get_masks, methods, set_masks, sparsify
 
 SPARSITIES = [0.6, 0.6, 0.6, 0.9]  # a, one, ties, zeros
-
-
 SCOPES = pytest.mark.parametrize("scope", ["leaf", "global"])
 
 

@@ -15,8 +15,6 @@ from s2sam_jax import Every, check_masks, erdos_renyi_kernel, get_masks, methods
 from s2sam_jax._base.schedules import cosine
 
 WHEN = Every(0, 2, 150)
-
-
 rows = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.name)
 
 

@@ -16,8 +16,6 @@ from oracles_structure import block_of, blocks, groups_mask, pooled, spread, uni
 from s2sam_jax import NM, Block, Channel, Every, Unstructured, apply_masks, check_masks, get_masks, methods, sparsify
 
 WHEN = Every(0, 1, 100)
-
-
 NM_SHAPES = [(8,), (3, 3, 8, 5), (1, 1, 4, 2), (3, 3, 6, 2), (5, 3), (2, 2)]
 
 
@@ -63,8 +61,6 @@ def assert_sparse(params, state):
 
 
 SGD = optax.sgd(0.01, momentum=0.9)
-
-
 PHASES = ((0.0, 0.1), (0.6, 0.0))
 
 

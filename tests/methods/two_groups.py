@@ -10,11 +10,7 @@ import optax
 from s2sam_jax import ChannelAxis, ChannelGroup, Every, sparsify
 
 WHEN, LAST = Every(1, 2, 22), 21
-
-
 LR, MOMENTUM = 0.1, 0.9
-
-
 SIZES = [6, 9]
 
 

@@ -10,11 +10,7 @@ import pytest
 import s2sam_jax
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-
-
 PAGES = sorted(page for page in DOCS.rglob("*") if page.suffix in (".md", ".rst"))
-
-
 MODULES = (s2sam_jax, s2sam_jax.methods, s2sam_jax.analysis)
 
 

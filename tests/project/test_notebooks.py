@@ -14,11 +14,7 @@ from jupytext.compare import compare_notebooks
 from experiments.rows import jsonl
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
-
-
 SOURCES = sorted(FOLDER.glob("[0-9]*.py"))
-
-
 LARGEST = 500_000  # bytes
 
 

@@ -10,22 +10,14 @@ import pytest
 import s2sam_jax
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 CORE = sorted((ROOT / "s2sam_jax").rglob("*.py"))
-
-
 METHODS = [path for path in CORE if path.parent.name == "methods" and path.name != "__init__.py"]
-
-
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 # Each of these folders of the core may import those before it; methods, training and analysis all three.
 FOUNDATIONS = ["_base", "_sharpness", "_sparsity"]
-
-
 FOLDERS = [*FOUNDATIONS, "methods", "_training", "analysis"]
 
 

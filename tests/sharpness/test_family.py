@@ -26,8 +26,6 @@ from s2sam_jax import (
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
 STEPS, BETA = 12, 0.6
 
 

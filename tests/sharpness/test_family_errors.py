@@ -18,8 +18,6 @@ from s2sam_jax import (
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
 GRADS = {"a": jnp.ones((2, 1)), "b": jnp.ones(1)}
 
 

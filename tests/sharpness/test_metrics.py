@@ -26,11 +26,7 @@ from s2sam_jax import (
 from s2sam_jax._sharpness.rounding import FORMATS, round_to_nearest
 
 RNG = np.random.default_rng(0)
-
-
 BITS = {"bfloat16": 7, "tensorfloat32": 10}
-
-
 metrics_of = jax.jit(sharpness_metrics, static_argnames=("loss_fn", "compute_dtype"))
 
 

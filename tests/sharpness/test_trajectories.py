@@ -10,8 +10,6 @@ from quadratics import COUPLED, DIAGONAL, EXACT, MASK, PRINTED, START, first_lea
 from s2sam_jax import apply_masks, eval_params, methods, perturb, s2sam, s2sam_wrapper, sam, set_masks, sparsify, ssam
 
 OPTIMIZERS = [dict(momentum=0.0, decay=0.0), dict(momentum=0.9, decay=0.0), dict(momentum=0.9, decay=5e-4)]
-
-
 pytestmark = pytest.mark.usefixtures("float64")
 
 

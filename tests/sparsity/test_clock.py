@@ -24,8 +24,6 @@ from s2sam_jax import (
 )
 
 STEPS, WHEN = 9, Every(1, 3, 7)
-
-
 PARAMS = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(6, 5)), jnp.float32), "b": jnp.ones(5)}
 
 

@@ -128,8 +128,6 @@ def test_update_masks_inside_multi_steps():
 
 
 WITH_GAIN = {"dense": {"kernel": jnp.arange(1.0, 17.0).reshape(4, 4)}, "gain": jnp.ones(4)}
-
-
 SGD = optax.sgd(0.1, momentum=0.9)
 
 

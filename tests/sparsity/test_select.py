@@ -21,11 +21,7 @@ from s2sam_jax._base import select as select_module
 from s2sam_jax._base.select import keep_best, random_scores
 
 COLLECTIVES = r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-reduce|all-to-all|collective-permute)\("
-
-
 DTYPES = ["float32", "float16", "bfloat16", "float64"]
-
-
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-40, -1e-40, 65504.0, np.inf, -np.inf, 1.0, 1.0]
 
 

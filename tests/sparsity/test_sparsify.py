@@ -132,8 +132,6 @@ def test_leaves_of_one_name_are_refused():
 
 
 WITH_GAIN = {"dense": {"kernel": jnp.arange(1.0, 17.0).reshape(4, 4)}, "gain": jnp.ones(4)}
-
-
 SGD = optax.sgd(0.1, momentum=0.9)
 
 

@@ -28,8 +28,6 @@ from s2sam_jax import (
 )
 
 LAYERS = 3
-
-
 AXES = {"blocks/query/kernel": 1, "blocks/*": 0}
 
 

@@ -17,8 +17,6 @@ from experiments.config.structures import parse
 from s2sam_jax import NM, Block, Channel, Every, NMPacked, Unstructured, methods, nm_pack, nm_unpack, select, sparsify
 
 WHEN = Every(0, 1, 100)
-
-
 NM_SHAPES = [(8,), (3, 3, 8, 5), (1, 1, 4, 2), (3, 3, 6, 2), (5, 3), (2, 2)]
 
 
@@ -108,8 +106,6 @@ def test_masks_under_a_structure_are_sharded_as_their_scores(kind):
 
 
 SGD = optax.sgd(0.01, momentum=0.9)
-
-
 TWO_OF_FOUR = NM(2, 4)
 
 

@@ -8,8 +8,6 @@ from s2sam_jax import (
 )
 
 DRAW = np.random.default_rng(0)
-
-
 BATCHES = [jnp.asarray(DRAW.normal(size=(8, 3)) + 1, jnp.float32) for _ in range(8)]
 
 

@@ -229,11 +229,7 @@ def test_looksam_in_python_and_in_scan_under_changing_masks():
 
 
 DRAW = np.random.default_rng(0)
-
-
 LINEAR = [(DRAW.normal(size=(12, 5)), DRAW.normal(size=12)) for _ in range(4)]
-
-
 WEIGHTS = DRAW.normal(size=5)
 
 
@@ -246,8 +242,6 @@ def linear_loss(params, model_state, batch, key):
 
 
 SGD = optax.sgd(0.1, momentum=0.9)
-
-
 HALF = dict(sharpest_fraction=0.5, example_loss_fn=linear_losses)
 
 

@@ -81,8 +81,6 @@ def test_every_device_has_its_share_of_each_micro_batch(kind):
 
 
 EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-
-
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.float32)
 
 

@@ -14,14 +14,8 @@ from experiments.tasks import images
 from s2sam_jax import MaskUpdate, SparseMethod, TrainState, esam, gsam, looksam, make_train_step, sam, sparsify
 
 DRAW = np.random.default_rng(0)
-
-
 LINEAR = [(DRAW.normal(size=(12, 5)), DRAW.normal(size=12)) for _ in range(4)]
-
-
 WEIGHTS = DRAW.normal(size=5)
-
-
 PARTS = 4
 
 

@@ -12,14 +12,8 @@ from s2sam_jax import TrainState, get_masks, make_train_step, methods, s2sam, sa
 from s2sam_jax._training.gradient import gradient_by_part
 
 RHO, RATE, MOMENTUM, PARTS = 0.3, 0.1, 0.9, 4
-
-
 RNG = np.random.default_rng(0)
-
-
 BATCHES = [(RNG.normal(size=(12, 5)), RNG.normal(size=(12, 3))) for _ in range(4)]
-
-
 START = RNG.normal(size=(5, 3))
 
 
