@@ -68,9 +68,10 @@ def sparsify(
       overrides: sparsity by path pattern, as in :func:`uniform`.
       structure: ``NM(n, m)`` keeps n of every m weights; ``Block(shape)`` and ``Channel()`` keep whole units, and
         sparsity then counts units. For methods that rank within leaves by magnitude.
-      stacked: the axis on which leaves stack layers, by path pattern: ``{"layers/*": 0}`` for ``lax.scan``. Each layer
-        is then a leaf of its own to ``distribution``, ``prunable``, ``overrides``, ``structure`` and ``method``. Its
-        number stands before the last part of its path: ``"layers/mlp/3/kernel"``.
+      stacked: the axis on which leaves stack layers, by path pattern: ``{"layers/*": 0}`` for ``lax.scan``; a tuple of
+        axes where there are several, as for the experts of each layer. Each layer is then a leaf of its own to
+        ``distribution``, ``prunable``, ``overrides``, ``structure`` and ``method``. Its number stands before the last
+        part of its path: ``"layers/mlp/3/kernel"``.
       seed: integer or PRNG key, possibly traced, for random masks and growth.
       mask_grads: ``False`` passes the dense gradient to ``inner`` and lets its state be dense, as in the released
         S2-SAM code; weights are sparse all the same.
@@ -124,7 +125,7 @@ class _Setup(NamedTuple):
     plan: Callable[[Params], Any]  # sparsity of each leaf, or layer of a stacked one
     when: Every | None  # None where masks never change
     structure: Structure
-    stacked: stacks.Stacked
+    stacked: stacks.Axes
     seed: int | jax.Array
     mask_grads: bool
 
@@ -211,10 +212,8 @@ def _new_masks(
             inner_state=state.inner_state,
             structure=setup.structure,
         )
-        inputs, own = (
-            stacks.inputs_in_layers(inputs, setup.stacked),
-            stacks.state_in_layers(state.method_state, live, setup.stacked),
-        )
+        inputs = stacks.inputs_in_layers(inputs, setup.stacked)
+        own = stacks.state_in_layers(state.method_state, live, setup.stacked)
         new = check_returned(update(inputs, own), inputs, "update")
         check_alike("state", new.state, own)
         check_invariant(setup.method, inputs, new)

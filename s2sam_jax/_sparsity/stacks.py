@@ -13,35 +13,41 @@ from s2sam_jax._base.select import ones
 from s2sam_jax._base.tree import by_name, leaf_name, map_named
 from s2sam_jax._base.types import GradFn, MaskInputs, MaskUpdate, Params
 
-Stacked = Mapping[str, int]  # the axis of the layers, by path pattern
+Stacked = Mapping[str, int | tuple[int, ...]]  # the axis of the layers, or several axes, by path pattern
+Axes = dict[str, tuple[int, ...]]  # the same by path of a leaf
 
 
-def check_stacked(stacked: Any) -> Stacked:
-    """The mapping, empty for ``None``."""
+def check_stacked(stacked: Any) -> Axes:
+    """The axes by path pattern; none for ``None``."""
     if stacked is None:
         return {}
-    if not isinstance(stacked, Mapping) or not all(map(_is_axis, stacked, stacked.values())):
-        raise TypeError(f"stacked maps path patterns to the axis of the layers, as {{'layers/*': 0}}; got {stacked!r}.")
-    return dict(stacked)  # a copy, as the caller's may change
+    if isinstance(stacked, Mapping) and all(isinstance(pattern, str) for pattern in stacked):
+        axes = {pattern: axis if isinstance(axis, tuple) else (axis,) for pattern, axis in stacked.items()}
+        if all(several and all(map(_is_axis, several)) for several in axes.values()):
+            return axes
+    raise TypeError(
+        "stacked maps path patterns to the axis of the layers, as {'layers/*': 0}, or to several, as "
+        f"{{'layers/experts/*': (0, 1)}}; got {stacked!r}."
+    )
 
 
-def _is_axis(pattern: Any, axis: Any) -> bool:
-    return isinstance(pattern, str) and isinstance(axis, int | np.integer) and not isinstance(axis, bool)
+def _is_axis(axis: Any) -> bool:
+    return isinstance(axis, int | np.integer) and not isinstance(axis, bool)
 
 
-def layers_of(tree: Any, stacked: Stacked) -> Any:
+def layers_of(tree: Any, stacked: Axes) -> Any:
     """The tree with its stacks cut up: a dict by name, where layer 3 of ``a/kernel`` is ``a/3/kernel``.
 
-    The number stands before the last part, which tells kernels from biases.
+    The number stands before the last part, which tells kernels from biases; of several axes, one number each.
     """
     if not stacked:
         return tree
     leaves = by_name(tree)
     axes = _axes(leaves, stacked)
     layers = _hidden(tree) | {name: leaf for name, leaf in leaves.items() if name not in axes}
-    for name, axis in axes.items():
-        cut = jnp.moveaxis(leaves[name], axis, 0)
-        numbered = {_numbered(name, index): cut[index] for index in range(len(cut))}
+    for name, own in axes.items():
+        cut = jnp.moveaxis(leaves[name], own, range(len(own)))
+        numbered = {_numbered(name, index): cut[index] for index in np.ndindex(cut.shape[: len(own)])}
         if twice := sorted(numbered.keys() & layers.keys()):
             raise ValueError(
                 f"Layers of the stacked leaf {name!r} are called {twice}, and so are other leaves; rename one of the "
@@ -57,7 +63,7 @@ def _hidden(tree: Any) -> dict[str, optax.MaskedNode]:
     return {leaf_name(path): node for path, node in nodes if isinstance(node, optax.MaskedNode)}
 
 
-def inputs_in_layers(x: MaskInputs, stacked: Stacked) -> MaskInputs:
+def inputs_in_layers(x: MaskInputs, stacked: Axes) -> MaskInputs:
     """What a method is given, layer by layer; the planned sparsities are so already."""
     if not stacked:
         return x
@@ -72,12 +78,12 @@ def inputs_in_layers(x: MaskInputs, stacked: Stacked) -> MaskInputs:
     )
 
 
-def state_in_layers(state: Any, like: Params, stacked: Stacked) -> Any:
+def state_in_layers(state: Any, like: Params, stacked: Axes) -> Any:
     """What a state has of the parameters' form, such as earlier weights or momentum, layer by layer."""
     return _each_like(like, state, lambda tree: layers_of(tree, stacked)) if stacked else state
 
 
-def update_in_leaves(new: MaskUpdate, like: Any, stacked: Stacked) -> MaskUpdate:
+def update_in_leaves(new: MaskUpdate, like: Any, stacked: Axes) -> MaskUpdate:
     """What a method returns, with its layers stacked again: states are then sharded and mapped over as parameters."""
     if not stacked:
         return new
@@ -101,35 +107,42 @@ def _each_like(like: Any, state: Any, fn: Callable[[Any], Any]) -> Any:
     return jax.tree.map(lambda node: fn(node) if alike(node) else node, state, is_leaf=alike)
 
 
-def _of_layers(grad_fn: GradFn, like: Params, stacked: Stacked) -> GradFn:
+def _of_layers(grad_fn: GradFn, like: Params, stacked: Axes) -> GradFn:
     return lambda layers: layers_of(grad_fn(_restacked(layers, like, stacked)), stacked)
 
 
-def _restacked(layers: dict[str, Any], like: Any, stacked: Stacked) -> Any:
+def _restacked(layers: dict[str, Any], like: Any, stacked: Axes) -> Any:
     axes = _axes(by_name(like), stacked)
 
     def whole(name, leaf):
         if name not in axes:
             return layers[name]
-        return jnp.stack([layers[_numbered(name, index)] for index in range(leaf.shape[axes[name]])], axes[name])
+        lengths = [leaf.shape[axis] for axis in axes[name]]
+        rows = jnp.stack([layers[_numbered(name, index)] for index in np.ndindex(*lengths)])
+        return jnp.moveaxis(rows.reshape(*lengths, *rows.shape[1:]), range(len(lengths)), axes[name])
 
     return map_named(whole, like)
 
 
-def _numbered(name: str, index: int) -> str:
+def _numbered(name: str, index: tuple[int, ...]) -> str:
     module, _, last = name.rpartition("/")
-    return "/".join(part for part in (module, str(index), last) if part)  # a bare array has no name
+    return "/".join(part for part in (module, *map(str, index), last) if part)  # a bare array has no name
 
 
-def _axes(leaves: Mapping[str, Any], stacked: Stacked) -> dict[str, int]:
-    """The axis of the layers of each stacked leaf; the first pattern that matches wins."""
-    found: dict[str, int] = {}
-    for pattern, axis in stacked.items():
+def _axes(leaves: Mapping[str, Any], stacked: Axes) -> Axes:
+    """The axes of each stacked leaf; the first pattern that matches wins."""
+    found: Axes = {}
+    for pattern, axes in stacked.items():
         matches = fnmatch.filter(leaves, pattern)
         if leaves and not matches:
             raise ValueError(f"stacked[{pattern!r}] matches no leaf; they are {sorted(leaves)}.")
         names = [name for name in matches if name not in found]
-        if wrong := {name: leaves[name].shape for name in names if not -leaves[name].ndim <= axis < leaves[name].ndim}:
-            raise ValueError(f"stacked[{pattern!r}] has the layers on axis {axis}, which these leaves lack: {wrong}.")
-        found |= dict.fromkeys(names, axis)
-    return {name: axis for name, axis in found.items() if leaves[name].shape[axis]}  # no layers, nothing to cut
+        if wrong := {name: leaves[name].shape for name in names if not _has(leaves[name], axes)}:
+            told = f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}"
+            raise ValueError(f"stacked[{pattern!r}] has the layers on {told}, which these leaves lack: {wrong}.")
+        found |= dict.fromkeys(names, axes)
+    return {name: own for name, own in found.items() if leaves[name].size}  # without layers, nothing to cut
+
+
+def _has(leaf: Any, axes: tuple[int, ...]) -> bool:
+    return all(-leaf.ndim <= a < leaf.ndim for a in axes) and len({a % leaf.ndim for a in axes}) == len(axes)

@@ -22,6 +22,7 @@ from s2sam_jax import (
     methods,
     perturb,
     s2sam,
+    select,
     set_masks,
     sparsify,
     warn_if_collapsed,
@@ -215,6 +216,8 @@ def test_lottery_tickets_of_stacked_layers_are_those_of_single_ones():
     [
         ({"layers/*": 0}, r"stacked\['layers/\*'\] matches no leaf; they are \['blocks/mlp/bias'"),
         ({"blocks/*": 2}, r"layers on axis 2, which these leaves lack: {'blocks/mlp/bias': \(3, 20\)"),
+        ({"blocks/mlp/*": (0, 2)}, r"layers on axes \(0, 2\), which these leaves lack: {'blocks/mlp/bias': \(3, 20\)}"),
+        ({"blocks/mlp/bias": (0, -2)}, r"layers on axes \(0, -2\), which these leaves lack: {'blocks/mlp/bias'"),
     ],
 )
 def test_patterns_that_do_not_fit_are_named(stacked, message):
@@ -247,6 +250,29 @@ def test_layers_of_a_bare_array_are_called_by_their_numbers():
     assert get_masks(tx.init(jnp.ones((3, 4, 4)))).sum((1, 2)).tolist() == [8, 16, 8]
 
 
+def test_experts_of_stacked_layers_are_layers_too():
+    kernel = jax.random.normal(jax.random.key(0), (4, 2, 8, 3))  # experts, layers, inputs, outputs
+    params, stacked = {"moe": {"kernel": kernel}}, {"moe/*": (1, 0)}
+    single = {(layer, expert): kernel[expert, layer] for layer in range(2) for expert in range(4)}
+
+    def together(masks):
+        return jnp.stack([jnp.stack([masks[layer, expert] for layer in range(2)]) for expert in range(4)])
+
+    def moved(params, first, **more):
+        options = {"sparsity": 0.5, "distribution": "uniform", "when": Every(0, 1, 9)}
+        tx = sparsify(optax.sgd(0.1), methods.rigl(0.5), **options, **more)
+        _, state = tx.update(jax.tree.map(jnp.cos, params), set_masks(tx.init(params), first), params)
+        return get_masks(state)
+
+    first = select(jax.tree.map(jnp.abs, single), sparsity=0.5)
+    masks = moved(params, {"moe": {"kernel": together(first)}}, stacked=stacked)
+    np.testing.assert_array_equal(masks["moe"]["kernel"], together(moved(single, first)))
+    overrides = {"moe/1/3/kernel": 0.0}
+    tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, stacked=stacked, overrides=overrides)
+    dense = get_masks(tx.init(params))["moe"]["kernel"].all((2, 3))
+    assert [tuple(index) for index in np.argwhere(dense).tolist()] == [(3, 1)]
+
+
 def test_methods_learn_of_hidden_leaves():
     """A gradient at a part of the parameters means nothing."""
     params = normal(0)
@@ -256,7 +282,7 @@ def test_methods_learn_of_hidden_leaves():
         tx.update(params, tx.init(params), params, grad_fn=lambda p: p)
 
 
-@pytest.mark.parametrize("stacked", ["layers/*", {"layers/*": None}, {"layers/*": True}, {0: 0}])
+@pytest.mark.parametrize("stacked", ["layers/*", *({"layers/*": axes} for axes in (None, True, (), [0, 1])), {0: 0}])
 def test_stacks_of_another_type_are_refused(stacked):
     with pytest.raises(TypeError, match=r"stacked maps path patterns to the axis of the layers, as .*; got "):
         sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, stacked=stacked)
