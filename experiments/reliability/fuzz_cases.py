@@ -47,9 +47,11 @@ TREES: dict[str, Any] = {
     "tiny": [(1, 1), (1,), (2, 2)],
     "tuple": ((4, 8), ((8, 4), {"x": (16, 16)})),
     "vectors": {"a": (8,), "b": (4,)},
+    "stack": {"layers": {"kernel": (3, 4, 8), "bias": (3, 8)}, "head": (8, 4)},
 }
+STACKED = {"stack": {"layers/*": 0}}  # The axis of the layers, by tree.
 DTYPES = ("float32", "bfloat16", "float16", "float64", "mixed")
-# Without sm3, which has an IndexError for scalar parameters.
+# Without sm3, which has an IndexError for scalar parameters; muon has a ZeroDivisionError for empty matrices.
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(0.1),
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
@@ -58,13 +60,20 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
     "amsgrad": lambda: optax.amsgrad(1e-2),
     "adabelief": lambda: optax.adabelief(1e-2),
+    "adan": lambda: optax.adan(1e-2),
     "adagrad": lambda: optax.adagrad(1e-2),
     "adafactor": lambda: optax.adafactor(1e-2),
+    "ademamix": lambda: optax.contrib.ademamix(1e-2),
     "lamb": lambda: optax.lamb(1e-2),
     "lars": lambda: optax.lars(1e-2),
     "lion": lambda: optax.lion(1e-2),
+    "muon": lambda: optax.contrib.muon(1e-2),
     "nadam": lambda: optax.nadam(1e-2),
+    "noisy": lambda: optax.noisy_sgd(0.1, key=0),
+    "novograd": lambda: optax.novograd(1e-2),
+    "prodigy": lambda: optax.contrib.prodigy(),
     "radam": lambda: optax.radam(1e-2),
+    "rprop": lambda: optax.rprop(1e-2),
     "rmsprop": lambda: optax.rmsprop(1e-2, momentum=0.9),
     "yogi": lambda: optax.yogi(1e-2),
     "clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)),
@@ -154,12 +163,13 @@ def draw(rng: random.Random, number: int, jitted: bool) -> Case:
     sparsities = {"2:4": 0.5, "2:4 out": 0.5, "1:4": 0.75}
     any_sparsity = rng.choice((0.0, 0.5, 0.5, 0.75, 0.9, 0.99 * rng.random()))
     distributions = (None, "uniform", "er", "erk") if foolish or structure not in sparsities else (None, "uniform")
+    leaves = rng.choice(list(TREES) if foolish else [name for name in TREES if name != "vectors"])
     return Case(
         number=number,
         jitted=jitted,
-        tree=rng.choice(list(TREES) if foolish else [name for name in TREES if name != "vectors"]),
+        tree=leaves,
         dtype=rng.choice(DTYPES),
-        optimizer=rng.choice(list(OPTIMIZERS)),
+        optimizer=rng.choice([name for name in OPTIMIZERS if (name, leaves) != ("muon", "empty")]),
         sharpness=rng.choice(list(SHARPNESS)),
         method=rng.choice(names),
         structure=structure,
@@ -222,6 +232,7 @@ def optimizer(case: Case) -> optax.GradientTransformation:
         distribution=case.distribution,
         when=Every(case.start, case.every, case.end),
         structure=STRUCTURES[case.structure],
+        stacked=STACKED.get(case.tree),
         seed=case.number,
         mask_grads=case.mask_grads,
     )
