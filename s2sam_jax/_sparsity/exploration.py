@@ -4,11 +4,13 @@ Everything is passed as a list with one entry per group, so that ties go to the 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax.linalg import EighImplementation
 
 from s2sam_jax._base.arguments import check_compat
 from s2sam_jax._base.counts import kept
@@ -83,7 +85,7 @@ def leverage_scores(rows: jax.Array, count: int | jax.Array) -> jax.Array:
     size, weights = rows.shape
     if weights < size:
         return jnp.sum(jnp.abs(rows), axis=1)
-    _, vectors = jnp.linalg.eigh(_gram(rows))  # eigenvalues ascend
+    _, vectors = _eigh(_gram(rows))
     return jnp.sum(jnp.where(jnp.arange(size) >= size - count, jnp.square(vectors), 0.0), axis=1)
 
 
@@ -93,7 +95,10 @@ def residuals(rows: jax.Array, keep: jax.Array) -> jax.Array:
     base = jnp.where(keep[:, None], rows, 0.0)
     length = jnp.linalg.norm(base, axis=1, keepdims=True)
     base = base / jnp.where(length > 0, length, 1.0)
-    inverse = jnp.linalg.pinv(_gram(base), hermitian=True)
+    values, vectors = _eigh(_gram(base))
+    # Below this an eigenvalue is rounding, as of the rows that are not kept, and of kept ones that span no more.
+    noise = 10 * len(rows) * jnp.finfo(values.dtype).eps * values[-1]
+    inverse = jnp.matmul(vectors / jnp.where(values > noise, values, jnp.inf), vectors.T, precision="highest")
     inside = jnp.linalg.multi_dot([rows, base.T, inverse, base], precision="highest")
     return jnp.sum(jnp.square(rows - inside), axis=1)
 
@@ -105,6 +110,16 @@ def sample(key: jax.Array, logits: list[jax.Array], count: list[jax.Array], amon
     """
     noise = [-jnp.log(-jnp.log(u)) for u in random_scores(key, logits)]
     return select([x + n.astype(x.dtype) for x, n in zip(logits, noise, strict=True)], count=count, among=among)
+
+
+def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix.
+
+    On a TPU by Jacobi's rotations: what JAX takes there by default compiles for minutes from 512 channels on.
+    """
+    by_rotations = partial(jax.lax.linalg.eigh, implementation=EighImplementation.JACOBI)
+    vectors, values = jax.lax.platform_dependent(x, tpu=by_rotations, default=jax.lax.linalg.eigh)
+    return values, vectors
 
 
 def _gram(rows: jax.Array) -> jax.Array:

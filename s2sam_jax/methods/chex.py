@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._base.counts import kept, rounded_down
 from s2sam_jax._base.schedules import cosine
-from s2sam_jax._base.select import keep_best, ones, select
+from s2sam_jax._base.select import keep_best, map_alike, ones, select
 from s2sam_jax._base.tree import by_name
 from s2sam_jax._base.types import Compat, MaskInputs, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sparsity.channels import ChannelGroup
@@ -108,11 +108,11 @@ def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat
 
         best = keep_best(scales, width, [1] * len(groups), among=live)
         down = _widths_above(scales, sparsity) if authors else ones(best)
-        scores = [leverage_scores(rows, k) for rows, k in zip(filters(x.params, groups), down, strict=True)]
+        scores = map_alike(leverage_scores, filters(x.params, groups), down)
         keep = select(scores, count=down, among=live)
 
         recent = jax.tree.map(jnp.where, x.masks, x.params, state)
-        outside = [residuals(rows, k) for rows, k in zip(filters(recent, groups), keep, strict=True)]
+        outside = map_alike(residuals, filters(recent, groups), keep)
         if authors:
             outside = [jnp.sqrt(r) for r in outside]
             up = _widths_above(scales, sparsity - fraction)

@@ -46,6 +46,16 @@ def test_short_filters_span_as_much_as_long_ones():
     np.testing.assert_allclose(found, oracle.residual(x.astype(np.float64), keep), rtol=1e-4, atol=1e-2)
 
 
+def test_a_tpu_gets_a_decomposition_that_it_can_compile():
+    """One call for all channels: the default there is a program of thousands of lines, in 512 channels and more."""
+    rows = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    keep = jax.ShapeDtypeStruct((512,), bool)
+    for function in (lambda rows, keep: leverage_scores(rows, 7), residuals):
+        text = jax.jit(function).trace(rows, keep).lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("stablehlo.custom_call @Eigh") == 1
+        assert text.count("\n") < 200
+
+
 def test_sampling_follows_the_printed_probabilities():
     """softmax(r) and softmax(r^2) for r = (.5, 1, .2): the authors' and the paper's."""
     r = jnp.array([0.5, 1.0, 0.2])
