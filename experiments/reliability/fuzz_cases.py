@@ -52,7 +52,7 @@ TREES: dict[str, Any] = {
 STACKED = {"stack": {"layers/*": 0}}  # The axis of the layers, by tree.
 DTYPES = ("float32", "bfloat16", "float16", "float64", "mixed")
 # Not among them: sm3, which has an IndexError for scalar parameters; prodigy, whose state changes its types where those
-# of the parameters are mixed; and rprop, which takes the NaN of an overflow for a reason to raise a step size from zero.
+# of the parameters are mixed; and rprop, which raises a step size from zero where overflow makes NaN.
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(0.1),
     "momentum": lambda: optax.sgd(0.1, momentum=0.9),
