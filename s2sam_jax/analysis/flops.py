@@ -107,11 +107,14 @@ def training_flops(
 ) -> float:
     r"""Training FLOPs per sample, averaged over a run, as papers on sparse training count them.
 
-    .. math:: k\, \frac{3 \bar f_S\, \Delta T + 2 \bar f_S + f_D}{\Delta T + 1}
+    .. math:: 3 k \bar f_S + \frac{f_D - \bar f_S}{\Delta T + 1}
 
     for methods that need the dense gradient now and then, and :math:`3 k \bar f_S` for all others: a backward pass
-    costs two forward ones, one of them for the gradient of the weights, and the update itself nothing. Dense training
-    has :math:`f_S = f_D`. This is what training would cost if zeros were free; simulated masks save nothing.
+    costs two forward ones, one of them for the gradient of the weights, and the update itself nothing. Every
+    :math:`\Delta T + 1` steps one gradient of the weights is dense: the first, where a step takes several, as methods
+    grow by that one. RigL's paper, for :math:`k = 1`, writes the same as
+    :math:`(3 f_S\, \Delta T + 2 f_S + f_D) / (\Delta T + 1)`. Dense training has :math:`f_S = f_D`. This is what
+    training would cost if zeros were free; simulated masks save nothing.
 
     Args:
       dense: :math:`f_D`, forward FLOPs of the dense network on one sample.
@@ -147,8 +150,7 @@ def training_flops(
         return 3 * gradients * mean
     if dense_gradient_every < 0:
         raise ValueError(f"training_flops needs dense_gradient_every >= 0; got {dense_gradient_every}.")
-    between = dense_gradient_every
-    return gradients * (3 * mean * between + 2 * mean + dense) / (between + 1)
+    return 3 * gradients * mean + (dense - mean) / (dense_gradient_every + 1)
 
 
 def _walk(jaxpr: core.Jaxpr, origins: Sequence[Origin], sizes: Sizes) -> tuple[Counter[str], list[Origin]]:

@@ -49,16 +49,17 @@ def chase(
 ) -> SparseMethod:
     r"""Moves weights to the largest gradients over all leaves, and removes channels of the smallest mean magnitude.
 
-    .. math:: c_t = C - \lfloor (1 - (1 - t/T_c)^3)\, S_c C \rfloor, \quad
+    .. math:: c_t = C - \lfloor (1 - (1 - q)^3) \lfloor S_c C \rfloor \rfloor,\ q = \frac{t - t_0}{T_c - t_0}, \quad
               \text{alive} = \mathrm{top}_{c_t}\Big(\tfrac{1}{n} \textstyle\sum_{i \le n} |w_i|\Big), \quad
               \text{kept} = \mathrm{top}_{a_t}(|w|\ \text{in alive}), \quad
               m \leftarrow \text{kept} \cup \mathrm{top}_{b_t - |\text{kept}|}(|\nabla_w L|\ \text{in alive, off kept})
 
-    Each firing first removes channels: of the C channels of all groups, :math:`c_t` stay, those with the largest mean
-    magnitude over all n entries of their leading filter, zeros included, ranked over all groups. A group keeps at least
-    ``min_width`` of what a uniform cut would leave it, and at least one channel. A removed channel is masked in all its
-    slices, even in leaves that are planned dense, and never comes back. The budget of the sparse leaves stays as
-    planned, :math:`n_0`: their weights move to the remaining channels, and fill these up if there are too few.
+    Channels go first. Each removal, from the first call :math:`t_0` of the clock to the last removal at :math:`T_c`,
+    leaves :math:`c_t` of the C channels of all groups: those with the largest mean magnitude over all n entries of
+    their leading filter, zeros included, ranked over all groups. A group keeps at least ``min_width`` of what a uniform
+    cut would leave it, and at least one channel. A removed channel is masked in all its slices, even in leaves that are
+    planned dense, and never comes back. The budget of the sparse leaves stays as planned, :math:`n_0`: their weights
+    move to the remaining channels, and fill these up if there are too few.
 
     While exploring, until :math:`T_e`, :math:`a_t = n_0` and :math:`b_t = n_0 + \lfloor p_t N \rfloor`, where N counts
     all weights of the sparse leaves and :math:`p_t = \tfrac{p}{2}(1 + \cos(\pi t / T_e))`: a soft memory bound, as the
