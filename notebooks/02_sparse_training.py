@@ -18,7 +18,7 @@
 # | method | first masks | then |
 # |---|---|---|
 # | `static` | random | never change |
-# | `snip` | dense, and at the first call the weights with the largest weight times gradient, in all layers | never change |
+# | `snip` | dense; at the first call, those with the largest weight times gradient | never change |
 # | `gmp` | dense | prunes the smallest weights, more and more of them |
 # | `set` | random | drops the smallest weights, grows others at random |
 # | `rigl` | random | drops the smallest weights, grows those with the largest gradient |
@@ -75,8 +75,8 @@ def loss_fn(params, model_state, batch, key):
 # %% [markdown]
 # ## What a mask is
 #
-# `get_masks` returns a tree like the parameters, of booleans: true where a weight lives. `distribution` says how many of
-# them each layer gets. With "erk" large layers are sparser than small ones; biases stay dense, whatever it is.
+# `get_masks` returns a tree like the parameters, of booleans: true where a weight lives. `distribution` says how many
+# of them each layer gets. With "erk" large layers are sparser than small ones; biases stay dense, whatever it is.
 
 # %%
 for distribution in ("uniform", "erk"):
@@ -85,14 +85,13 @@ for distribution in ("uniform", "erk"):
     leaves = {f"{layer}/{name}": mask for layer in masks for name, mask in masks[layer].items()}
     counts = ", ".join(f"{name} {int(mask.sum())} of {mask.size}" for name, mask in leaves.items())
     print(f"{distribution:8}{counts}")
-print(masks["two"]["kernel"][:3].astype(int))
 
 # %% [markdown]
 # ## The runs
 #
 # `make_train_step` makes the step. Called inside `jit` it is a pure function, so that a whole run is one program: an
 # inner scan over the steps of an epoch, an outer one over epochs, which keeps accuracy and masks. The seed is an
-# argument like any other.
+# argument like any other, and so is the radius: with 0 S2-SAM is SGD, and one program serves both.
 
 # %%
 clock = Every(start=0, every=STEPS, end=EPOCHS * 3 // 4 * STEPS)  # once an epoch, for three quarters
@@ -106,13 +105,13 @@ METHODS = {
 }
 
 
-def trainer(method, when, sparsity, sharpness):
-    """A run as a function of its seed: test accuracy after every epoch, and the masks before and after each."""
+def trainer(method, when, sparsity):
+    """A run as a function of seed and radius: test accuracy after every epoch, and the masks before and after each."""
 
     @jax.jit
-    def run(seed):
+    def run(seed, rho):
         rate = optax.cosine_decay_schedule(0.1, STEPS * EPOCHS)
-        inner = optax.chain(sharpness, optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
+        inner = optax.chain(s2sam(rho=lambda step: rho), optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9))
         tx = sparsify(inner, method, sparsity=sparsity, distribution="erk", when=when, seed=seed)
         step = make_train_step(loss_fn, tx)
         state = TrainState.create(initial_params(jax.random.key(seed)), tx, seed=seed)
@@ -128,17 +127,17 @@ def trainer(method, when, sparsity, sharpness):
         state, (accuracy, masks) = jax.lax.scan(epoch, state, keys)
         return accuracy, jnp.concatenate([first[None], masks])
 
-    return lambda seeds: jax.device_get([run(seed) for seed in seeds])
+    return run
 
 
 # %%
-sharpness = {"SGD": optax.identity(), "S2-SAM": s2sam(rho=0.05)}
-runs = {
-    (method, sparsity, name): trainer(*METHODS[method], sparsity, transform)(range(SEEDS))
-    for method in (("set", "rigl") if TINY else METHODS)
-    for sparsity in SPARSITIES
-    for name, transform in sharpness.items()
-}
+RADII = {"SGD": 0.0, "S2-SAM": 0.05}
+runs = {}
+for method in ("set", "rigl") if TINY else METHODS:
+    for sparsity in SPARSITIES:
+        run = trainer(*METHODS[method], sparsity)
+        for name, rho in RADII.items():
+            runs[method, sparsity, name] = jax.device_get([run(seed, rho) for seed in range(SEEDS)])
 
 # %% [markdown]
 # ## Who gets how far
@@ -166,7 +165,7 @@ plt.show()
 # %%
 for sparsity in SPARSITIES:
     for method in dict.fromkeys(method for method, *_ in runs):
-        ends = [np.array([100 * accuracy[-1] for accuracy, _ in runs[method, sparsity, name]]) for name in sharpness]
+        ends = [np.array([100 * accuracy[-1] for accuracy, _ in runs[method, sparsity, name]]) for name in RADII]
         gains = ends[1] - ends[0]
         print(
             f"{sparsity:.0%} zeros, {method:6} SGD {ends[0].mean():.1f} %, "
@@ -174,15 +173,20 @@ for sparsity in SPARSITIES:
         )
 
 # %% [markdown]
-# TEXT1
+# At 90 % zeros all methods lie within three points. At 98 % the method decides: masks that are drawn once at random
+# lose half of the accuracy, growing at random wins some of it back, and RigL and GMP hardly notice. This is no ranking
+# for other tasks: nothing is tuned, and GMP is dense at first, so that it trains more weights than the others.
+#
+# Between SGD and S2-SAM no method differs by more than half a point, two test images. What the paper reports at its own
+# scale is not to be seen on a task this small, which a net of this size fits anyway.
 #
 # ## Masks at work
 #
-# How many live connections has each pixel? TEXT2
+# Rows of the first kernel are pixels. How many live connections has each?
 
 # %%
 sparsity = SPARSITIES[-1]
-shown = [epoch for epoch in (0, 1, 4, 8, EPOCHS) if epoch <= EPOCHS]
+shown = [epoch for epoch in (0, 1, 4, 12, EPOCHS) if epoch <= EPOCHS]
 strips = [name for name in ("snip", "gmp", "set", "rigl", "mest") if (name, sparsity, "S2-SAM") in runs]
 ink = np.mean(digits.train_images, axis=0)[..., 0]
 figure, panels = plt.subplots(
@@ -212,9 +216,12 @@ for name in strips:
     print("{:5} {:.0%} at the start, {:.0%} at the end".format(name, *np.mean(shares, axis=0)))
 
 # %% [markdown]
-# TEXT3
+# SNIP and GMP choose among all weights of a dense net, and keep none where there is no ink. RigL gets nearly there on
+# its own: a weight on an empty pixel has no gradient, so none is grown there. SET and MEST grow at random, a fifth of
+# it on the empty fifth of the pixels. Such a weight stays zero, and is soon dropped again; but one that was large from
+# the start keeps its size for lack of a gradient, and is never dropped.
 #
-# How much is replaced? TEXT4
+# How much is replaced? RigL anneals it, MEST goes down in steps, SET replaces as much until the clock stops.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 2.6))
