@@ -256,8 +256,8 @@ for name, front in {"SGD": optax.identity(), "S2-SAM": s2sam(rho=0.05), "SAM": s
     report(net(state.params, test_x))
 
 # %% [markdown]
-# S2-SAM and SAM end where their loops above did. That they are no better than SGD is no mistake: on digits, with correct
-# labels, none of them has a gain that could be told from noise. The last notebook shows where there is one.
+# S2-SAM and SAM end where their loops above did. That they are no better than SGD is no mistake: on digits, with
+# correct labels, none of them has a gain that could be told from noise. The last notebook shows where there is one.
 #
 # ## Sparse from the first step
 #

@@ -113,8 +113,8 @@ for _ in range(3):
 #
 # `check_masks` compares masks and weights, and knows nothing of promises. `checked` around the optimizer makes every
 # update check itself: trees, zeros, counts, and whether the method kept its invariant and left dense leaves alone. It
-# needs `checkify`, since such checks depend on values. Below, 100 updates of the masks on random gradients, rounded so that many
-# scores tie, with leaves of odd shapes.
+# needs `checkify`, since such checks depend on values. Below, 100 updates of the masks on random gradients, rounded so
+# that many scores tie, with leaves of odd shapes.
 
 
 # %%
@@ -250,7 +250,7 @@ for name, values in results.items():
 #
 # ## Making it part of the library
 #
-# A method in the library is one file in `s2sam_jax/methods/`, its line in that folder's `__init__.py`, its places in the
-# documentation (`docs/contributing.md` lists them), and a row in `tests/rows.py`. The row puts it through the same tests
-# as all the others: counts kept, zeros exact under any optimizer, nothing depending on where the data lie, and a mask
-# worked out by hand. The cell above that looks for faults is a small copy of `tests/methods/test_invariants.py`.
+# A method in the library is one file in `s2sam_jax/methods/`, its line in that folder's `__init__.py`, its places in
+# the documentation (`docs/contributing.md` lists them), and a row in `tests/rows.py`. The row puts it through the same
+# tests as all the others: counts kept, zeros exact under any optimizer, nothing depending on where the data lie, and a
+# mask worked out by hand. The cell above that looks for faults is a small copy of `tests/methods/test_invariants.py`.
