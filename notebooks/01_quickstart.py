@@ -20,7 +20,10 @@
 #
 # Here that is an optax transformation, `s2sam`, which remembers the gradient, and a function, `perturb`, which tells a
 # loop where to take the next one. Below are four loops, in plain JAX, Flax NNX, Flax Linen and Equinox. What S2-SAM
-# adds to each is the call of `perturb`, and nothing else.
+# adds to each is the call of `perturb`, and nothing else. Then come SAM, a step that is ready-made, and sparsity.
+#
+# The notebooks run from a checkout of the repository (`uv sync --all-extras` installs what they need): the data come
+# from its folder `experiments`, which is not part of the installed library.
 
 # %%
 import os
@@ -38,7 +41,19 @@ from flax import linen, nnx
 from flax.training import train_state
 
 from experiments.datasets import in_memory
-from s2sam_jax import Every, apply_masks, check_masks, get_masks, methods, perturb, s2sam, sparsify
+from s2sam_jax import (
+    Every,
+    TrainState,
+    apply_masks,
+    check_masks,
+    get_masks,
+    make_train_step,
+    methods,
+    perturb,
+    s2sam,
+    sam,
+    sparsify,
+)
 
 # %% [markdown]
 # The data are scikit-learn's handwritten digits, 8 x 8 pixels each; all loops see the same batches.
@@ -64,7 +79,8 @@ def report(logits):
 
 
 # %% [markdown]
-# One optimizer for all. `s2sam` comes first in its chain, so that it remembers the raw gradient.
+# One optimizer for all. `s2sam` comes first in its chain: it has to remember the gradient itself, not what weight decay
+# and momentum make of it.
 
 # %%
 tx = optax.chain(s2sam(rho=0.05), optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
@@ -83,11 +99,14 @@ def loss_fn(params, x, y):
     return cross_entropy(net(params, x), y)
 
 
-@jax.jit
-def step(params, opt_state, x, y):
-    grads = jax.grad(loss_fn)(perturb(params, opt_state), x, y)  # plain SGD would have params here
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+def make_step(tx):
+    @jax.jit
+    def step(params, opt_state, x, y):
+        grads = jax.grad(loss_fn)(perturb(params, opt_state), x, y)  # plain SGD would have params here
+        updates, opt_state = tx.update(grads, opt_state, params)  # the update is of the weights, not of that point
+        return optax.apply_updates(params, updates), opt_state
+
+    return step
 
 
 def layer(key, inputs, outputs):
@@ -96,13 +115,27 @@ def layer(key, inputs, outputs):
 
 one, two = jax.random.split(jax.random.key(0))
 start = {"one": layer(one, 64, 128), "two": layer(two, 128, 10)}
-params, opt_state = start, tx.init(start)
+params, opt_state, step = start, tx.init(start), make_step(tx)
 for x, y in batches():
     params, opt_state = step(params, opt_state, x, y)
 report(net(params, test_x))
 
 # %% [markdown]
+# `perturb` moves the weights by `rho`, whatever the length of the gradient; before the first step there is no gradient,
+# and it leaves them as they are. Look at that once in a new loop: one that forgets `perturb` raises no error, and is
+# plain SGD. (`checked`, for debugging, finds it if the loop passes `grad_fn` to `tx.update`, as below.)
+
+# %%
+for when, weights, its_state in (("at the start", start, tx.init(start)), ("now", params, opt_state)):
+    moved = optax.tree.norm(optax.tree.sub(perturb(weights, its_state), weights))
+    print(f"length of the perturbation, {when}: {moved:.3f}")
+
+# %% [markdown]
 # ## Flax NNX
+#
+# The model is split into parameters and the rest, and only the parameters are perturbed. This net has no rest; with
+# BatchNorm or dropout that is the statistics and random counts, which the last line of the step brings back from the
+# perturbed copy.
 
 
 # %%
@@ -117,10 +150,11 @@ class Net(nnx.Module):
 
 @nnx.jit
 def nnx_step(model, optimizer, x, y):
-    graph, params = nnx.split(model)
-    point = perturb(params, optimizer.opt_state)
-    grads = jax.grad(lambda p: cross_entropy(nnx.merge(graph, p)(x), y))(point)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    point = nnx.merge(graph, perturb(params, optimizer.opt_state), rest)
+    grads = nnx.grad(lambda m: cross_entropy(m(x), y))(point)
     optimizer.update(model, grads)
+    nnx.update(model, nnx.state(point, nnx.Not(nnx.Param)))
 
 
 model = Net(nnx.Rngs(0))
@@ -180,49 +214,88 @@ for x, y in batches():
 report(predict(weights, test_x))
 
 # %% [markdown]
+# ## SAM, and a step that is ready-made
+#
+# SAM's second gradient depends on the first, so its update has to take one itself: a loop takes its gradient at the
+# weights and gives `tx.update` the function, too.
+
+
+# %%
+@jax.jit
+def sam_step(params, opt_state, x, y):
+    grad_fn = jax.grad(loss_fn)
+    updates, opt_state = tx_sam.update(
+        grad_fn(params, x, y), opt_state, params, grad_fn=lambda point: grad_fn(point, x, y)
+    )
+    return optax.apply_updates(params, updates), opt_state
+
+
+tx_sam = optax.chain(sam(rho=0.05), optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
+params, opt_state = start, tx_sam.init(start)
+for x, y in batches():
+    params, opt_state = sam_step(params, opt_state, x, y)
+report(net(params, test_x))
+
+# %% [markdown]
+# `make_train_step` is all of these loop bodies in one. It looks into the optimizer, and does what that needs: nothing
+# for SGD, `perturb` for S2-SAM, a `grad_fn` for SAM. It also keeps BatchNorm statistics, accumulates gradients and
+# donates its buffers. Its loss function takes and returns a model state, which is empty here.
+
+
+# %%
+def full_loss(params, model_state, batch, key):
+    return loss_fn(params, *batch), (model_state, {})
+
+
+for name, front in {"SGD": optax.identity(), "S2-SAM": s2sam(rho=0.05), "SAM": sam(rho=0.05)}.items():
+    optimizer = optax.chain(front, optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
+    ready, state = make_train_step(full_loss, optimizer), TrainState.create(start, optimizer)
+    for batch in batches():
+        state, metrics = ready(state, batch)
+    print(f"{name:7}", end="")
+    report(net(state.params, test_x))
+
+# %% [markdown]
+# S2-SAM and SAM end where their loops above did. That they are no better than SGD is no mistake: on digits, with
+# correct labels, none of them has a gain that could be told from noise. The last notebook shows where there is one.
+#
 # ## Sparse from the first step
 #
 # `sparsify` goes around the optimizer, and the loop stays what it was. Nine in ten weights are zero here, and RigL
 # rewires the net once an epoch: it drops the smallest weights and grows those with the largest gradient.
-# `apply_masks` is called once, because the fresh weights know nothing of their masks yet.
+# `apply_masks` is called once, because the fresh weights know nothing of their masks yet. (In the other loops:
+# `weights = apply_masks(weights, opt_state)` for Equinox, `state.replace(params=apply_masks(state.params,
+# state.opt_state))` for Linen, and `nnx.update(model, apply_masks(nnx.state(model, nnx.Param), optimizer.opt_state))`
+# for NNX. `TrainState.create` does it by itself.)
 
 # %%
 STEPS = len(train_x) // 64
-tx = sparsify(
-    optax.chain(s2sam(rho=0.05), optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9)),
+sparse_tx = sparsify(
+    tx,
     methods.rigl(drop_fraction=0.3),
     sparsity=0.9,
     distribution="erk",
     when=Every(start=0, every=STEPS, end=STEPS * EPOCHS * 3 // 4),
 )
-
-
-@jax.jit
-def sparse_step(params, opt_state, x, y):
-    grads = jax.grad(loss_fn)(perturb(params, opt_state), x, y)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-
-
-opt_state = tx.init(start)
+step, opt_state = make_step(sparse_tx), sparse_tx.init(start)
 params = apply_masks(start, opt_state)
 for x, y in batches():
-    params, opt_state = sparse_step(params, opt_state, x, y)
+    params, opt_state = step(params, opt_state, x, y)
 report(net(params, test_x))
 
 # %% [markdown]
-# Pruned weights are exactly zero, not just small, and `check_masks` raises if any is not.
+# Pruned weights are exactly zero, not just small, and `check_masks` raises if any is not. "erk" leaves small layers
+# denser than large ones, so that nine in ten are zero over both; biases are not pruned.
 
 # %%
 check_masks(params, opt_state)
+masks = get_masks(opt_state)
 for name in ("one", "two"):
-    mask = get_masks(opt_state)[name]["kernel"]
-    print(
-        f"{name}: {1 - mask.mean():.1%} zeros, {(np.asarray(params[name]['kernel']) != 0).sum()} weights of {mask.size}"
-    )
+    mask, kernel = masks[name]["kernel"], params[name]["kernel"]
+    print(f"{name}: {1 - mask.mean():.1%} zeros, {int((kernel != 0).sum())} weights of {mask.size}")
+live, size = (sum(int(of(masks[name]["kernel"])) for name in masks) for of in (jnp.sum, jnp.size))
+print(f"both: {1 - live / size:.1%} zeros; all biases live: {all(bool(masks[name]['bias'].all()) for name in masks)}")
 
 # %% [markdown]
-# ## Where to go from here
-#
-# `make_train_step` is this loop body ready-made, with BatchNorm statistics, accumulation and donated buffers, for every
-# optimizer and method. The next notebook compares the sparse methods.
+# The zeros are simulated: a masked network takes the time and memory of a dense one. The next notebook compares the
+# methods that choose them.
