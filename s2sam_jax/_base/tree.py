@@ -109,6 +109,17 @@ def copy_key(seed: int | jax.Array, purpose: str) -> jax.Array:
     return jax.random.wrap_key_data(jnp.array(jax.random.key_data(seed)), impl=jax.random.key_impl(seed))
 
 
+def fold_keys(tree: Any, index: int | jax.Array) -> Any:
+    """A model state with its typed keys folded with ``index``: Flax NNX keeps the keys of dropout there."""
+
+    def fold(x):
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(x.reshape(-1), index).reshape(x.shape)
+
+    return jax.tree.map(fold, tree)
+
+
 def at_least_f32(x: jax.Array) -> jax.Array:
     narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32  # float8 promotes to nothing
     return x.astype(jnp.float32 if narrow else jnp.promote_types(x.dtype, jnp.float32))

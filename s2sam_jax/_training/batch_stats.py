@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from s2sam_jax._base.tree import at_least_f32, by_name, copy_key
+from s2sam_jax._base.tree import at_least_f32, by_name, copy_key, fold_keys
 from s2sam_jax._base.types import Params
 from s2sam_jax._training.train_step import Batch, LossFn, ModelState
 
@@ -38,7 +38,8 @@ def recalibrate_batch_stats(
       params: the weights to be evaluated; with :func:`s2sam_wrapper`, those that :func:`eval_params` returns.
       model_state: the state to replace.
       batches: batches as in training; a handful is enough.
-      seed: integer or PRNG key for dropout and the like; each batch gets a key of its own.
+      seed: integer or PRNG key for dropout and the like; each batch gets a key of its own, and typed keys in
+        ``model_state``, as Flax NNX keeps them there, are folded with the number of the batch.
 
     Returns:
       A model state with new statistics, of the same structure.
@@ -63,7 +64,7 @@ def recalibrate_batch_stats(
     statistics = jax.jit(lambda *args: [x for x in jax.tree.leaves(loss_fn(*args)[1][0]) if _is_float(x)])
 
     def forward(values, batch, index):
-        return statistics(params, at(values), batch, jax.random.fold_in(key, index))
+        return statistics(params, fold_keys(at(values), index), batch, jax.random.fold_in(key, index))
 
     def at(values):
         """The model state with other floating leaves, in float32 or wider."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._base.tree import at_least_f32, find_states, leaf_name
+from s2sam_jax._base.tree import at_least_f32, find_states, fold_keys, leaf_name
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.esam import sharpest_examples
 from s2sam_jax._sharpness.trajectory import TrajectoryBuffer
@@ -89,11 +89,13 @@ def gradient_by_part(
             "buffer out."
         )
     one, pieces = _gradient_of(loss_fn), split_batch(batch, parts, "sharpness_parts", strided=False)
-    keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(jnp.arange(parts))
 
     def averaged(point, entries):
-        each = jax.vmap(lambda entry, part, key: one(point(entry), model_state, part, key))
-        (by_part, loss, metrics), new = each(shard_like(pieces, entries), pieces, shard_like(pieces, keys))
+        def of_part(entry, part, index):
+            return one(point(entry), fold_keys(model_state, index), part, jax.random.fold_in(key, index))
+
+        indices = shard_like(pieces, jnp.arange(parts))
+        (by_part, loss, metrics), new = jax.vmap(of_part)(shard_like(pieces, entries), pieces, indices)
         return Gradient(_mean(by_part), jnp.mean(loss), _mean(new), _mean(metrics), by_part)
 
     return averaged

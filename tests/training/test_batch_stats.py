@@ -92,6 +92,22 @@ def test_recalibration_draws_anew_for_each_batch():
     assert (of_keys[0] != of_keys[2]).all()
 
 
+@pytest.mark.parametrize("keys", [jax.random.key(0), jax.random.split(jax.random.key(0), (2, 3))], ids=["one", "split"])
+def test_recalibration_draws_anew_from_keys_in_the_model_state(keys):
+    """As Flax NNX keeps them there, beside counts that belong to the state, and so do not advance."""
+
+    def loss(params, state, batch, key):
+        used = jax.random.fold_in(state["keys"].reshape(-1)[-1], state["count"])
+        mean = 0.9 * state["mean"] + 0.1 * jax.random.uniform(used, (16,))
+        return batch.sum(), ({"mean": mean, "keys": state["keys"], "count": state["count"] + 1}, {})
+
+    state = {"mean": jnp.zeros(16), "keys": keys, "count": jnp.uint32(7)}
+    found = recalibrate_batch_stats(loss, None, state, [jnp.zeros(1)] * 64)
+    np.testing.assert_allclose(found["mean"], 0.5, atol=0.2)
+    assert found["count"] == 7
+    assert (found["keys"] == keys).all()
+
+
 def test_recalibration_without_batches_is_an_error():
     with pytest.raises(ValueError, match="at least one batch"):
         recalibrate_batch_stats(loss_fn, None, {"mean": jnp.zeros(2)}, [])

@@ -109,6 +109,23 @@ def test_what_cannot_be_averaged_over_parts_is_that_of_the_first():
     assert int(state.model_state["calls"]) == positive[0] != positive[-1]
 
 
+@pytest.mark.parametrize("keys", [jax.random.key(0), jax.random.split(jax.random.key(0), (2, 3))], ids=["one", "split"])
+def test_parts_draw_apart_from_keys_in_the_model_state(keys):
+    """As Flax NNX keeps them there, beside a count that all parts begin from."""
+
+    def drawing(params, model_state, batch, key):
+        used = jax.random.fold_in(model_state["keys"].reshape(-1)[-1], model_state["count"])
+        return params * jax.random.uniform(used) + 0.0 * batch.sum(), (model_state, {})
+
+    state = {"keys": keys, "count": jnp.uint32(7)}
+    grads = gradient_by_part(drawing, state, jnp.ones((PARTS, 1)), jax.random.key(1), PARTS)
+    first, second = (grads(lambda _: jnp.float32(1), jnp.arange(PARTS)) for _ in range(2))
+    draws = np.asarray(first.by_part)
+    assert len(set(draws.tolist())) == PARTS
+    np.testing.assert_array_equal(draws, np.asarray(second.by_part))  # a part keeps its noise for the second gradient
+    assert jax.tree.map(jnp.shape, first.model_state) == jax.tree.map(jnp.shape, state)
+
+
 def test_each_part_costs_two_gradients():
     seen = []
 
