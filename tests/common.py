@@ -165,7 +165,7 @@ def planned(params: Any, sparsity: float = SPARSITY) -> dict[str, int]:
 OUTER = {
     "multi_steps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 5),
-    "inject_hyperparams": lambda tx: optax.inject_hyperparams(lambda rate: optax.chain(tx, optax.scale(rate)))(
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(lambda rate: optax.chain(optax.scale(rate), tx))(
         rate=1.0
     ),
     "named_chain": lambda tx: optax.named_chain(("sparse", tx)),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.optax_wrappers import hides_leaves, with_extra_args
+from s2sam_jax._base.optax_wrappers import comes_last, hides_leaves, with_extra_args
 from s2sam_jax._base.select import ones
 from s2sam_jax._base.state_rule import mask_mirrored
 from s2sam_jax._base.tree import align, by_name, check_same_named, find_states, map_named, map_states
@@ -70,7 +70,8 @@ def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
       Bool tree like the parameters.
 
     Raises:
-      ValueError: when there is no :class:`SparseState`, or several and no ``params``.
+      ValueError: when there is no :class:`SparseState`, several and no ``params``, or something behind ``sparsify`` in
+        its chain.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -149,7 +150,8 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
       The parameters with exact zeros off the masks.
 
     Raises:
-      ValueError: when there is no :class:`SparseState`, or a mask has no parameter of its path and shape.
+      ValueError: when there is no :class:`SparseState`, a mask has no parameter of its path and shape, or something
+        stands behind ``sparsify`` in its chain and would change its updates.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -223,5 +225,10 @@ def sparse_states(opt_state: Any, caller: str) -> list[SparseState]:
     if twice := sorted(name for name, count in names.items() if count > 1):
         raise ValueError(
             f"{caller}: two sparsify have masks of {twice}, which would contradict each other; one is enough."
+        )
+    if not comes_last(opt_state, SparseState):
+        raise ValueError(
+            f"{caller}: something stands behind sparsify() in its chain, and would change the updates that keep pruned "
+            "weights at zero; put it inside: sparsify(optax.chain(..., optax.scale_by_learning_rate(0.1)), ...)."
         )
     return states

@@ -1,6 +1,6 @@
 """What has to be known about optax: whose a state is, and which wrappers hold gradients back or hide leaves."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ Optimizer = optax.GradientTransformation | optax.MultiSteps  # which is none, bu
 
 # Wrappers that hold gradients back, which s2sam must not remember.
 HOLDING_BACK = ((optax.MultiStepsState, "optax.MultiSteps"), (optax.ApplyIfFiniteState, "optax.apply_if_finite"))
+# Wrappers of transformations for some leaves only.
+PARTIAL = (optax.MaskedState, optax.transforms.PartitionState)
 # Wrappers inside of which calls and updates differ.
 SKIPPING = (
     *(kind for kind, _ in HOLDING_BACK),
@@ -38,6 +40,25 @@ def check_none_inside(inner_state: Any, kinds: Iterable[tuple[type, str]], calle
             raise ValueError(
                 f"{caller}({name}(...)) is the wrong way round: put {name} outside, {name}({caller}(...))."
             )
+
+
+def chains(tree: Any) -> Iterator[tuple[Any, ...]]:
+    """The states of every ``optax.chain``, which are plain tuples in its order."""
+    if type(tree) is tuple:
+        yield tree
+    for node in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree and type(x) is tuple):
+        if type(node) is tuple:
+            yield from chains(node)
+
+
+def comes_last(opt_state: Any, kind: type) -> bool:
+    """Whether nothing stands behind a state in its chain, but for what is there for other leaves."""
+    for chain in chains(opt_state):
+        first = next((place for place, part in enumerate(chain) if find_states(part, kind)), len(chain))
+        behind = [part for part in chain[first + 1 :] if not isinstance(part, PARTIAL)]
+        if behind and all(isinstance(part, tuple) for part in chain):  # else it is no chain, but a loop's own tuple
+            return False
+    return True
 
 
 def hides_leaves(tree: Any) -> bool:

@@ -146,6 +146,11 @@ def cond(due: bool | jax.Array, yes: Callable[[], T], no: Callable[[], T]) -> T:
     return jax.lax.cond(due, yes, no)
 
 
+def where(condition: jax.Array, yes: T, no: T) -> T:
+    """``jnp.where`` leaf by leaf; what is the very same in both, as a key, stays as it is."""
+    return jax.tree.map(lambda x, y: x if x is y else jnp.where(condition, x, y), yes, no)
+
+
 def masked(masks: Masks, tree: Any) -> Any:
     """Zero where a mask is off. ``where``, not a product: a NaN behind a mask must not survive."""
     return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros((), x.dtype)), masks, tree)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from s2sam_jax._base.masks import SparseState
-from s2sam_jax._base.optax_wrappers import HOLDING_BACK
+from s2sam_jax._base.optax_wrappers import HOLDING_BACK, chains
 from s2sam_jax._base.state_rule import map_mirrored
 from s2sam_jax._base.tree import by_name, find_states, map_named
 from s2sam_jax._base.types import Params
@@ -128,7 +128,7 @@ def _check_order(opt_state: Any) -> None:
 
 def _check_first(opt_state: Any) -> None:
     """After an optimizer, s2sam would remember updates, not gradients. Decay and clipping before it leave no trace."""
-    for chain in _chains(opt_state):
+    for chain in chains(opt_state):
         states = [find_states(part, S2SAMState) for part in chain]
         place = next((i for i, found in enumerate(states) if found), 0)
         for state in states[place] if place else ():
@@ -137,15 +137,6 @@ def _check_first(opt_state: Any) -> None:
                     "perturb: s2sam() stands behind an optimizer that keeps momentum or other moments, and would "
                     "remember its updates in place of gradients; put s2sam() first: optax.chain(s2sam(), ...)."
                 )
-
-
-def _chains(tree: Any) -> Iterator[tuple[Any, ...]]:
-    """The states of every ``optax.chain``, which are plain tuples in its order."""
-    if type(tree) is tuple:
-        yield tree
-    for node in jax.tree.leaves(tree, is_leaf=lambda x: x is not tree and type(x) is tuple):
-        if type(node) is tuple:
-            yield from _chains(node)
 
 
 def _mirrors(params: Params, state: Any) -> bool:

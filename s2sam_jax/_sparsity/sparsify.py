@@ -14,7 +14,7 @@ from s2sam_jax._base.masks import SparseState, count_masks, full_counts
 from s2sam_jax._base.optax_wrappers import HOLDING_BACK, check_none_inside
 from s2sam_jax._base.state_rule import mask_mirrored, start_mirrored
 from s2sam_jax._base.structure import UNSTRUCTURED, Structure, check_structure
-from s2sam_jax._base.tree import check_same_leaves, copy_key, find_states, map_states, masked
+from s2sam_jax._base.tree import check_same_leaves, copy_key, find_states, map_states, masked, where
 from s2sam_jax._base.types import GradFn, MaskInputs, Masks, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
@@ -51,8 +51,8 @@ def sparsify(
 
         sparsify(optax.chain(s2sam(), optax.clip_by_global_norm(1.0), optax.sgd(0.1)), methods.rigl(), sparsity=0.9)
 
-    ``optax.MultiSteps`` and ``optax.apply_if_finite`` go outside. Call ``apply_masks(params, opt_state)`` once after
-    ``init``.
+    ``optax.MultiSteps`` and ``optax.apply_if_finite`` go outside; behind it in a chain goes nothing, as it would change
+    these updates. Call ``apply_masks(params, opt_state)`` once after ``init``.
 
     Args:
       inner: the optimizer.
@@ -182,7 +182,7 @@ def _update(
     if skip is not True:
         moved = _inner_update(setup, grads, inner_state, weights, new.masks, grad_fn, extra_args)
         stayed = (steps, inner_state)
-        steps, inner_state = optax.tree.where(skip, stayed, moved) if isinstance(skip, jax.Array) else moved
+        steps, inner_state = where(skip, stayed, moved) if isinstance(skip, jax.Array) else moved
 
     new_state = SparseState(step, next_update, new.masks, nnz, state.key, new.state, inner_state)
     if due is not False:  # weights may be replaced, or grown where the caller's are not zero

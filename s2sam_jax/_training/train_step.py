@@ -10,7 +10,7 @@ import optax
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.optax_wrappers import Optimizer, with_extra_args
-from s2sam_jax._base.tree import find_states, norm
+from s2sam_jax._base.tree import find_states, norm, where
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.perturb import perturb, perturbing
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
@@ -91,8 +91,9 @@ def make_train_step(
     Returns:
       ``step(state, batch) -> (state, metrics)``. Metrics are device scalars: ``loss``, ``grad_norm``, ``update_norm``,
       ``first_bad_step``, those of ``loss_fn`` (averaged over micro-batches), and where they apply ``rho`` (of this
-      step) and ``sparsity`` (the fraction of zeros over all parameters). ``step.lower(state, batch)`` lowers it as one
-      program that donates its state, to compile ahead of time or to inspect its memory and cost.
+      step; of several groups the first) and ``sparsity`` (the fraction of zeros over all parameters).
+      ``step.lower(state, batch)`` lowers it as one program that donates its state, to compile ahead of time or to
+      inspect its memory and cost.
 
     Raises:
       ValueError: for ``accumulate``, ``sharpness_parts`` or ``fisher_examples`` below 1, a ``sharpest_fraction`` out of
@@ -221,11 +222,10 @@ def _take_step(
     first_bad_step = jnp.where(finite | (state.first_bad_step >= 0), state.first_bad_step, state.step)
     if freeze:
         old = (state.params, state.model_state, state.opt_state)
-        good = first_bad_step < 0
-        proposal = jax.tree.map(lambda new, was: new if new is was else jnp.where(good, new, was), proposal, old)
+        proposal = where(first_bad_step < 0, proposal, old)
     params, model_state, opt_state = proposal
     if passed_over:
-        model_state = optax.tree.where(jnp.isfinite(loss), model_state, state.model_state)
+        model_state = where(jnp.isfinite(loss), model_state, state.model_state)
     return state._replace(
         step=increment(state.step),
         params=params,

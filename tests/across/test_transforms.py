@@ -44,6 +44,24 @@ def test_vmap_over_integer_seeds_gives_different_masks(kind):
     assert (flat.sum(1) == {"ssam": 45, "sparsify": 15}[kind]).all()  # of 114 and of 36, at 60 %
 
 
+def test_no_key_is_used_twice():
+    """By JAX's own check; that of Sparse SAM stays as it is where RigL skips a step."""
+    tx = rigl(optax.chain(ssam(total_steps=9, update_every=2), MOMENTUM()))
+    params = make_params()
+
+    @jax.jit
+    def step(params, opt_state):
+        grad_fn = jax.grad(loss_fn)
+        updates, opt_state = tx.update(grad_fn(params), opt_state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), opt_state
+
+    with jax.debug_key_reuse(True):
+        opt_state = tx.init(params)
+        for _ in range(3):
+            params, opt_state = step(params, opt_state)
+    assert not all(mask.all() for mask in jax.tree.leaves(get_masks(opt_state)))
+
+
 def test_scan_equals_a_python_loop():
     tx = rigl(s2sgd())
     params = make_params()

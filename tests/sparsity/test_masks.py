@@ -121,6 +121,34 @@ def test_apply_masks_to_another_tree():
         apply_masks({"params": two_kernels()}, state)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.chain(tx, optax.scale_by_learning_rate(0.1)),
+        lambda tx: optax.chain(optax.clip(1.0), tx, optax.contrib.reduce_on_plateau()),
+        lambda tx: optax.MultiSteps(optax.chain(optax.chain(tx, optax.scale(0.5)), optax.identity()), 2),
+        lambda tx: optax.multi_transform({"all": optax.chain(tx, optax.add_noise(0.1, 0.5, 0))}, "all"),
+    ],
+    ids=["scale", "plateau", "nested", "group"],
+)
+def test_what_stands_behind_sparsify_is_refused(wrap):
+    """It would change the updates that take pruned weights to zero."""
+    tx, params = wrap(static()), two_kernels()
+    for use in (lambda state: apply_masks(params, state), get_masks, lambda state: TrainState.create(params, tx)):
+        with pytest.raises(ValueError, match=r": something stands behind sparsify\(\) in its chain, .* put it inside"):
+            use(tx.init(params))
+
+
+def test_what_is_there_for_other_leaves_may_stand_behind_sparsify():
+    params = two_kernels()
+    one_each = ({"a": here, "b": not here} for here in (True, False))
+    tx = optax.chain(optax.clip(1.0), *(optax.masked(static(), where) for where in one_each))
+    state = tx.init(params)
+    check_masks(apply_masks(params, state), state)
+    one = static().init(params)
+    assert get_masks((one, params)) is one.masks  # what a loop carries is no chain
+
+
 def test_update_masks_inside_multi_steps():
     tx = optax.MultiSteps(static(), 2).gradient_transformation()
     with pytest.raises(ValueError, match=r"update_masks: inside optax\.MultiSteps"):
