@@ -143,7 +143,7 @@ def test_distributions_spend_their_budget(shapes, sparsity, distribution):
         np.testing.assert_allclose(sum((1 - got[name]) * n for name, n in sizes.items()), budget, rtol=1e-9)
 
 
-@hypothesis.settings(QUICK, max_examples=5)
+@hypothesis.settings(QUICK, max_examples=3)
 @hypothesis.given(st.randoms(use_true_random=False), st.integers(0, 999))
 def test_every_configuration_keeps_its_promises(rng, number):
     """One that fails here is made as simple as it can be; ``experiments.reliability.fuzz`` runs many thousands."""
