@@ -91,7 +91,7 @@ def leverage_scores(rows: jax.Array, count: int | jax.Array) -> jax.Array:
 
 def residuals(rows: jax.Array, keep: jax.Array) -> jax.Array:
     r"""What the kept channels cannot express of each channel: :math:`\|w_j - P w_j\|_2^2`, P their projector."""
-    # Unit length leaves the projector as it is; pinv would take rows that are short beside the longest for rounding.
+    # Unit length leaves the projector as it is; else rows that are short beside the longest would pass for rounding.
     base = jnp.where(keep[:, None], rows, 0.0)
     length = jnp.linalg.norm(base, axis=1, keepdims=True)
     base = base / jnp.where(length > 0, length, 1.0)

@@ -34,7 +34,10 @@ AXES = {"blocks/query/kernel": 1, "blocks/*": 0}
 
 def normal(seed):
     keys = iter(jax.random.split(jax.random.key(seed), 9))
-    draw = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+
+    def draw(*shape):
+        return jax.random.normal(next(keys), shape)
+
     return {
         "embed": draw(16, 8),
         "blocks": {
