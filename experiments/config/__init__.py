@@ -29,7 +29,7 @@ OptimizerName = Literal[
 LABELS: dict[str, str] = {
     "sgd": "SGD", "sam": "SAM", "asam": "ASAM", "ssam-f": "SSAM-F", "ssam-d": "SSAM-D", "s2sam": "S2-SAM",
     "s2sam-adaptive": "S2-SAM, adaptive", "s2sam-released": "S2-SAM as released", "s2sam-opposite": "S2-SAM, downhill",
-    "msam": "MSAM", "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM",
+    "msam": "MSAM", "looksam": "LookSAM", "gsam": "GSAM", "esam": "ESAM", "adamw": "AdamW",
 }  # fmt: skip
 ComputeName = Literal["float32", "tensorfloat32", "bfloat16"]
 ScheduleName = Literal["constant", "warmup", "learning-rate"]

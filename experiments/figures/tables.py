@@ -95,12 +95,12 @@ def draw_gains(lines: Sequence[Line], title: str, file: Path) -> None:
 
 
 def draw_prices(lines: Sequence[Line], title: str, file: Path) -> None:
-    """Gains over SGD, a panel for each of its lines; the optimizers that take the fewest gradients come first."""
+    """Gains over SGD or AdamW, a panel for each such line; the optimizers with the fewest gradients come first."""
     gains = sorted((line for line in lines if line.difference is not None), key=lambda line: line.gradients or 0.0)
     bases = [line for line in lines if line.name in {gain.baseline for gain in gains}]
     if not bases:
         return
-    kinds: dict[str | None, str] = {base.name: base.row.removesuffix("SGD").removesuffix(", ") for base in bases}
+    kinds: dict[str | None, str] = {base.name: base.row.rpartition(", ")[0] for base in bases}
     words = {line.name: line.row.removeprefix(f"{kinds[line.baseline]}, ") for line in gains}
     places = {word: place for place, word in enumerate(dict.fromkeys(words.values()))}
     prices = {words[line.name]: line.gradients for line in gains}
@@ -112,7 +112,8 @@ def draw_prices(lines: Sequence[Line], title: str, file: Path) -> None:
             _mark(axes, places[words[line.name]], line.optimizer, line.difference, line.interval, None)
         axes.axvline(0.0, color=GREY, linewidth=0.8)
         zeros = "" if base.sparsity is None else f", {100 * base.sparsity:g} %"
-        axes.set(title=f"{kinds[base.name]}{zeros}\n(SGD: {base.ours:.1f})", xlabel="points over SGD")
+        plain = base.row.rpartition(", ")[2]
+        axes.set(title=f"{kinds[base.name]}{zeros}\n({plain}: {base.ours:.1f})", xlabel=f"points over {plain}")
         _cut(axes, [line.difference for line in gains])
         tidy(axes)
     panels[0].set_yticks(range(len(places)), [f"{word} ({prices[word]:.3g})" for word in places], fontsize=8)

@@ -15,6 +15,7 @@ GAINS = {
     "sparsities": tables.draw_gains,
     "rebuttal-sweep": tables.draw_gains,
     "label-noise": tables.draw_prices,
+    "label-noise-adamw": tables.draw_prices,
     "label-noise-cifar10": tables.draw_prices,
 }
 POOLED = ("methods", "sparsities")  # Tables whose cells ask the same question, so that their mean answers it.
@@ -93,7 +94,8 @@ def _tuned(rows: list[Row]) -> str:
 def _baselines(rows: list[Row]) -> str:
     optimizers = {row["recipe"]["name"]: row["recipe"]["optimizer"] for row in rows}
     found = {optimizers.get(row["recipe"]["baseline"], "sgd") for row in rows}
-    return "the row of SGD" if found == {"sgd"} else "the row of SGD, of SSAM over that of SAM"
+    plain = markdown.values([{"label": LABELS[row["config"].get("base", "sgd")]} for row in rows], "label")
+    return f"the row of {plain}" if found == {"sgd"} else f"the row of {plain}, of SSAM over that of SAM"
 
 
 def _effort(rows: list[Row]) -> str:

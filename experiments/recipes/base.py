@@ -121,20 +121,20 @@ def recipe(
 def by_radius(
     table: str, stem: str, label: str, base: Config, radii: Iterable[tuple[OptimizerName, float]], unknown: str
 ) -> Iterator[Recipe]:
-    """A comparison of our own: SGD, and optimizers at several radii beside it."""
+    """A comparison of our own: SGD or AdamW, which ``base`` has, and optimizers at several radii beside it."""
     for optimizer, rho in radii:
         plain = optimizer == "sgd"
-        key = f"{stem}-sgd" if plain else f"{stem}-{optimizer}-{rho:g}"
+        key = f"{stem}-{base.base}" if plain else f"{stem}-{optimizer}-{rho:g}"
         yield Recipe(
             name=f"{table}.{key}",
             table=table,
             key=key,
-            row=f"{label}, {LABELS[optimizer]}" + ("" if plain else f", rho {rho:g}"),
+            row=f"{label}, " + (LABELS[base.base] if plain else f"{LABELS[optimizer]}, rho {rho:g}"),
             config=dataclasses.replace(base, optimizer=optimizer, rho=rho),
             printed=Printed(),
             metric=ACCURACY,
             unknown=unknown,
-            baseline=None if plain else f"{table}.{stem}-sgd",
+            baseline=None if plain else f"{table}.{stem}-{base.base}",
             **OURS,
         )
 

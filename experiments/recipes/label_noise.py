@@ -2,7 +2,7 @@
 
 SAM keeps networks from learning wrong labels by heart (Baek, Kolter, Raghunathan, "Why is SAM robust to label noise?",
 ICLR 2024). Dense and under RigL-ERK at 90 %; the test labels are right. All of digits, and beside it what the same
-radii do where all labels are right; and 1,000 images of CIFAR-10.
+radii do where all labels are right; the same with AdamW in place of SGD; and 1,000 images of CIFAR-10.
 """
 
 import dataclasses
@@ -22,7 +22,11 @@ RELATIVES: tuple[tuple[OptimizerName, float], ...] = (
 CIFAR_RADII: tuple[tuple[OptimizerName, float], ...] = (
     ("sgd", 0.05), ("s2sam", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("s2sam", 1.0), ("sam", 0.05), ("sam", 0.2),
 )  # fmt: skip
+ADAMW_RADII: tuple[tuple[OptimizerName, float], ...] = (("sgd", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("sam", 0.2))
 UNKNOWN = "All: 100 epochs, rho untuned, weight decay 5e-4 for all, RigL updates its masks once an epoch."
+UNKNOWN_OF_ADAMW = (
+    "All: 100 epochs, learning rate 1e-3, rho untuned, weight decay 0.05 for all, RigL updates its masks once an epoch."
+)
 
 
 def recipes() -> Iterator[Recipe]:
@@ -36,5 +40,7 @@ def recipes() -> Iterator[Recipe]:
             yield dataclasses.replace(found, baseline=f"label-noise.{key}-sgd")
         right = dataclasses.replace(base, label_noise=0.0)
         yield from by_radius("label-noise", f"right-{key}", f"right labels, {label}", right, RADII, UNKNOWN)
+        adamw = dataclasses.replace(base, base="adamw", learning_rate=1e-3, weight_decay=0.05)
+        yield from by_radius("label-noise-adamw", key, label, adamw, ADAMW_RADII, UNKNOWN_OF_ADAMW)
         cifar = dataclasses.replace(base, dataset="cifar10", subset=1000, eval_every=10)
         yield from by_radius("label-noise-cifar10", key, label, cifar, CIFAR_RADII, UNKNOWN)
