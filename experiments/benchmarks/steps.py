@@ -122,7 +122,7 @@ def seeds_at_once(workload: Workload, rounds: int) -> Iterator[Row]:
     seeds = 4
     tx = optimizer("s2sam")
     step = make_train_step(workload.loss_fn, tx)
-    single, many = jax.jit(lambda s, b: step(s, b)), jax.jit(jax.vmap(lambda s, b: step(s, b), in_axes=(0, None)))
+    single, many = jax.jit(step), jax.jit(jax.vmap(step, in_axes=(0, None)))
     state = workload.state(tx)
     states = jax.tree.map(lambda x: jnp.stack([x] * seeds), state)
     seconds = paired(
