@@ -29,6 +29,7 @@ from experiments.training.record import Last
 from s2sam_jax import perturb, sharpness_metrics, stochastic_round
 
 FORMATS = {"tensorfloat32": 10, "bfloat16": 7}  # Bits of mantissa.
+minus = jax.jit(optax.tree.sub)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +63,6 @@ def rounded(tree: Any, dtype: str, key: jax.Array | None) -> Any:
     if key is not None:
         return jax.tree.map(lambda x: x.astype(jnp.float32), stochastic_round(tree, key, dtype))
     return jax.tree.map(lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=FORMATS[dtype]), tree)
-
-
-@jax.jit
-def minus(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.subtract, a, b)
 
 
 @jax.jit

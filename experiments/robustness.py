@@ -134,7 +134,7 @@ def _accuracies(
     rows: dict[Path, list[Row]] = {folder: [] for folder in configs}
     for cell in track(cells, description="corruptions", total=None):
         for folder, predict in predictors.items():
-            rows[folder] += corruptions.accuracy_rows([cell], predict)
+            rows[folder].append(corruptions.accuracy_row(cell, predict))
     return {folder: (rows[folder], clean[folder]) for folder in configs}
 
 

@@ -12,7 +12,7 @@ import optax
 
 from experiments import tasks
 from experiments.benchmarks import masks, timing
-from experiments.benchmarks.timing import Row, compile_seconds, cost, figure, paired, ratio_row
+from experiments.benchmarks.timing import Row, cost, figure, paired, ratio_row
 from experiments.config import Config
 from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, sam, sparsify, ssam
 
@@ -54,10 +54,9 @@ class Workload:
 
         return run
 
-    def lowered(self, tx: optax.GradientTransformation) -> tuple[float, Any]:
-        """The step as one program: seconds of compilation, and the program."""
-        step = make_train_step(self.loss_fn, tx)
-        return compile_seconds(jax.jit(lambda s, b: step(s, b), donate_argnums=0), self.state(tx), self.batch)
+    def compiled(self, tx: optax.GradientTransformation) -> Any:
+        """The step as one program."""
+        return make_train_step(self.loss_fn, tx).lower(self.state(tx), self.batch).compile()
 
 
 def step_times(workload: Workload, rounds: int) -> Iterator[Row]:
@@ -76,7 +75,7 @@ def memory(workload: Workload) -> Iterator[Row]:
     size = sum(p.nbytes for p in jax.tree.leaves(workload.network.params))
     peaks, costs = {}, {}
     for name in ("sgd", "s2sam", "s2sam-bf16"):
-        _, compiled = workload.lowered(optimizer(name, sparse=False))
+        compiled = workload.compiled(optimizer(name, sparse=False))
         peaks[name] = timing.memory(compiled).peak
         costs[name] = cost(compiled)
     detail = f"peaks {peaks['s2sam'] / 1e6:.1f} / {peaks['sgd'] / 1e6:.1f} MB"
@@ -90,9 +89,9 @@ def memory(workload: Workload) -> Iterator[Row]:
         detail = f"{s2 / 1e9:.4g} / {sgd / 1e9:.4g} {unit}"
         yield figure(f"{what} counted, S2-SAM / SGD", s2 / sgd, "x", detail=detail)
     state = workload.state(optimizer("sgd"))
-    masks = sum(m.nbytes for m in jax.tree.leaves(state.opt_state.masks))
+    mask_bytes = sum(m.nbytes for m in jax.tree.leaves(state.opt_state.masks))
     count = sum(p.size for p in jax.tree.leaves(state.params))
-    yield figure("masks, bytes a parameter", masks / count, "B", "<= 1.0")
+    yield figure("masks, bytes a parameter", mask_bytes / count, "B", "<= 1.0")
 
 
 def compilation(workload: Workload) -> Iterator[Row]:
@@ -123,7 +122,7 @@ def seeds_at_once(workload: Workload, rounds: int) -> Iterator[Row]:
     seeds = 4
     tx = optimizer("s2sam")
     step = make_train_step(workload.loss_fn, tx)
-    single, many = jax.jit(lambda s, b: step(s, b)), jax.jit(jax.vmap(lambda s, b: step(s, b), in_axes=(0, None)))
+    single, many = jax.jit(step), jax.jit(jax.vmap(step, in_axes=(0, None)))
     state = workload.state(tx)
     states = jax.tree.map(lambda x: jnp.stack([x] * seeds), state)
     seconds = paired(

@@ -36,7 +36,7 @@ def rows(config: Config, formats: Sequence[ComputeName], rounds: int, steps: int
 def _runner(workload: Workload, which: str, steps: int) -> tuple[Callable[[], Any], int]:
     """A case that goes on training by so many steps at each call, and the bytes that a step holds at the most."""
     tx = optimizer(which)
-    _, step = workload.lowered(tx)
+    step = workload.compiled(tx)
     state = [workload.state(tx)]
 
     def run() -> Any:

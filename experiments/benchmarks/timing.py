@@ -69,13 +69,6 @@ def milliseconds(seconds: np.ndarray) -> str:
     return f"{1e3 * float(np.median(seconds)):.3g} ms"
 
 
-def compile_seconds(function: Any, *args: Any) -> tuple[float, Any]:
-    """How long tracing and compiling takes, and the compiled program."""
-    begin = time.perf_counter()
-    compiled = function.lower(*args).compile()
-    return time.perf_counter() - begin, compiled
-
-
 class Memory(NamedTuple):
     """XLA's own figures for a program, in bytes."""
 

@@ -91,19 +91,18 @@ def computed(images: np.ndarray, labels: np.ndarray, batch_size: int, *, names: 
     )
 
 
-def accuracy_rows(cells: Iterable[Cell], predict: Callable[[np.ndarray], Any]) -> Iterator[Row]:
-    """``{"corruption", "severity", "accuracy", "examples"}`` for each cell; ``predict`` maps images to labels."""
-    for cell in cells:
-        correct = examples = 0
-        for images, labels in cell.batches:
-            correct += int(np.sum(np.asarray(predict(images)) == labels))
-            examples += int(np.sum(labels >= 0))
-        yield {
-            "corruption": cell.corruption,
-            "severity": cell.severity,
-            "accuracy": correct / examples,
-            "examples": examples,
-        }
+def accuracy_row(cell: Cell, predict: Callable[[np.ndarray], Any]) -> Row:
+    """``{"corruption", "severity", "accuracy", "examples"}`` of a cell; ``predict`` maps images to labels."""
+    correct = examples = 0
+    for images, labels in cell.batches:
+        correct += int(np.sum(np.asarray(predict(images)) == labels))
+        examples += int(np.sum(labels >= 0))
+    return {
+        "corruption": cell.corruption,
+        "severity": cell.severity,
+        "accuracy": correct / examples,
+        "examples": examples,
+    }
 
 
 def summary(rows: Iterable[Row], clean_accuracy: float) -> Row:

@@ -71,7 +71,7 @@ def epoch_order(seed: int, epoch: int, examples: int, batch_size: int) -> np.nda
     return np.asarray(jax.random.permutation(key, examples)[: steps * batch_size].reshape(steps, batch_size))
 
 
-def eval_batches(images: jax.Array, labels: jax.Array, size: int = 500) -> list[tuple[jax.Array, jax.Array]]:
+def eval_batches(images: jax.Array, labels: jax.Array, size: int) -> list[tuple[jax.Array, jax.Array]]:
     """Equal batches of all rows; the padding of the last one has label -1."""
     missing = -len(labels) % size
     images = jnp.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from experiments.config import Config, DatasetName, OptimizerName
-from experiments.config.variants import ROUNDS
 from experiments.recipes.base import S2SAM, Printed, Recipe, cell, lines, recipe
 from experiments.training import sparse_methods
 
@@ -117,14 +116,11 @@ UNKNOWN = (
 def config(key: str, sparsity: float, optimizer: OptimizerName, **changes: Any) -> Config:
     """A row's run on ResNet-32 and CIFAR-10, but for the changes; a round of lottery or LRR is as long as a run."""
     options: dict[str, Any] = {"epochs": EPOCHS} | METHODS[key][1] | changes
-    if options["method"] in ROUNDS:
-        prune = options.get("prune_fraction", sparse_methods.PRUNE_FRACTION)
-        options["epochs"] *= sparse_methods.rounds(sparsity, prune) + 1
     if options["method"] != "dense":
         options["sparsity"] = sparsity
     if options["method"].startswith("mest-") and sparsity == 0.98:
         options["method"] += "-98-vgg" if options.get("model") == "vgg19" else "-98"
-    return Config(
+    run = Config(
         **{
             "dataset": "cifar10",
             "model": "resnet32",
@@ -137,6 +133,7 @@ def config(key: str, sparsity: float, optimizer: OptimizerName, **changes: Any) 
         }
         | options
     )
+    return sparse_methods.for_each_training(run)
 
 
 def row(

@@ -87,9 +87,8 @@ SPEED_UNKNOWN = "The device, the batch, the network (the accuracies are those of
 
 def config(key: str, sparsity: float, optimizer: OptimizerName) -> Config:
     options = {"epochs": EPOCHS} | METHODS[key][1]
-    if options["method"] == "lottery":
-        options["epochs"] *= sparse_methods.rounds(sparsity, sparse_methods.PRUNE_FRACTION) + 1
-    return dense(model="resnet50", optimizer=optimizer, sparsity=sparsity, **options)
+    run = dense(model="resnet50", optimizer=optimizer, sparsity=sparsity, **options)
+    return sparse_methods.for_each_training(run)
 
 
 def dense(**options: Any) -> Config:

@@ -30,8 +30,8 @@ def config_of(method: str, optimizer: OptimizerName, sparsity: float, seed: int 
     small = dataclasses.replace(small, seed=seed)
     if method not in ROUNDS:
         return small
-    epochs = ROUND_EPOCHS * (sparse_methods.rounds(sparsity, PRUNE_FRACTION) + 1)
-    return dataclasses.replace(small, epochs=epochs, prune_fraction=PRUNE_FRACTION)
+    one = dataclasses.replace(small, epochs=ROUND_EPOCHS, prune_fraction=PRUNE_FRACTION)
+    return sparse_methods.for_each_training(one)
 
 
 def recipes() -> Iterator[Recipe]:

@@ -17,7 +17,7 @@ from experiments.training import optimizers
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.grasp import ScoredMasks, scored_masks
 from experiments.training.record import Record
-from s2sam_jax import TrainState, apply_masks, checked, eval_params, make_train_step, set_masks
+from s2sam_jax import TrainState, checked, eval_params, make_train_step
 
 
 def initial_state(
@@ -39,11 +39,7 @@ def initial_state(
     masks = None if scored_masks is None else scored_masks(*weights)
 
     def create(params: Any, model_state: Any, masks: Any) -> TrainState:
-        state = TrainState.create(params, tx, model_state=model_state, seed=config.key("train"))
-        if masks is None:
-            return state
-        opt_state = set_masks(state.opt_state, masks)
-        return state._replace(params=apply_masks(params, opt_state), opt_state=opt_state)
+        return TrainState.create(params, tx, model_state=model_state, seed=config.key("train"), masks=masks)
 
     mesh, given = mesh or sharding.make_mesh(), (*weights, masks)
     shardings = sharding.of_state(mesh, jax.eval_shape(create, *given))

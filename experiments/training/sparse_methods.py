@@ -1,5 +1,6 @@
 """From a config to a sparse method and its clock."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Sequence
@@ -76,16 +77,18 @@ def clock(config: Config, steps_per_epoch: int) -> Every | None:
     return Every(start, every, max(start, min(int(end * total), total - 1) // every * every))
 
 
-def rounds(sparsity: float, prune_fraction: float) -> int:
-    """Prunings that a lottery needs: the fewest that reach the sparsity."""
-    return math.ceil(round(math.log(1 - sparsity) / math.log(1 - prune_fraction), 6))
-
-
 def trainings(config: Config) -> int:
     """How often a run trains: a lottery once before its first pruning, and once after each."""
     if config.method not in ROUNDS:
         return 1
-    return (config.rounds or rounds(config.sparsity, config.prune_fraction or PRUNE_FRACTION)) + 1
+    kept = 1 - (config.prune_fraction or PRUNE_FRACTION)
+    fewest = math.ceil(round(math.log(1 - config.sparsity) / math.log(kept), 6))  # prunings that reach the sparsity
+    return (config.rounds or fewest) + 1
+
+
+def for_each_training(config: Config) -> Config:
+    """The run whose trainings are each as long as the config has the whole: only a lottery has several."""
+    return dataclasses.replace(config, epochs=trainings(config) * config.epochs)
 
 
 def round_steps(config: Config, steps_per_epoch: int) -> int:
@@ -96,10 +99,9 @@ def round_steps(config: Config, steps_per_epoch: int) -> int:
     total = config.epochs * steps_per_epoch
     if config.method not in ROUNDS:
         return total
-    rewind = round(config.rewind_epochs * steps_per_epoch)
-    length = (total - rewind) // trainings(config) + rewind - 1
+    rewind, count = round(config.rewind_epochs * steps_per_epoch), trainings(config)
+    length = (total - rewind) // count + rewind - 1
     if length - rewind < 1:
-        count = trainings(config)
         raise ValueError(
             f"epochs={config.epochs} are too few: {count - 1} prunings make {count} rounds of training, and each needs "
             "some steps."

@@ -86,7 +86,7 @@ def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
         if len(states) > 1:
             raise ValueError("get_masks: opt_state holds several SparseStates; pass params to get one tree.")
         return states[0].masks
-    found = {path: mask for state in states for path, mask in by_name(state.masks).items()}
+    found = _by_path(states)
     return map_named(lambda path, p: found[path] if path in found else jnp.ones_like(p, dtype=bool), params)
 
 
@@ -124,7 +124,7 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     if wrong:
         raise TypeError(f"set_masks needs bool masks; these are not: {wrong}.")
     states = sparse_states(opt_state, "set_masks")
-    covered = {path: mask for state in states for path, mask in by_name(state.masks).items()}
+    covered = _by_path(states)
     given = by_name(masks)
     if len(states) > 1 or any(hides_leaves(state.masks) for state in states):  # each covers a part of the parameters
         given = {path: mask for path, mask in given.items() if path in covered}
@@ -161,14 +161,12 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
       >>> print(apply_masks(params, state)["kernel"].sum())
       4.0
     """
-    leaves = {}
-    for state in sparse_states(opt_state, "apply_masks"):
-        leaves |= by_name(state.masks)
-    covered = {path: p for path, p in by_name(params).items() if path in leaves}
-    check_same_named(covered, leaves, "params", "the masks in opt_state")
+    masks = _by_path(sparse_states(opt_state, "apply_masks"))
+    covered = {path: p for path, p in by_name(params).items() if path in masks}
+    check_same_named(covered, masks, "params", "the masks in opt_state")
 
     def zero(path, param):
-        return jnp.where(leaves[path], param, jnp.zeros((), param.dtype)) if path in leaves else param
+        return jnp.where(masks[path], param, jnp.zeros((), param.dtype)) if path in masks else param
 
     return map_named(zero, params)
 
@@ -232,3 +230,8 @@ def sparse_states(opt_state: Any, caller: str) -> list[SparseState]:
             "weights at zero; put it inside: sparsify(optax.chain(..., optax.scale_by_learning_rate(0.1)), ...)."
         )
     return states
+
+
+def _by_path(states: list[SparseState]) -> dict[str, jax.Array]:
+    """The masks of all states together."""
+    return {path: mask for state in states for path, mask in by_name(state.masks).items()}

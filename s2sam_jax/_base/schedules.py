@@ -1,15 +1,15 @@
 """Numbers that may change with the step."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from s2sam_jax._base.arguments import check_non_negative
+from s2sam_jax._base.types import ScalarOrSchedule
 
 
-def schedule(value: float | jax.Array | Callable[[jax.Array], Any], name: str) -> Callable[[jax.Array], jax.Array]:
+def schedule(value: ScalarOrSchedule, name: str) -> Callable[[jax.Array], jax.Array]:
     """A scalar or a schedule as a function of the step, in the default float type."""
     if not callable(value):
         check_non_negative(value, name)

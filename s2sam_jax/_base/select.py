@@ -201,9 +201,9 @@ def _uniform(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Ar
     return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def _check_scores(name: str, x: Any) -> None:
-    if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
-        raise TypeError(f"select needs floating scores; leaf {name!r} has dtype {jnp.asarray(x).dtype}.")
+def _check_scores(name: str, x: jax.Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"select needs floating scores; leaf {name!r} has dtype {x.dtype}.")
 
 
 def _check_count_of_groups(structure: NM, count: Any, sparsity: Any) -> None:

@@ -100,13 +100,13 @@ def copy_key(seed: int | jax.Array, purpose: str) -> jax.Array:
 
     An integer is folded with ``purpose``, so that several users of seed 0 get independent keys; a key is copied.
     """
-    if isinstance(seed, int | np.integer):  # of any size, which an array's would not be
-        return jax.random.fold_in(jax.random.key(int(seed)), zlib.crc32(purpose.encode()))
-    if not jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key):
-        if jnp.ndim(seed) == 0:
-            return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+    if isinstance(seed, int | np.integer):
+        seed = int(seed)  # of any size, which an array's would not be
+    elif jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key):
+        return jnp.array(seed)
+    elif jnp.ndim(seed) > 0:
         return jax.random.wrap_key_data(jnp.array(seed))
-    return jax.random.wrap_key_data(jnp.array(jax.random.key_data(seed)), impl=jax.random.key_impl(seed))
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
 def fold_keys(tree: Any, index: int | jax.Array) -> Any:

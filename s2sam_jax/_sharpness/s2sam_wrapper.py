@@ -89,7 +89,7 @@ def s2sam_wrapper(
     def init_fn(params):
         clean = jax.tree.map(lambda p: jnp.array(p, dtype=clean_dtype, copy=True), params)
         inner_state = inner.init(clean)
-        if find_states(inner_state, S2SAMState) or find_states(inner_state, MSAMState):
+        if find_states(inner_state, (S2SAMState, MSAMState)):
             raise ValueError("s2sam_wrapper around s2sam() or msam() would perturb twice; use one of them.")
         check_none_inside(inner_state, HOLDING_BACK, "s2sam_wrapper")
         step = jnp.zeros((), jnp.int32)

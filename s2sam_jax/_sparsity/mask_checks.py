@@ -126,27 +126,20 @@ def warn_if_collapsed(opt_state: Any, *, stacked: Stacked | None = None) -> None
 def sparse_faults(weights: dict[str, Any], state: SparseState, advice: str = NOT_APPLIED) -> list[Fault]:
     """What may be wrong with masks, with what is behind them, and with the perturbation of the next gradient."""
     faults, masks = [], by_name(state.masks)
+    changed = "the mask has {} ones, {} at the last mask update; only set_masks(opt_state, masks) may change it"
+    alive = f"{{}} pruned weights are not zero; {advice}"
     for (path, mask), count in zip(masks.items(), scalar(state.nnz), strict=True):
-        faults.append(of_mask(path, mask, count))
-        faults.append(of_pruned(path, weights[path], mask, advice))
+        faults.append(Fault(path, changed, mask.sum(), count))
+        faults.append(Fault(path, alive, ((weights[path] != 0) & ~mask).sum(), 0))
         faults.append(not_finite(path, weights[path], "weights"))
-    return faults + of_perturbation(state.inner_state, masks)
-
-
-def of_mask(name: str, mask: Any, nnz: Any) -> Fault:
-    text = "the mask has {} ones, {} at the last mask update; only set_masks(opt_state, masks) may change it"
-    return Fault(name, text, mask.sum(), nnz)
-
-
-def of_pruned(name: str, weights: Any, mask: Any, advice: str = NOT_APPLIED) -> Fault:
-    return Fault(name, f"{{}} pruned weights are not zero; {advice}", ((weights != 0) & ~mask).sum(), 0)
+    return faults + _of_perturbation(state.inner_state, masks)
 
 
 def not_finite(name: str, array: Any, what: str) -> Fault:
     return Fault(name, f"{{}} {what} are not finite", (~(abs(array) < math.inf)).sum(), 0)
 
 
-def of_perturbation(inner_state: Any, masks: dict[str, Any]) -> list[Fault]:
+def _of_perturbation(inner_state: Any, masks: dict[str, Any]) -> list[Fault]:
     """Whether :func:`s2sam` would perturb weights that these masks prune."""
     remembered = [s for s in find_states(inner_state, S2SAMState) if not isinstance(s.last_grad, Unmasked)]
     text = "the last gradient of s2sam() is not zero at {} pruned weights; set_masks(opt_state, masks) zeroes it there"

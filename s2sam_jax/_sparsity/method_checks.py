@@ -11,7 +11,7 @@ from s2sam_jax._base.select import ones, select
 from s2sam_jax._base.structure import NM
 from s2sam_jax._base.tree import by_name, check_same_leaves
 from s2sam_jax._base.types import Invariant, MaskInputs, MaskUpdate, Rank, SparseMethod
-from s2sam_jax._sparsity.growth import sparse_leaves
+from s2sam_jax._sparsity.plan import sparse_leaves
 
 
 def check_method(method: Any) -> None:

@@ -11,7 +11,7 @@ from s2sam_jax._base.select import keep_best
 from s2sam_jax._base.tree import at_least_f32
 from s2sam_jax._base.types import MaskInputs, Masks, MaskUpdate
 from s2sam_jax._sparsity.distributions import Prunable, is_kernel, same_everywhere
-from s2sam_jax._sparsity.growth import global_count, replace_sparse, sparse_leaves
+from s2sam_jax._sparsity.plan import global_count, replace_sparse, sparse_leaves
 
 
 def dense_init(x: MaskInputs) -> MaskUpdate:

@@ -10,7 +10,7 @@ from s2sam_jax._base.clock import Every
 from s2sam_jax._base.counts import rounded_up
 from s2sam_jax._base.tree import masked
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, Params, SparseMethod
-from s2sam_jax._sparsity.growth import global_count, sparse_size
+from s2sam_jax._sparsity.plan import global_count, sparse_size
 from s2sam_jax._sparsity.pruning import dense_init, keep_largest
 
 

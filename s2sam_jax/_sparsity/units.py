@@ -11,7 +11,7 @@ from s2sam_jax._base.select import map_alike, ones
 from s2sam_jax._base.structure import NM, UNSTRUCTURED, Block, Channel, Structure, Unstructured, check_fits, same
 from s2sam_jax._base.tree import map_named
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, Params, SparseMethod
-from s2sam_jax._sparsity.growth import replace_sparse, sparse_leaves
+from s2sam_jax._sparsity.plan import replace_sparse, sparse_leaves
 
 
 def structured(method: SparseMethod, structure: Structure) -> SparseMethod:

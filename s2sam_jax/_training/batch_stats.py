@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +70,7 @@ def recalibrate_batch_stats(
         values = iter(values)
         return jax.tree.map(lambda x: next(values) if _is_float(x) else x, model_state)
 
-    old = _floats(model_state)
+    old = [at_least_f32(x) for x in jax.tree.leaves(model_state) if _is_float(x)]
     start, rest = [jnp.zeros_like(x) for x in old], [jnp.ones_like(x) for x in old]
     averaged: list[jax.Array] = []
     total, count = start, 0
@@ -134,7 +133,3 @@ def _warn_of_kept(averaged: list[jax.Array], model_state: ModelState) -> None:
 
 def _is_float(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _floats(tree: Any) -> list[jax.Array]:
-    return [at_least_f32(x) for x in jax.tree.leaves(tree) if _is_float(x)]

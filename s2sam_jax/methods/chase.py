@@ -13,12 +13,12 @@ from s2sam_jax._base.select import keep_best, ones, select
 from s2sam_jax._base.types import Compat, MaskInputs, MaskUpdate, SparseMethod
 from s2sam_jax._sparsity.channels import ChannelGroup, group_sizes
 from s2sam_jax._sparsity.exploration import check_groups, filters, masks_of, total_width
-from s2sam_jax._sparsity.growth import (
+from s2sam_jax._sparsity.growth import restarted
+from s2sam_jax._sparsity.plan import (
     first_and_last,
     planned_counts,
     random_init,
     replace_sparse,
-    restarted,
     sparse_leaves,
     sparse_size,
 )

@@ -22,7 +22,7 @@ from s2sam_jax._sparsity.exploration import (
     shares,
     total_width,
 )
-from s2sam_jax._sparsity.growth import first_and_last
+from s2sam_jax._sparsity.plan import first_and_last
 
 
 def chex(groups: Sequence[ChannelGroup], *, explore: float = 0.2, compat: Compat = "paper") -> SparseMethod:

@@ -6,7 +6,8 @@ import numpy as np
 
 from s2sam_jax._base.select import ones, random_scores, select
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
-from s2sam_jax._sparsity.growth import grow, planned_counts, random_init, sparse_leaves
+from s2sam_jax._sparsity.growth import grow
+from s2sam_jax._sparsity.plan import planned_counts, random_init, sparse_leaves
 
 
 def dsr(target: float | int = 0.1, *, threshold: float = 1e-3) -> SparseMethod:

@@ -9,7 +9,7 @@ from s2sam_jax._base.counts import rounded_up
 from s2sam_jax._base.select import Scope, ones, select
 from s2sam_jax._base.structure import NM
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
-from s2sam_jax._sparsity.growth import (
+from s2sam_jax._sparsity.plan import (
     first_and_last,
     global_count,
     planned_counts,

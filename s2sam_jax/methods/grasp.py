@@ -9,7 +9,7 @@ import optax
 from s2sam_jax._base.clock import Every
 from s2sam_jax._base.optax_wrappers import check_nothing_hidden
 from s2sam_jax._base.types import GradFn, MaskInputs, MaskUpdate, Params, SparseMethod
-from s2sam_jax._sparsity.growth import global_count
+from s2sam_jax._sparsity.plan import global_count
 from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip, saliency, summed
 
 

@@ -11,7 +11,8 @@ from s2sam_jax._base.schedules import cosine
 from s2sam_jax._base.select import random_scores
 from s2sam_jax._base.tree import find_states
 from s2sam_jax._base.types import MaskInputs, Masks, MaskUpdate, SparseMethod
-from s2sam_jax._sparsity.growth import first_and_last, move_smallest, random_init, replace_sparse, sparse_leaves
+from s2sam_jax._sparsity.growth import move_smallest
+from s2sam_jax._sparsity.plan import first_and_last, random_init, replace_sparse, sparse_leaves
 
 
 class ITOPState(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from s2sam_jax._base.tree import masked
 from s2sam_jax._base.types import MaskInputs, Masks, Params, SparseMethod
 from s2sam_jax._sparsity.distributions import Prunable, is_kernel, same_everywhere
-from s2sam_jax._sparsity.growth import global_count, sparse_size
+from s2sam_jax._sparsity.plan import global_count, sparse_size
 from s2sam_jax._sparsity.pruning import keep_largest
 from s2sam_jax._sparsity.rewind import remaining_weights, rewinding
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._base.select import Scope, select
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
-from s2sam_jax._sparsity.growth import global_count, magnitude_init, replace_sparse, sparse_leaves
+from s2sam_jax._sparsity.plan import global_count, magnitude_init, replace_sparse, sparse_leaves
 
 
 def magnitude(scope: Scope = "leaf") -> SparseMethod:

@@ -13,7 +13,8 @@ from s2sam_jax._base.select import ones, random_scores, select
 from s2sam_jax._base.structure import NM
 from s2sam_jax._base.tree import by_name
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
-from s2sam_jax._sparsity.growth import first_and_last, grow, magnitude_init, restarted, sparse_leaves
+from s2sam_jax._sparsity.growth import grow, restarted
+from s2sam_jax._sparsity.plan import first_and_last, magnitude_init, sparse_leaves
 
 Phases = Sequence[tuple[float, float]]
 

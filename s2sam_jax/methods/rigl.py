@@ -11,7 +11,8 @@ from s2sam_jax._base.arguments import check_fractions
 from s2sam_jax._base.counts import part
 from s2sam_jax._base.schedules import cosine
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
-from s2sam_jax._sparsity.growth import move_smallest, random_init, sparse_leaves
+from s2sam_jax._sparsity.growth import move_smallest
+from s2sam_jax._sparsity.plan import random_init, sparse_leaves
 
 
 def rigl(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, skip_step: bool = True) -> SparseMethod:

@@ -12,7 +12,8 @@ from s2sam_jax._base.arguments import check_fractions
 from s2sam_jax._base.counts import part
 from s2sam_jax._base.select import ones, random_scores, select
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, SparseMethod
-from s2sam_jax._sparsity.growth import grow, random_init, sparse_leaves
+from s2sam_jax._sparsity.growth import grow
+from s2sam_jax._sparsity.plan import random_init, sparse_leaves
 
 
 def set(drop_fraction: float | Callable[[jax.Array], Any] = 0.3, *, by_sign: bool = True) -> SparseMethod:

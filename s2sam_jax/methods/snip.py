@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from s2sam_jax._base.clock import Every
 from s2sam_jax._base.types import MaskInputs, MaskUpdate, Params, SparseMethod
-from s2sam_jax._sparsity.growth import global_count
+from s2sam_jax._sparsity.plan import global_count
 from s2sam_jax._sparsity.pruning import dense_init, keep_largest, one_shot_skip, saliency, summed
 
 

@@ -1,7 +1,7 @@
 """Static sparse training: a random mask, drawn once."""
 
 from s2sam_jax._base.types import SparseMethod
-from s2sam_jax._sparsity.growth import random_init
+from s2sam_jax._sparsity.plan import random_init
 
 
 def static() -> SparseMethod:

@@ -79,7 +79,7 @@ def test_released_files_give_rows_and_their_means(tmp_path):
         images[19 - i :, 0, 0, 0] = 9  # Wrong from the last row of severity 5 on.
         np.save(tmp_path / f"{name}.npy", images)
     cells = corruptions.from_npy(tmp_path, batch_size=3)
-    rows = list(corruptions.accuracy_rows(cells, lambda images: images[:, 0, 0, 0]))
+    rows = [corruptions.accuracy_row(cell, lambda images: images[:, 0, 0, 0]) for cell in cells]
     assert [(row["corruption"], row["severity"]) for row in rows] == list(
         itertools.product(corruptions.CORRUPTIONS, range(1, 6))
     )
@@ -101,7 +101,8 @@ def test_computed_cells_lack_frost(clean, monkeypatch):
     kept = ("gaussian_noise", "contrast")
     monkeypatch.setattr(cifar_c, "CORRUPTIONS", {name: cifar_c.CORRUPTIONS[name] for name in kept})
     labels = np.arange(12) % 10
-    rows = list(corruptions.accuracy_rows(corruptions.computed(clean, labels, 5), lambda images: np.zeros(len(images))))
+    cells = corruptions.computed(clean, labels, 5)
+    rows = [corruptions.accuracy_row(cell, lambda images: np.zeros(len(images))) for cell in cells]
     assert [row["accuracy"] for row in rows] == [2 / 12] * 10
     summary = corruptions.summary(rows, 0.5)
     assert list(summary["by_corruption"]) == list(kept)
