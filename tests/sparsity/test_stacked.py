@@ -7,6 +7,7 @@ import optax
 import pytest
 from common import named
 from jax.experimental import checkify
+from jax.tree_util import Partial
 
 from s2sam_jax import (
     NM,
@@ -103,13 +104,15 @@ def test_methods_change_each_layer_by_itself(method, structure):
     def losses(tree, x):
         return sum(jnp.sum(jnp.sin(3 * w) * w * x) for w in jax.tree.leaves(tree))
 
+    gradient = jax.grad(losses)
+
     def trained(tree, tx, first):
         update = jax.jit(checkify.checkify(tx.update))
         state = tx.init(tree) if first is None else set_masks(tx.init(tree), first)
         tree = apply_masks(tree, state)
         for x in (1.0, 2.0):
-            grad_fn = jax.grad(lambda t, x=x: losses(t, x))
-            error, (updates, state) = update(grad_fn(tree), state, tree, grad_fn=jax.tree_util.Partial(grad_fn))
+            grad_fn = Partial(gradient, x=x)
+            error, (updates, state) = update(grad_fn(tree), state, tree, grad_fn=grad_fn)
             error.throw()
             tree = optax.apply_updates(tree, updates)
         check_masks(tree, state)
