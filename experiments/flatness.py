@@ -8,6 +8,7 @@ from the rows alone.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def run(arguments: Arguments) -> None:
 
     Raises:
       ValueError: for a row of the same method, optimizer, sparsity and seed that is otherwise another one, or was
-        measured otherwise: the figures could not tell them apart.
+        measured otherwise: the figures could not tell them apart; and for runs that cannot stand on one page.
     """
     have = {_cell_of(row): row for row in jsonl.read(arguments.rows, (*CELL, "examples", "config"))}
     if arguments.runs:
@@ -103,9 +104,15 @@ def _wanted(config: Config, arguments: Arguments) -> Row:
     return {"config": config, "examples": examples // config.batch_size * config.batch_size} | measured
 
 
+def _check_alike(have: Iterable[Row], configs: Iterable[Config], arguments: Arguments) -> None:
+    """Before anything is measured: what is asked for can stand on the page of the rows that are there."""
+    page.check([*have, *(_wanted(config, arguments) | {"config": config.to_json()} for config in configs)])
+
+
 def _run_on_folders(arguments: Arguments, have: dict[Cell, Row]) -> None:
-    for folder in track(arguments.runs, description="runs"):
-        config = runs.read_config(folder)
+    configs = {folder: runs.read_config(folder) for folder in arguments.runs}
+    _check_alike(have.values(), configs.values(), arguments)
+    for folder, config in track(configs.items(), description="runs"):
         cell = config.method, config.optimizer, config.sparsity, config.seed
         if missing.of(arguments.rows, have, {cell: _wanted(config, arguments)}):
             config, found = solution.of_run(folder, arguments.data, arguments.examples)
@@ -123,6 +130,7 @@ def _run_on_digits(arguments: Arguments, have: dict[Cell, Row]) -> None:
     ]
     loaded = tasks.load(Config())
     wanted = {cell: _wanted(config_of(*cell), arguments) for cell in cells}
+    _check_alike(have.values(), (config_of(*cell) for cell in cells), arguments)
     for cell in track(missing.of(arguments.rows, have, wanted), description="runs"):
         config = config_of(*cell)
         _store(cell, config, measured(config, loaded, arguments), arguments.rows)

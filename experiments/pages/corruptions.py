@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.config import LABELS, choices, differing
+from experiments.config import LABELS
 from experiments.datasets.corruptions import CORRUPTIONS
 from experiments.pages import markdown
-from experiments.rows import files, jsonl, spread
+from experiments.rows import alike, files, jsonl, spread
 from experiments.rows.jsonl import Row
 
 KINDS = {"noise": CORRUPTIONS[:3], "blur": CORRUPTIONS[3:7], "weather": CORRUPTIONS[7:11], "digital": CORRUPTIONS[11:]}
@@ -20,13 +20,8 @@ def check(rows: Sequence[Row]) -> None:
     Raises:
       ValueError: naming what else differs.
     """
-    measured = [{"examples": row["examples"], "corruptions": list(row["by_corruption"])} for row in rows]
-    chosen = [choices(row["config"]) | how for row, how in zip(rows, measured, strict=True)]
-    if different := [field for field in differing(chosen) if field != "optimizer"]:
-        raise ValueError(
-            f"Runs of one table must differ in optimizer and seed alone; these also differ in {', '.join(different)}. "
-            "Leave some out, or give other --rows."
-        )
+    measured = [row | {"corruptions": list(row["by_corruption"])} for row in rows]
+    alike.check(measured, ("examples", "corruptions"), ("optimizer",))
 
 
 def table(rows: list[Row]) -> str:

@@ -2,13 +2,23 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.config import LABELS
 from experiments.figures import against_sparsity
 from experiments.pages import markdown
-from experiments.rows import files, jsonl, spread
+from experiments.rows import alike, files, jsonl, spread
 from experiments.rows.jsonl import Row
+
+
+def check(rows: Sequence[Row]) -> None:
+    """What stands on one page differs in method, sparsity, optimizer and seed alone, and was measured alike.
+
+    Raises:
+      ValueError: naming what else differs.
+    """
+    alike.check(rows, ("examples", "span", "n", "steps"), ("method", "sparsity", "optimizer"))
 
 
 def table(rows: list[Row]) -> str:
@@ -110,14 +120,17 @@ def _by_cell(rows: list[Row]) -> dict[tuple[str, float, str], list[Row]]:
 def write(file: Path) -> None:
     """Page and figures, from the rows alone."""
     rows = jsonl.read(file)
+    check(rows)
     first, config = rows[0], rows[0]["config"]
+    options = f"--rows {file.name} --examples {first['examples']} --n {first['n']} --steps {first['steps']}"
+    command = "flatness" if config["dataset"] == "digits" else f"flatness --runs RUN RUN ... {options}"
     head = (
         f"{config['model']} of width {config['width']}, {config['epochs']} epochs; rho {config['rho']:g}, SSAM "
         f"perturbs half. Loss of {first['examples']} training images without augmentation, BatchNorm in evaluation "
         f"mode. Ra: {first['n']} x {first['n']} points, from -{first['span']:g} to {first['span']:g} filter norms "
         "along two random directions, those of one seed for all. Eigenvalues of the Hessian of the live weights: "
         f"{first['steps']} Lanczos steps.\n\n"
-        f"{markdown.source(rows, 'flatness', file.name)}, which holds config, versions and commit of each run."
+        f"{markdown.source(rows, command, file.name)}, which holds config, versions and commit of each run."
     )
     figures = [file.with_name(f"{file.stem}_{quantity.field}.png") for quantity in against_sparsity.FLATNESS]
     for figure, quantity in zip(figures, against_sparsity.FLATNESS, strict=True):

@@ -55,7 +55,7 @@ def _head(rows: list[Row], file: Path) -> str:
         f"Ours: {_size([row['config'] for row in rows])}.{small} After the last epoch, BatchNorm recalibrated; mean ± "
         f"standard deviation over seeds. Gains are over {_baselines(rows)}; ours are paired by seed.{best}\n\n"
         f"Device: {device}; XLA flags: `{flags}`; {_versions(rows)}. "
-        f"{_effort(rows)}\n\nMade by `python -m experiments.table {table} --scale {scale}{_tuned(rows)}` from "
+        f"{_effort(rows)}\n\nMade by `python -m experiments.table {table} --scale {scale}{_data(rows)}{_tuned(rows)}` from "
         f"`{file.name}`, which holds config, versions and commit of each run."
     )
 
@@ -85,6 +85,11 @@ def _pooled(lines: list[comparison.Line]) -> str:
     return "\n\n" + " ".join(sentences)
 
 
+def _data(rows: list[Row]) -> str:
+    """Digits come with scikit-learn."""
+    return "" if {row["config"]["dataset"] for row in rows} == {"digits"} else " --data PATH"
+
+
 def _tuned(rows: list[Row]) -> str:
     """Whether a radius is another than its recipe's."""
     known = [(recipes.RECIPES.get(row["recipe"]["name"]), row["config"]["rho"]) for row in rows]
@@ -102,6 +107,7 @@ def _effort(rows: list[Row]) -> str:
     """Commits and time, as far as the rows have them."""
     if not all({"commit", "seconds"} <= row.keys() for row in rows):
         return ""
-    commits = dict.fromkeys(str(row["commit"])[:7] for row in rows)
+    commits = dict.fromkeys(f"{str(row['commit'])[:7]}{'+' * str(row['commit']).endswith('+')}" for row in rows)
     hours = sum(row["seconds"] for row in rows) / 3600
-    return f"{len(rows)} runs, {hours:.1f} hours in all; commits {', '.join(commits)}."
+    changed = " (+: with changes that were not committed)" if any(commit.endswith("+") for commit in commits) else ""
+    return f"{len(rows)} runs, {hours:.1f} hours in all; commits {', '.join(commits)}{changed}."

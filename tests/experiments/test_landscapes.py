@@ -128,6 +128,17 @@ def test_flatness_of_a_finished_run(folder, tmp_path):
     assert str(tmp_path) not in json.dumps(row)
 
 
+def test_a_run_that_cannot_stand_beside_the_rows_is_refused_before_it_is_measured(folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    few = {"examples": 32, "n": 3, "steps": 6}
+    config = runs.read_config(folder).to_json() | {"seed": 3, "width": 5}
+    row = {"method": "static", "optimizer": "s2sam", "sparsity_asked": 0.5, "seed": 3, "span": 1.0, "config": config}
+    file.write_text(before := json.dumps(row | few) + "\n")
+    with pytest.raises(ValueError, match="differ in method, sparsity, optimizer and seed alone; these also .* width"):
+        flatness.run(flatness.Arguments(runs=(folder,), rows=file, **few))
+    assert file.read_text() == before
+
+
 def test_page_of_flatness_comes_from_its_rows(tmp_path):
     common = {"examples": 512, "n": 15, "span": 1.0, "steps": 30, "device": "cpu", "eigenvalue_ratio": None}
     common["config"] = {"dataset": "digits", "model": "resnet8", "width": 8, "epochs": 20, "rho": 0.05}
