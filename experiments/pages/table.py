@@ -51,12 +51,12 @@ def _head(rows: list[Row], file: Path) -> str:
     best = f" {BEST}" if any(row.get("best") is not None for row in rows) else ""
     small = "" if scale == "full" else " Smaller than the paper's, so its figures cannot be compared with these."
     device, flags = markdown.values(rows, "device"), markdown.values(rows, "xla_flags")
+    command = f"experiments.table {table} --scale {scale}{_data(rows)}{_tuned(rows)}"
     return (
         f"Ours: {_size([row['config'] for row in rows])}.{small} After the last epoch, BatchNorm recalibrated; mean ± "
         f"standard deviation over seeds. Gains are over {_baselines(rows)}; ours are paired by seed.{best}\n\n"
-        f"Device: {device}; XLA flags: `{flags}`; {_versions(rows)}. "
-        f"{_effort(rows)}\n\nMade by `python -m experiments.table {table} --scale {scale}{_data(rows)}{_tuned(rows)}` from "
-        f"`{file.name}`, which holds config, versions and commit of each run."
+        f"Device: {device}; XLA flags: `{flags}`; {_versions(rows)}. {_effort(rows)}\n\n"
+        f"Made by `python -m {command}` from `{file.name}`, which holds config, versions and commit of each run."
     )
 
 

@@ -74,6 +74,19 @@ def test_prices_have_a_panel_for_each_line_of_sgd_and_the_cheapest_first(tmp_pat
     np.testing.assert_allclose([bars.lines[0].get_xydata()[0] for bars in rigl.containers], [[1.0, 0]])
 
 
+def test_prices_are_named_after_the_optimizer_that_takes_the_step(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(tables.Figure, "savefig", lambda figure, file, dpi: figures.append(figure))
+    recipe = recipes.get("label-noise-adamw.dense-s2sam-0.2")
+    assert recipe.baseline == "label-noise-adamw.dense-adamw"
+    named = [table.described(recipes.get(name)) for name in (recipe.baseline, recipe.name)]
+    lines = comparison.compare([{"recipe": r, "seed": seed, "value": 90.0} for r in named for seed in range(2)])
+    tables.draw_prices(lines, "label-noise-adamw", tmp_path / "gains.png")
+    (axes,) = figures[0].axes
+    assert (axes.get_title(), axes.get_xlabel()) == ("dense\n(AdamW: 90.0)", "points over AdamW")
+    assert [word.get_text() for word in axes.get_yticklabels()] == ["S2-SAM, rho 0.2 (1)"]
+
+
 def test_no_gains_no_figure_and_no_interval_no_bar(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(tables.Figure, "savefig", lambda figure, file, dpi: drawn.append(figure))

@@ -14,7 +14,8 @@ from table_rows import printed, synthetic
 from experiments import recipes, table
 from experiments.figures import tables
 from experiments.pages import rendering
-from experiments.rows import comparison, provenance
+from experiments.pages import table as page
+from experiments.rows import comparison, jsonl, provenance
 from experiments.training import runs
 
 
@@ -137,6 +138,22 @@ def test_command_line_writes_page_figures_and_plot(tmp_path, trained, compilatio
         figures = list(csv.DictReader(stream))
     assert [float(line["ours"]) for line in figures] == pytest.approx([51, 53])
     assert (tmp_path / "table1_cpu.png").stat().st_size > 1000
+
+
+def test_a_page_says_how_its_rows_are_made(tmp_path):
+    """From rows of CIFAR under AdamW, one of them of a tree with changes."""
+    committed = jsonl.read(jsonl.RESULTS / "label-noise-cifar10_full.jsonl")[:2]
+    rows = [
+        row | {"commit": commit, "seconds": 1800, "config": row["config"] | {"base": "adamw"}}
+        for row, commit in zip(committed, ("1234567", "1234567+"), strict=True)
+    ]
+    file = tmp_path / "label-noise-cifar10_full.jsonl"
+    jsonl.write(file, rows)
+    page.write(file)
+    text = " ".join(file.with_suffix(".md").read_text().split())
+    assert "2 runs, 1.0 hours in all; commits 1234567, 1234567+ (+: with changes that were not committed)." in text
+    assert "`python -m experiments.table label-noise-cifar10 --scale full --data PATH`" in text
+    assert "Gains are over the row of AdamW;" in text
 
 
 def test_means_deviations_and_paired_differences():
