@@ -8,7 +8,7 @@ from the rows alone.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +104,21 @@ def _wanted(config: Config, arguments: Arguments) -> Row:
     return {"config": config, "examples": examples // config.batch_size * config.batch_size} | measured
 
 
-def _check_alike(have: Iterable[Row], configs: Iterable[Config], arguments: Arguments) -> None:
-    """Before anything is measured: what is asked for can stand on the page of the rows that are there."""
-    page.check([*have, *(_wanted(config, arguments) | {"config": config.to_json()} for config in configs)])
+def _check(wanted: Iterable[tuple[Cell, Row]], have: Mapping[Cell, Row], file: Path) -> None:
+    """Before anything is measured: no row is of another run or measured otherwise, and all can stand on one page."""
+    rows = list(have.values())
+    for cell, fields in wanted:
+        missing.of(file, have, {cell: fields})
+        rows.append(fields | {"config": fields["config"].to_json()})
+    page.check(rows)
 
 
 def _run_on_folders(arguments: Arguments, have: dict[Cell, Row]) -> None:
-    configs = {folder: runs.read_config(folder) for folder in arguments.runs}
-    _check_alike(have.values(), configs.values(), arguments)
-    for folder, config in track(configs.items(), description="runs"):
-        cell = config.method, config.optimizer, config.sparsity, config.seed
-        if missing.of(arguments.rows, have, {cell: _wanted(config, arguments)}):
+    configs = [runs.read_config(folder) for folder in arguments.runs]
+    wanted = [((c.method, c.optimizer, c.sparsity, c.seed), _wanted(c, arguments)) for c in configs]
+    _check(wanted, have, arguments.rows)
+    for folder, (cell, _) in track(list(zip(arguments.runs, wanted, strict=True)), description="runs"):
+        if cell not in have:
             config, found = solution.of_run(folder, arguments.data, arguments.examples)
             figures = runs.rows(folder)[-1] | looked_at(found, config, arguments)
             have[cell] = _store(cell, config, figures, arguments.rows)
@@ -130,8 +134,8 @@ def _run_on_digits(arguments: Arguments, have: dict[Cell, Row]) -> None:
     ]
     loaded = tasks.load(Config())
     wanted = {cell: _wanted(config_of(*cell), arguments) for cell in cells}
-    _check_alike(have.values(), (config_of(*cell) for cell in cells), arguments)
-    for cell in track(missing.of(arguments.rows, have, wanted), description="runs"):
+    _check(wanted.items(), have, arguments.rows)
+    for cell in track([cell for cell in cells if cell not in have], description="runs"):
         config = config_of(*cell)
         _store(cell, config, measured(config, loaded, arguments), arguments.rows)
 
