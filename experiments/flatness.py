@@ -115,7 +115,9 @@ def _check(wanted: Iterable[tuple[Cell, Row]], have: Mapping[Cell, Row], file: P
 
 def _run_on_folders(arguments: Arguments, have: dict[Cell, Row]) -> None:
     configs = [runs.read_config(folder) for folder in arguments.runs]
-    wanted = [((c.method, c.optimizer, c.sparsity, c.seed), _wanted(c, arguments)) for c in configs]
+    wanted: list[tuple[Cell, Row]] = [
+        ((c.method, c.optimizer, c.sparsity, c.seed), _wanted(c, arguments)) for c in configs
+    ]
     _check(wanted, have, arguments.rows)
     for folder, (cell, _) in track(list(zip(arguments.runs, wanted, strict=True)), description="runs"):
         if cell not in have:
