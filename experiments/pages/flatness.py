@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.config import LABELS
+from experiments.config.variants import ROUNDS
 from experiments.figures import against_sparsity
 from experiments.pages import markdown
 from experiments.rows import alike, files, jsonl, spread
@@ -18,7 +19,10 @@ def check(rows: Sequence[Row]) -> None:
     Raises:
       ValueError: naming what else differs.
     """
-    alike.check(rows, ("examples", "span", "n", "steps"), ("method", "sparsity", "optimizer"))
+    free = ("method", "sparsity", "optimizer")
+    if any(row["config"].get("method") in ROUNDS for row in rows):
+        free += ("epochs",)  # a lottery trains several times
+    alike.check(rows, ("examples", "span", "n", "steps", "sharpness_rho"), free)
 
 
 def table(rows: list[Row]) -> str:

@@ -128,15 +128,37 @@ def test_flatness_of_a_finished_run(folder, tmp_path):
     assert str(tmp_path) not in json.dumps(row)
 
 
-def test_a_run_that_cannot_stand_beside_the_rows_is_refused_before_it_is_measured(folder, tmp_path):
-    file = tmp_path / "rows.jsonl"
-    few = {"examples": 32, "n": 3, "steps": 6}
-    config = runs.read_config(folder).to_json() | {"seed": 3, "width": 5}
-    row = {"method": "static", "optimizer": "s2sam", "sparsity_asked": 0.5, "seed": 3, "span": 1.0, "config": config}
-    file.write_text(before := json.dumps(row | few) + "\n")
-    with pytest.raises(ValueError, match="in method, sparsity, optimizer and seed alone; these also differ in width"):
-        flatness.run(flatness.Arguments(runs=(folder,), rows=file, **few))
+@pytest.mark.parametrize("of_digits", [False, True])
+@pytest.mark.parametrize("change", ["width", "examples", "n", "span", "steps", "sharpness_rho"])
+def test_what_cannot_stand_beside_the_rows_is_refused_before_it_is_measured(change, of_digits, folder, tmp_path):
+    file, few = tmp_path / "rows.jsonl", {"examples": 64, "n": 3, "steps": 6}
+    cell = {"methods": ("static",), "optimizers": ("s2sam",), "sparsities": (0.8,), "seeds": (0,)}
+    config = flatness.config_of("static", "s2sam", 0.8, 0) if of_digits else runs.read_config(folder)
+    row = {
+        "method": "static",
+        "optimizer": "s2sam",
+        "sparsity_asked": 0.8,
+        "seed": 3,
+        "span": 1.0,
+        "sharpness_rho": 0.05,
+    }
+    row |= few | {"config": config.to_json() | {"seed": 3}}
+    (row["config"] if change == "width" else row)[change] = 5
+    file.write_text(before := json.dumps(row) + "\n")
+    asked = flatness.Arguments(**cell, runs=() if of_digits else (folder,), rows=file, **few)
+    with pytest.raises(
+        ValueError, match=f"in method, sparsity, optimizer and seed alone; these also differ in {change}"
+    ):
+        flatness.run(asked)
     assert file.read_text() == before
+
+
+def test_lotteries_of_several_lengths_stand_on_one_page():
+    def row(method, sparsity):
+        config = flatness.config_of(method, "sgd", sparsity, 0)
+        return {"config": config.to_json(), "examples": 512}
+
+    flatness_page.check([row("lottery", 0.8), row("lottery", 0.9), row("static", 0.9)])
 
 
 def test_page_of_flatness_comes_from_its_rows(tmp_path):

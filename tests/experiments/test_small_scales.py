@@ -137,6 +137,19 @@ def test_label_noise_of_cifar10_differs_in_optimizer_and_radius_alone():
         assert (base.dataset, base.subset, base.label_noise) == ("cifar10", 1000, 0.4)
 
 
+def test_label_noise_under_adamw_is_that_under_sgd_but_for_the_step():
+    found = recipes.of_table("label-noise-adamw")
+    assert [(r.config.method, r.config.optimizer, r.config.rho) for r in found] == [
+        (method, *radius)
+        for method in ("dense", "rigl")
+        for radius in (("sgd", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("sam", 0.2))
+    ]
+    for recipe in found:
+        key = recipe.name.split(".", 1)[1].replace("adamw", "sgd")
+        step = {"base": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05}
+        assert recipe.config == dataclasses.replace(recipes.get(f"label-noise.{key}").config, **step)
+
+
 @pytest.mark.parametrize("scale", ["smoke", "digits", "cpu"])
 def test_every_cifar_recipe_has_a_clock_at_small_scales(scale):
     for recipe in ALL:
