@@ -99,8 +99,8 @@ def _tuned(rows: list[Row]) -> str:
 def _baselines(rows: list[Row]) -> str:
     optimizers = {row["recipe"]["name"]: row["recipe"]["optimizer"] for row in rows}
     found = {optimizers.get(row["recipe"]["baseline"], "sgd") for row in rows}
-    plain = markdown.values([{"label": LABELS[row["config"].get("base", "sgd")]} for row in rows], "label")
-    return f"the row of {plain}" if found == {"sgd"} else f"the row of {plain}, of SSAM over that of SAM"
+    plain = ", ".join(sorted({LABELS[row["config"].get("base", "sgd")] for row in rows}))
+    return f"the row of {plain}" + ("" if found == {"sgd"} else ", of SSAM over that of SAM")
 
 
 def _effort(rows: list[Row]) -> str:

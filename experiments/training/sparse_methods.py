@@ -81,9 +81,11 @@ def trainings(config: Config) -> int:
     """How often a run trains: a lottery once before its first pruning, and once after each."""
     if config.method not in ROUNDS:
         return 1
+    if config.rounds:
+        return config.rounds + 1
     kept = 1 - (config.prune_fraction or PRUNE_FRACTION)
     fewest = math.ceil(round(math.log(1 - config.sparsity) / math.log(kept), 6))  # prunings that reach the sparsity
-    return (config.rounds or fewest) + 1
+    return fewest + 1
 
 
 def for_each_training(config: Config) -> Config:
