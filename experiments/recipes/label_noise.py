@@ -22,7 +22,9 @@ RELATIVES: tuple[tuple[OptimizerName, float], ...] = (
 CIFAR_RADII: tuple[tuple[OptimizerName, float], ...] = (
     ("sgd", 0.05), ("s2sam", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("s2sam", 1.0), ("sam", 0.05), ("sam", 0.2),
 )  # fmt: skip
-ADAMW_RADII: tuple[tuple[OptimizerName, float], ...] = (("sgd", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("sam", 0.2))
+ADAMW_RADII: tuple[tuple[OptimizerName, float], ...] = (
+    ("sgd", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("sam", 0.2), ("sam", 0.5),
+)  # fmt: skip
 UNKNOWN = "All: 100 epochs, rho untuned, weight decay 5e-4 for all, RigL updates its masks once an epoch."
 UNKNOWN_OF_ADAMW = (
     "All: 100 epochs, learning rate 1e-3, rho untuned, weight decay 0.05 for all, RigL updates its masks once an epoch."
@@ -42,5 +44,8 @@ def recipes() -> Iterator[Recipe]:
         yield from by_radius("label-noise", f"right-{key}", f"right labels, {label}", right, RADII, UNKNOWN)
         adamw = dataclasses.replace(base, base="adamw", learning_rate=1e-3, weight_decay=0.05)
         yield from by_radius("label-noise-adamw", key, label, adamw, ADAMW_RADII, UNKNOWN_OF_ADAMW)
+        right = dataclasses.replace(adamw, label_noise=0.0)
+        stem, name = f"right-{key}", f"right labels, {label}"
+        yield from by_radius("label-noise-adamw", stem, name, right, ADAMW_RADII, UNKNOWN_OF_ADAMW)
         cifar = dataclasses.replace(base, dataset="cifar10", subset=1000, eval_every=10)
         yield from by_radius("label-noise-cifar10", key, label, cifar, CIFAR_RADII, UNKNOWN)

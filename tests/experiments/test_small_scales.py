@@ -139,10 +139,11 @@ def test_label_noise_of_cifar10_differs_in_optimizer_and_radius_alone():
 
 def test_label_noise_under_adamw_is_that_under_sgd_but_for_the_step():
     found = recipes.of_table("label-noise-adamw")
-    assert [(r.config.method, r.config.optimizer, r.config.rho) for r in found] == [
-        (method, *radius)
+    assert [(r.config.method, r.config.label_noise, r.config.optimizer, r.config.rho) for r in found] == [
+        (method, wrong, *radius)
         for method in ("dense", "rigl")
-        for radius in (("sgd", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("sam", 0.2))
+        for wrong in (0.4, 0.0)
+        for radius in (("sgd", 0.05), ("s2sam", 0.2), ("s2sam", 0.5), ("sam", 0.2), ("sam", 0.5))
     ]
     for recipe in found:
         key = recipe.name.split(".", 1)[1].replace("adamw", "sgd")
