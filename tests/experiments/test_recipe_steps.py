@@ -21,25 +21,11 @@ from s2sam_jax._base.tree import find_states
 CONFIGS = {name: recipe.config for name, recipe in recipes.RECIPES.items()}
 
 
-def full_size() -> list[str]:
-    """Few recipes among which each model with its data, each method and each optimizer is at least once."""
-    parts = {name: _parts(config) for name, config in CONFIGS.items() if config.subset is None}
-    left, found = set().union(*parts.values()), []
-    while left:
-        found.append(max(parts, key=lambda name: len(parts[name] & left)))
-        left -= parts[found[-1]]
-    return found
-
-
-def _parts(config):
-    return {(config.model, config.dataset), config.method, (config.optimizer, config.base)}
-
-
-def digits() -> dict[tuple[str, ...], Config]:
-    """Each method with each optimizer that it meets in recipes of images, on the smallest network."""
-    images = [config for config in CONFIGS.values() if not models.MODELS[config.model].text]
-    small = {(config.method, config.optimizer): config for config in images}
-    return {key: dataclasses.replace(c, model="resnet8", width=None, dataset="digits") for key, c in small.items()}
+def full_size() -> dict[str, Config]:
+    """The first recipe of each combination of what a step is made of."""
+    parts = ("model", "dataset", "method", "optimizer", "base")
+    found = {tuple(getattr(config, part) for part in parts): name for name, config in reversed(CONFIGS.items())}
+    return {name: CONFIGS[name] for name in reversed(found.values())}
 
 
 @functools.cache
@@ -65,17 +51,8 @@ def network_of(config):
     return network._replace(params=params, model_state=model_state)
 
 
-@pytest.mark.parametrize("name", full_size())
-def test_full_size_step(name, monkeypatch):
-    check_traced_step(CONFIGS[name], monkeypatch, least_size=1e4 if CONFIGS[name].dataset == "digits" else 1e6)
-
-
-@pytest.mark.parametrize("config", digits().values(), ids=map("-".join, digits()))
-def test_step_of_a_method_with_an_optimizer(config, monkeypatch):
-    check_traced_step(config, monkeypatch, least_size=5e4)
-
-
-def check_traced_step(config, monkeypatch, least_size):
+@pytest.mark.parametrize("config", full_size().values(), ids=full_size())
+def test_full_size_step(config, monkeypatch):
     monkeypatch.setattr(tasks, "build", network_of)
 
     def step():
@@ -88,7 +65,8 @@ def check_traced_step(config, monkeypatch, least_size):
     assert metrics["loss"].shape == ()
     assert metrics["loss"].dtype == jnp.float32
     assert bool(find_states(after.opt_state, SparseState)) == (config.method != "dense")
-    assert sum(np.prod(p.shape) for p in jax.tree.leaves(after.params)) > least_size
+    size = sum(np.prod(p.shape) for p in jax.tree.leaves(after.params))
+    assert size > (1e4 if config.model == "resnet8" else 1e6)
 
 
 @pytest.fixture
