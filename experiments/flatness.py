@@ -66,14 +66,12 @@ def looked_at(found: solution.Solution, config: Config, arguments: Arguments) ->
     live, whole = surface.measure(found, pruned=False, **grid), surface.measure(found, pruned=True, **grid)
     options: Any = {"steps": arguments.steps, "samples": arguments.samples}
     curvature = spectrum.measure(found, rho=config.rho, seed=0, pruned=False, **options)
-    values = curvature["eigenvalues"]
     return {
         **live,
         **curvature,
         "examples": len(found.batches) * config.batch_size,
         "roughness_pruned_move": whole["roughness"],
-        "largest_eigenvalue": values[0],
-        "eigenvalue_ratio": values[0] / values[4] if len(values) > 4 else None,
+        "largest_eigenvalue": curvature["eigenvalues"][0],
     }
 
 

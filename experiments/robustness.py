@@ -22,6 +22,7 @@ from experiments import cli, tasks
 from experiments.config import Config
 from experiments.datasets import cifar_c, corruptions, kinds
 from experiments.datasets.corruptions import Cell
+from experiments.figures.robustness import draw_corruptions
 from experiments.pages import corruptions as page
 from experiments.rows import jsonl, provenance
 from experiments.rows.jsonl import Row
@@ -34,7 +35,7 @@ BATCH = 500
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Writes accuracies under each corruption and severity into each run's folder, and prints their summary."""
+    """Writes accuracies under each corruption and severity, and a figure, into each run's folder; prints a summary."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # Folders of finished runs on one data set.
     data: Path | None = None  # Where the clean test set lies, if no longer where it was.
@@ -82,11 +83,13 @@ def evaluate(arguments: Arguments, console: Console) -> dict[Path, Row]:
     for folder, (rows, clean) in _accuracies(configs, loaded, cells).items():
         summaries[folder] = summary = corruptions.summary(rows, clean)
         jsonl.write(folder / runs.ROBUSTNESS, [row | {"run": folder.name} for row in rows] + [{"summary": summary}])
+        config = configs[folder]
+        row, figure = {"optimizer": config.optimizer} | summary, (folder / runs.ROBUSTNESS).with_suffix(".png")
+        draw_corruptions([row], folder.name, figure)
         if arguments.rows is not None:
-            config, count = configs[folder], {"examples": len(loaded.test_labels)}
-            jsonl.append(arguments.rows, {"optimizer": config.optimizer} | summary | count | provenance.of_run(config))
+            jsonl.append(arguments.rows, row | {"examples": len(loaded.test_labels)} | provenance.of_run(config))
         console.print(summary)
-        console.print(f"Rows: {folder / runs.ROBUSTNESS}", soft_wrap=True)
+        console.print(f"Rows: {folder / runs.ROBUSTNESS}; figure: {figure.name}", soft_wrap=True)
     return summaries
 
 

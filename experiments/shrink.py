@@ -21,7 +21,7 @@ from experiments.training import checkpoint, flops, runs
 from s2sam_jax import eval_params, get_masks, materialize
 
 SMALL, CHECKPOINT, WIDTHS = "small", "checkpoint", "widths.json"
-TOLERANCE = 1e-4  # Of the largest output; sums of fewer terms round otherwise.
+TOLERANCE = 1e-5  # Of the largest output; sums of fewer terms round otherwise.
 
 
 @dataclasses.dataclass(frozen=True)

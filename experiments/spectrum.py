@@ -45,6 +45,7 @@ def measure(
         "pruned_count": pruned,
         "eigenvalues": values.tolist(),
         "eigenvalue_bounds": bounds.tolist(),
+        "eigenvalue_ratio": float(values[0] / values[-1]) if len(values) == EIGENVALUES else None,
         "nodes": spectrum.nodes.tolist(),
         "weights": spectrum.weights.tolist(),
         "trace": trace,
@@ -56,8 +57,10 @@ def measure(
 
 def said(row: Row) -> list[str]:
     largest = ", ".join(f"{value:.4g}" for value in row["eigenvalues"])
+    found = row["eigenvalue_ratio"]
+    ratio = "" if found is None else f" (λ1/λ{EIGENVALUES} {found:.3g})"
     return [
-        f"eigenvalues {largest}; trace {row['trace']:.4g} ± {row['trace_error']:.2g}",
+        f"eigenvalues {largest}{ratio}; trace {row['trace']:.4g} ± {row['trace_error']:.2g}",
         f"SAM's sharpness at rho {row['sharpness_rho']:g}: {row['sam_sharpness']:.4g}",
     ]
 

@@ -118,19 +118,25 @@ def _first_calls(workload: Workload, sparse: bool) -> list[float]:
 
 
 def seeds_at_once(workload: Workload, rounds: int) -> Iterator[Row]:
-    """Several seeds in one program against one after another."""
-    seeds = 4
-    tx = optimizer("s2sam")
-    step = make_train_step(workload.loss_fn, tx)
-    single, many = jax.jit(step), jax.jit(jax.vmap(step, in_axes=(0, None)))
-    state = workload.state(tx)
-    states = jax.tree.map(lambda x: jnp.stack([x] * seeds), state)
-    seconds = paired(
-        {
-            "many": lambda: many(states, workload.batch),
-            "single": lambda: [single(state, workload.batch) for _ in range(seeds)],
-        },
-        rounds,
-    )
+    """Several seeds in one program against one after another, as ``--vmap`` and without it."""
+    count, tx = 4, optimizer("s2sam")
+    alone, together = (make_train_step(workload.loss_fn, tx, vmap=vmap) for vmap in (False, True))
+    states = [workload.state(tx) for _ in range(count)]
+    stacked = [_stacked(states)]
+    batches = _stacked([workload.batch] * count)
+
+    def one_after_another():
+        states[:] = [alone(state, workload.batch)[0] for state in states]
+        return states
+
+    def at_once():
+        stacked[0], metrics = together(stacked[0], batches)
+        return stacked[0], metrics
+
+    seconds = paired({"single": one_after_another, "many": at_once}, rounds)
     goal = "" if jax.default_backend() == "cpu" else ">= 2.0"
-    yield ratio_row(f"{seeds} seeds, one after another / vmap", seconds["single"], seconds["many"], goal)
+    yield ratio_row(f"{count} seeds, one after another / vmap", seconds["single"], seconds["many"], goal)
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -43,7 +43,7 @@ _NOT_HASHED = ("data", "out", "eval_every", "checkpoint_every", "seed")
 _RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     ("at least 1", lambda x: x >= 1, (
         "width", "image_size", "vocabulary", "max_length", "epochs", "batch_size", "accumulate", "sharpness_parts",
-        "looksam_every", "eval_every", "checkpoint_every", "rounds", "images_per_class",
+        "looksam_every", "fisher_examples", "eval_every", "checkpoint_every", "rounds", "images_per_class",
     )),
     ("at least 0", lambda x: x >= 0, (
         "rho", "eta", "alpha", "learning_rate", "final_learning_rate", "warmup_epochs", "weight_decay", "rewind_epochs",
@@ -91,6 +91,7 @@ class Config:
     eta: float = 0.01  # Added to the size of each weight, by which asam and s2sam-adaptive scale the perturbation.
     ssam_sparsity: float = 0.5  # Fraction of coordinates that ssam does not perturb.
     ssam_update_every: float = 1.0  # Epochs between two updates of ssam's mask.
+    fisher_examples: int = 16  # Training samples of the batch that ssam-f takes its mask from.
     looksam_every: int = 5  # Steps between two second gradients of looksam.
     # looksam: weight of the direction that it reuses; gsam: of the component that narrows the gap. Default: 0.7; 0.2.
     alpha: float | None = None

@@ -35,6 +35,7 @@ READ_BY: tuple[tuple[Readers, tuple[str, ...]], ...] = (
     (Readers("optimizer", ("sam", "asam", "ssam-f", "ssam-d", "looksam", "gsam", "esam")), ("sharpness_parts",)),
     (Readers("optimizer", ("asam", "s2sam-adaptive")), ("eta",)),
     (Readers("optimizer", ("ssam-f", "ssam-d")), ("ssam_sparsity", "ssam_update_every")),
+    (Readers("optimizer", ("ssam-f",)), ("fisher_examples",)),
     (Readers("optimizer", ("looksam",)), ("looksam_every",)),
     (Readers("optimizer", ("looksam", "gsam")), ("alpha",)),
     (Readers("optimizer", ("esam",)), ("esam_beta", "sharpest_fraction")),

@@ -7,6 +7,7 @@ import numpy as np
 
 from experiments.config import LABELS
 from experiments.datasets.corruptions import CORRUPTIONS
+from experiments.figures import robustness
 from experiments.pages import markdown
 from experiments.rows import alike, files, jsonl, spread
 from experiments.rows.jsonl import Row
@@ -57,6 +58,8 @@ def write(file: Path) -> None:
     check(rows)
     first = rows[0]
     config, command = first["config"], f"robustness RUN RUN ... --examples {first['examples']} --rows {file.name}"
+    title = f"{config['dataset']}, {config['method']} at {100 * config['sparsity']:g} %"
+    robustness.draw_corruptions(rows, f"{title}; ± deviation over seeds", file.with_suffix(".png"))
     page = (
         f"# Robustness of sparse networks to corruptions, {config['dataset']}\n\n"
         f"{config['model']} of width {config['width']}, {config['method']} at {100 * config['sparsity']:g} %, "
@@ -64,6 +67,7 @@ def write(file: Path) -> None:
         f"first {first['examples']} test images, clean and under {len(first['by_corruption'])} corruptions at 5 "
         f"severities, computed here; missing: {', '.join(first['missing'])}. Means over seeds; gains over SGD "
         f"are paired by seed, with their 95 % interval.\n\n{table(rows)}\n\n"
-        f"{markdown.source(rows, command, file.name)}, which holds config, versions and commit of each row.\n"
+        f"{markdown.source(rows, command, file.name)}, which holds config, versions and commit of each row.\n\n"
+        f"![Accuracy under each corruption]({file.with_suffix('.png').name})\n"
     )
     files.write_text(file.with_suffix(".md"), page)

@@ -62,10 +62,7 @@ KNOWN_IMAGENET = (
     "and flips (paper); 90 epochs, Fisher mask every epoch from 128 images, dynamic mask every 5 epochs (released "
     "code, which has rho 0.7 and, in its README, a rate of 0.05)."
 )
-UNKNOWN = (
-    "How many seeds; best or last epoch (the released code logs the best, here the last, BatchNorm recalibrated). The "
-    "Fisher mask is of 16 images on ImageNet too, which is the train step's default."
-)
+UNKNOWN = "How many seeds; best or last epoch (the released code logs the best, here the last, BatchNorm recalibrated)."
 
 
 def recipes() -> Iterator[Recipe]:
@@ -75,7 +72,7 @@ def recipes() -> Iterator[Recipe]:
             on_100 = _on_cifar(word, model=model, dataset="cifar100", rho=0.2)
             yield _row(f"{table}-cifar100", word, zeros, cells[1], on_100)
     for word, zeros, text in lines(TABLE_3):
-        yield _row("ssam-table3", word, zeros, text, _on_imagenet())
+        yield _row("ssam-table3", word, zeros, text, _on_imagenet(word))
 
 
 def _row(table: str, word: str, zeros: str, text: str, options: dict[str, Any]) -> Recipe:
@@ -104,8 +101,8 @@ def _on_cifar(word: str, **options: Any) -> dict[str, Any]:
     return common | {"weight_decay": 5e-4 if word == "sgd" else 1e-3} | options
 
 
-def _on_imagenet() -> dict[str, Any]:
-    return {
+def _on_imagenet(word: str) -> dict[str, Any]:
+    common = {
         "dataset": "imagenet2012",
         "model": "resnet50",
         "epochs": 90,
@@ -114,3 +111,4 @@ def _on_imagenet() -> dict[str, Any]:
         "weight_decay": 1e-4,
         "rho": 0.07,
     }
+    return common | ({"fisher_examples": 128} if word == "ssam-f" else {})

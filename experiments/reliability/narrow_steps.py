@@ -1,4 +1,4 @@
-"""Two real train steps of each combination of model, method and optimizer among the recipes, on narrow networks.
+"""Two real train steps of each combination of model, method and optimizers among the recipes, on narrow networks.
 
     python -m experiments.reliability.narrow_steps
 
@@ -18,13 +18,14 @@ from experiments import cli, models, recipes
 from experiments.config import Config
 from experiments.reliability import one_step
 from experiments.rows import jsonl, provenance
+from experiments.rows.jsonl import Row
 
-Key = tuple[str, str, str]  # model, method, optimizer
+Key = tuple[str, str, str, str]  # model, method, how sharpness is minimised, and the optimizer under it
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Takes two train steps of each combination of model, method and optimizer among the recipes, at small width."""
+    """Takes two train steps of each combination of model, method and optimizers among the recipes, at small width."""
 
     recipes: tuple[str, ...] = ()  # Only the combinations of these; default: of all.
     out: Path = jsonl.RESULTS / "narrow_steps.jsonl"  # File that rows are added to.
@@ -36,8 +37,12 @@ def combinations(names: tuple[str, ...] = ()) -> dict[Key, str]:
     found: dict[Key, str] = {}
     for name in names or recipes.RECIPES:
         config = recipes.get(name).config
-        found.setdefault((config.model, config.method, config.optimizer), name)
+        found.setdefault((config.model, config.method, config.optimizer, config.base), name)
     return found
+
+
+def key_of(row: Row) -> Key:
+    return row["model"], row["method"], row["optimizer"], row["config"]["base"]
 
 
 def narrowed(config: Config) -> Config:
@@ -56,9 +61,9 @@ def narrowed(config: Config) -> Config:
 
 def run(arguments: Arguments) -> None:
     """Takes the steps of what has no row yet."""
-    done = {(row["model"], row["method"], row["optimizer"]) for row in jsonl.read(arguments.out)}
+    done = {key_of(row) for row in jsonl.read(arguments.out)}
     missing = {key: name for key, name in combinations(arguments.recipes).items() if key not in done}
-    for (model, method, optimizer), name in track(missing.items(), description="combinations"):
+    for (model, method, optimizer, _), name in track(missing.items(), description="combinations"):
         config = narrowed(recipes.get(name).config)
         row = {"model": model, "method": method, "optimizer": optimizer, "recipe": name}
         row |= one_step.two_steps(config) | provenance.of_run(config)

@@ -65,6 +65,7 @@ def train_step(config: Config, losses: Losses, tx: optax.GradientTransformation,
         sharpest_fraction=fraction,
         example_loss_fn=losses.example_loss_fn,
         fisher_loss_fn=losses.plain_loss_fn,
+        fisher_examples=config.fisher_examples,
         **options,
     )
     return step if fraction == 1 else lambda state, batch: step(state, images.numbered(batch))

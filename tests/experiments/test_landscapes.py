@@ -100,6 +100,7 @@ def test_spectrum_of_a_run(folder):
     values = np.array(row["eigenvalues"])
     assert (np.diff(values) <= 0).all()
     assert row["eigenvalue_bounds"][0] < 0.05 * values[0]
+    assert row["eigenvalue_ratio"] == values[0] / values[4]
     _, found = solution.of_run(folder, None, 64)
 
     def loss(params):

@@ -81,19 +81,18 @@ def compilation_cache():
 
 def test_combinations_are_those_of_all_recipes_once():
     found = narrow_steps.combinations()
-    assert set(found) == {(config.model, config.method, config.optimizer) for config in CONFIGS.values()}
+    assert set(found) == {(c.model, c.method, c.optimizer, c.base) for c in CONFIGS.values()}
     assert all(
-        (config.model, config.method, config.optimizer) == key
-        for key, config in ((key, recipes.get(name).config) for key, name in found.items())
+        (c.model, c.method, c.optimizer, c.base) == key for key, c in ((k, CONFIGS[n]) for k, n in found.items())
     )
     assert narrow_steps.combinations(("table1.rigl-0.9.sgd", "table1.rigl-erk-0.95.sgd")) == {
-        ("resnet32", "rigl", "sgd"): "table1.rigl-0.9.sgd"
+        ("resnet32", "rigl", "sgd", "sgd"): "table1.rigl-0.9.sgd"
     }
 
 
 def test_every_combination_has_a_row():
     rows = jsonl.read(jsonl.RESULTS / "narrow_steps.jsonl")
-    assert {(row["model"], row["method"], row["optimizer"]) for row in rows} >= set(narrow_steps.combinations())
+    assert {narrow_steps.key_of(row) for row in rows} >= set(narrow_steps.combinations())
     assert all(row["finite"] and row["moved"] for row in rows)
 
 

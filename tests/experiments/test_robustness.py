@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from prepared import encoded, image_features, write_tfds
 from rich.console import Console
 from scipy import stats
@@ -70,6 +71,7 @@ def test_computed_corruptions_of_a_cifar10_run(cifar_run, capsys):
     summary = robustness.main([str(cifar_run), "--examples", str(ROWS), "--corruptions", *NAMES])[cifar_run]
     rows, kept = stored(cifar_run)
     assert kept == summary
+    assert imread(cifar_run / "robustness.png").std() > 0.05
     images, labels = (x[:ROWS] for x in pictures(80))
     cells = [(name, severity) for name in NAMES for severity in range(1, 6)]
     everything = np.concatenate([images, *(cifar_c.corrupt(*cell, images) for cell in cells)])
