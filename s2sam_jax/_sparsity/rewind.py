@@ -1,5 +1,6 @@
 """Iterative pruning in rounds: train, prune a fraction of what is left, go back."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -44,11 +45,8 @@ def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights:
 
     def init(x: MaskInputs) -> MaskUpdate:
         left = remaining_weights(sparse_size(x), global_count(x), fraction)
-        if left[0] and rounds is not None and rounds != len(left) - 1:  # optax.tree.map_params has no leaves
-            raise ValueError(
-                f"{name}: rounds={rounds} and the sparsity disagree: pruning {fraction:g} of the rest each round "
-                f"reaches {left[-1]} of {left[0]} weights in {len(left) - 1} rounds. Give one, or both in agreement."
-            )
+        if left[0] and rounds is not None:  # optax.tree.map_params has no leaves
+            _check_rounds(name, rounds, left, fraction)
         _check_end(name, x.when, len(left))
         params = x.params if rewind_weights else None
         start = RewindState(jnp.zeros((), jnp.int32), params, _untyped(x.inner_state, x.params))
@@ -69,6 +67,20 @@ def rewinding(fraction: float, rounds: int | None, name: str, *, rewind_weights:
         return MaskUpdate(masks, saved, values, inner_state, skip=first | ends_round)
 
     return SparseMethod(init, update, "monotone", ranks="global")
+
+
+def _check_rounds(name: str, rounds: int, left: list[int], fraction: float) -> None:
+    """``rounds`` cannot stand in for the sparsity, which everything else is planned by; it is only checked."""
+    if rounds == len(left) - 1:
+        return
+    all_rounds = remaining_weights(left[0], 1, fraction)
+    reached = all_rounds[min(max(rounds, 0), len(all_rounds) - 1)]
+    sparsity = math.floor(1e6 * (1 - reached / left[0])) / 1e6  # rounded up, it would take a round more
+    raise ValueError(
+        f"{name}: rounds={rounds} and the sparsity disagree: pruning {fraction:g} of the rest each round reaches "
+        f"{left[-1]} of {left[0]} weights in {len(left) - 1} rounds. Leave rounds out, or give the sparsity that "
+        f"{rounds} rounds reach, {sparsity:g}."
+    )
 
 
 def _check_end(name: str, when: Every | None, firings: int) -> None:

@@ -1,5 +1,7 @@
 """Lottery tickets and learning-rate rewinding against explicit loops."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,10 +74,15 @@ def test_rounds_against_an_explicit_loop(name, k):
 
 
 @pytest.mark.parametrize("name", ["lottery", "lrr"])
-def test_rounds_and_sparsity_must_agree(name):
-    tx = sparsify(optax.sgd(0.1), getattr(methods, name)(0.2, rounds=4), sparsity=0.9, when=Every(0, 10))
-    with pytest.raises(ValueError, match=r"rounds=4 and the sparsity disagree.* in 11 rounds"):
-        tx.init({"kernel": jnp.ones((25, 40))})
+@pytest.mark.parametrize("shape", [(25, 40), (1000, 4964)])
+def test_rounds_and_sparsity_must_agree(name, shape):
+    method, params = getattr(methods, name)(0.2, rounds=4), {"kernel": jnp.ones(shape)}
+    tx = sparsify(optax.sgd(0.1), method, sparsity=0.9, when=Every(0, 10))
+    with pytest.raises(ValueError, match=r"rounds=4 and the sparsity disagree.* in 11 rounds") as error:
+        tx.init(params)
+    advised = re.search(r"give the sparsity that 4 rounds reach, ([\d.]+)\.$", str(error.value))
+    assert float(advised[1]) == pytest.approx(1 - 0.8**4, abs=3e-3)
+    sparsify(optax.sgd(0.1), method, sparsity=float(advised[1]), when=Every(0, 10)).init(params)
 
 
 def test_lottery_survives_donation():
