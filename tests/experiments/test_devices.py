@@ -80,12 +80,13 @@ def one_device(tmp_path_factory):
     return tmp_path_factory.mktemp("one")
 
 
+@pytest.mark.parametrize("mesh", ["data=8", "data=4,fsdp=2"])
 @pytest.mark.parametrize(
     "options", [(), ("--method", "mest-ems", "--optimizer", "sam")], ids=["rigl-s2sam", "mest-ems-sam"]
 )
-def test_many_devices_give_the_result_of_one(options, toy, one_device, tmp_path):
-    """Batches, and large leaves with all that mirrors them, cut up; the next test but one has batches alone."""
-    reference, mesh = start(one_device, *options), "data=4,fsdp=2"
+def test_many_devices_give_the_result_of_one(options, mesh, toy, one_device, tmp_path):
+    """Batches cut up, and beside it large leaves with all that mirrors them."""
+    reference = start(one_device, *options)
     folder = start(tmp_path, "--mesh", mesh, *options)
     assert folder.name == reference.name
     assert_close_runs(folder, reference)

@@ -1,6 +1,7 @@
 """Many seeds in one program: each the run that it is alone."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +34,15 @@ def assert_close_runs(folder, reference):
 
 @pytest.mark.parametrize("case", ["rigl-s2sam", "mest-ems-sam"])
 def test_seeds_side_by_side_are_the_runs_one_by_one(case, toy, tmp_path):
-    options = [*CASES[case], "--epochs", "2", "--seeds", "0", "1"]
+    options = [*CASES[case], "--epochs", "2", "--seeds", "0", "1", "2", "3"]
     together = start(tmp_path / "vmap", *options, "--vmap")
     alone = start(tmp_path / "alone", *options)
-    assert list(together) == list(alone) == ["seed 0", "seed 1"]
+    assert list(together) == list(alone) == [f"seed {seed}" for seed in range(4)]
     for name in together:
         assert_close_runs(together[name], alone[name])
         assert sorted(p.name for p in together[name].iterdir()) == sorted(p.name for p in alone[name].iterdir())
     masks = [get_masks(runs.restore(folder).opt_state)["hidden"]["kernel"] for folder in together.values()]
-    assert (masks[0] != masks[1]).any()
+    assert all((one != other).any() for one, other in itertools.combinations(masks, 2))
 
 
 def test_seeds_go_on_together_from_an_epoch_that_all_have(toy, tmp_path, monkeypatch):
