@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 NEVER = int(jnp.iinfo(jnp.int32).max)
 
@@ -77,6 +78,8 @@ def tick(
     if clock is None:
         return False, step, state.next_update
     due = state.step >= state.next_update if refresh is None else refresh
+    if isinstance(due, jax.Array) and not isinstance(due, Tracer):  # outside jit, lax.cond compiles at every call
+        due = bool(jax.device_get(due))
     if isinstance(due, bool):
         return due, step, clock.at_or_after(step) if due else state.next_update
     return due, step, jnp.where(due, clock.at_or_after(step), state.next_update)

@@ -18,6 +18,7 @@ from s2sam_jax._base.tree import check_same_leaves, copy_key, find_states, map_s
 from s2sam_jax._base.types import GradFn, MaskInputs, Masks, MaskUpdate, Params, SparseMethod
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
+from s2sam_jax._sharpness.second_gradient import check_comes_first
 from s2sam_jax._sparsity import stacks
 from s2sam_jax._sparsity.distributions import Distribution, DistributionName, Prunable, distribution_of, is_kernel
 from s2sam_jax._sparsity.method_checks import check_alike, check_invariant, check_method, check_returned
@@ -83,8 +84,9 @@ def sparsify(
 
     Raises:
       ValueError: for a sparsity out of range or unreachable, an unknown distribution, a missing ``when``, an ``inner``
-        that must go outside, leaves or a method that do not fit ``structure`` or ``stacked``, a leaf of 2**31 weights
-        or more, an update without ``params``, or gradients or parameters with other leaves than the masks.
+        that must go outside or has ``sam`` behind something else, leaves or a method that do not fit ``structure`` or
+        ``stacked``, a leaf of 2**31 weights or more, an update without ``params``, or gradients or parameters with
+        other leaves than the masks.
       TypeError: for a traced sparsity, or a ``method``, ``when``, ``structure`` or ``stacked`` of the wrong type.
 
     Example:
@@ -287,4 +289,5 @@ def _clock(method: SparseMethod, when: Every | None) -> Every | None:
 def _check_order(inner_state: Any) -> None:
     if find_states(inner_state, SparseState):
         raise ValueError("sparsify(sparsify(...)): one is enough; masks of two methods would contradict each other.")
+    check_comes_first(inner_state)
     check_none_inside(inner_state, (*HOLDING_BACK, (S2SAMWrapperState, "s2sam_wrapper")), "sparsify")

@@ -43,6 +43,7 @@ class TrainStep:
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         _check_kind(state)
+        _check_not_donated(state)
         kinds = set(map(type, jax.tree.leaves((state, batch))))  # few; asking every leaf would take Python long
         traced = any(issubclass(kind, Tracer) for kind in kinds)
         return self._pure(state, batch) if traced else self._eager(state, batch)
@@ -82,3 +83,9 @@ def _check_kind(state: Any) -> None:
             f"The step needs a TrainState; got a {type(state).__name__}. Restore checkpoints into the structure of "
             "TrainState.create(params, tx)."
         )
+
+
+def _check_not_donated(state: TrainState) -> None:
+    step = state.step
+    if isinstance(step, jax.Array) and not isinstance(step, Tracer) and step.is_deleted():
+        raise ValueError("This state was donated to an earlier step: go on from the state which that one returned.")

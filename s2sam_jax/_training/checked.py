@@ -17,6 +17,7 @@ from s2sam_jax._base.tree import at_least_f32, by_name, check_same_leaves, find_
 from s2sam_jax._base.types import GradFn, Params
 from s2sam_jax._sharpness.perturb import perturb, perturbations, perturbing
 from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
+from s2sam_jax._sharpness.second_gradient import check_comes_first
 from s2sam_jax._sparsity.mask_checks import Fault, not_finite, sparse_faults
 
 
@@ -61,7 +62,8 @@ def checked(tx: Optimizer) -> optax.GradientTransformationExtraArgs:
       A transformation with the ``init`` of ``tx``. Its ``update`` needs ``params`` and forwards all extra arguments.
 
     Raises:
-      ValueError: from the update, while it is traced: for missing parameters, and trees that do not fit.
+      ValueError: from the update, while it is traced: for missing parameters, trees that do not fit, and ``sam`` or a
+        variant behind something in its chain.
       jax.experimental.checkify.JaxRuntimeError: from ``error.throw()``, or the update outside ``jit``: for all else.
 
     Example:
@@ -102,6 +104,7 @@ def _fitting(tx: Optimizer, grads: Params, state: Any, params: Params | None) ->
     expected = jax.eval_shape(tx.init, params)
     check_same_leaves(state, expected, "opt_state", "tx.init(params)")
     check_state_of_tx(state, expected, "tx.init(params)")
+    check_comes_first(expected)
     return params
 
 

@@ -1,5 +1,6 @@
 """What the train step refuses, and why."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -8,20 +9,25 @@ import optax
 from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.optax_wrappers import Optimizer, check_state_of_tx
 from s2sam_jax._base.tree import find_states
-from s2sam_jax._sharpness.esam import ESAMState, check_sharpest_fraction
-from s2sam_jax._sharpness.looksam import LookSAMState
+from s2sam_jax._sharpness.esam import check_sharpest_fraction
 from s2sam_jax._sharpness.s2sam import S2SAMState
-from s2sam_jax._sharpness.sam import SAMState
-from s2sam_jax._sharpness.ssam import SSAMState
+from s2sam_jax._sharpness.second_gradient import NAMES, SECOND_GRADIENT, check_comes_first, taking_second_gradients
 from s2sam_jax._training.train_state import TrainState
 
-SECOND_GRADIENT = (SAMState, SSAMState, LookSAMState, ESAMState)
-NAMES = "sam, ssam, looksam, gsam or esam"
 
-
-def taking_second_gradients(opt_state: Any) -> list[Any]:
-    """The states of SAM and its variants, which take a second gradient at the ascent point."""
-    return find_states(opt_state, SECOND_GRADIENT)
+def check_loss_fn(loss_fn: Any) -> None:
+    try:
+        signature = inspect.signature(loss_fn)
+    except ValueError:  # some callables have none
+        return
+    try:
+        signature.bind(*"1234")
+    except TypeError as error:
+        raise TypeError(
+            "make_train_step calls loss_fn(params, model_state, batch, key), which returns (loss, (model_state, "
+            f"metrics)); this one takes {signature}: {error}. Without a model state: lambda params, model_state, "
+            "batch, key: (loss(params, batch), (model_state, {}))."
+        ) from error
 
 
 def check_options(
@@ -82,6 +88,7 @@ def check_state(tx: Optimizer, state: TrainState) -> None:
             f"{NAMES} inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
             "use make_train_step(..., accumulate=k) instead."
         )
+    check_comes_first(expected)
 
 
 def check_metrics(metrics: dict[str, Any], own: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from s2sam_jax._base.tree import find_states, norm, where
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.perturb import perturb, perturbing
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
+from s2sam_jax._sharpness.second_gradient import taking_second_gradients
 from s2sam_jax._sharpness.ssam import empirical_fisher
 from s2sam_jax._training.batches import Batch, first_examples
 from s2sam_jax._training.calls import Flags, TrainStep, two_programs
@@ -28,11 +29,11 @@ from s2sam_jax._training.gradient import (
     gradient_of_sharpest,
 )
 from s2sam_jax._training.option_checks import (
+    check_loss_fn,
     check_metrics,
     check_options,
     check_second_gradient,
     check_state,
-    taking_second_gradients,
 )
 from s2sam_jax._training.train_state import TrainState
 
@@ -91,7 +92,10 @@ def make_train_step(
     Returns:
       ``step(state, batch) -> (state, metrics)``. Metrics are device scalars: ``loss``, ``grad_norm``, ``update_norm``,
       ``first_bad_step``, those of ``loss_fn`` (averaged over micro-batches), and where they apply ``rho`` (of this
-      step; of several groups the first) and ``sparsity`` (the fraction of zeros over all parameters).
+      step; of several groups the first) and ``sparsity`` (the fraction of zeros over all parameters). ``loss`` and
+      those of ``loss_fn`` are of the point of the first gradient: with ``s2sam`` and ``msam`` the perturbed weights, so
+      optimizers are to be compared by an evaluation. ``grad_norm`` is of that gradient too, before masks and clipping.
+      After a freeze ``loss`` is NaN and ``update_norm`` 0.
       ``step.lower(state, batch)`` lowers it as one program that donates its state, to compile ahead of time or to
       inspect its memory and cost.
 
@@ -114,6 +118,7 @@ def make_train_step(
       >>> print(state.params, metrics["loss"], metrics["grad_norm"])
       [0.5] 1.0 2.0
     """
+    check_loss_fn(loss_fn)
     check_options(accumulate, sharpness_parts, fisher_examples, sharpest_fraction, example_loss_fn)
     optimizer = with_extra_args(tx)
     fisher = _fisher_of(fisher_loss_fn or loss_fn)
@@ -159,6 +164,9 @@ def make_train_step(
         update_norm = norm(updates)
         proposal = (optax.apply_updates(state.params, updates), model_state, opt_state)
         new_state = _take_step(state, proposal, loss, update_norm, freeze)
+        if freeze:  # what was thrown away must not look like training that goes on
+            frozen = state.first_bad_step >= 0
+            loss, update_norm = jnp.where(frozen, jnp.nan, loss), jnp.where(frozen, 0, update_norm)
         own = {"loss": loss, "grad_norm": norm(grads), "update_norm": update_norm}
         own |= {"first_bad_step": new_state.first_bad_step}
         own |= _rho(state.opt_state, opt_state) | _sparsity(new_state)

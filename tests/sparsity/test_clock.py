@@ -252,3 +252,30 @@ def test_a_clock_that_was_set_by_hand_is_heard():
     state, _ = step(state, jnp.ones(2))
     assert int(state.opt_state.next_update) == 50
     assert (before != get_masks(state.opt_state)["kernel"]).any()
+
+
+CLOCKS = {
+    "rigl": lambda: sparsify(optax.sgd(0.1), methods.rigl(), sparsity=0.5, when=WHEN),
+    "ssam": lambda: optax.chain(ssam(update_every=3, total_steps=STEPS), optax.sgd(0.1)),
+    "looksam": lambda: optax.chain(looksam(every=3), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("tx", [make() for make in CLOCKS.values()], ids=CLOCKS)
+def test_outside_jit_a_clock_decides_in_python(tx, monkeypatch):
+    """There ``lax.cond`` would compile both branches at every call; the run is the same."""
+
+    def run(update):
+        params, state, seen = PARAMS, tx.init(PARAMS), []
+        for grads in GRADS:
+            updates, state = update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            seen.append(params)
+        return seen
+
+    def update(grads, state, params):
+        return tx.update(grads, state, params, grad_fn=lambda point: point)
+
+    jitted = run(jax.jit(update))
+    monkeypatch.setattr(jax.lax, "cond", None)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), run(update), jitted)

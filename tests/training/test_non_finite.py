@@ -53,7 +53,9 @@ def test_a_non_finite_step_freezes_everything_and_is_named(kind):
     kept = jax.tree.map(jnp.array, (state.params, state.model_state, state.opt_state.masks))
     state, metrics = step(state, BATCHES[3].at[0, 0].set(jnp.nan))
     assert not np.isfinite(metrics["loss"])
-    state, _ = step(state, BATCHES[4])
+    state, metrics = step(state, BATCHES[4])
+    assert np.isnan(metrics["loss"])
+    assert metrics["update_norm"] == 0
     assert int(state.first_bad_step) == 3
     assert int(state.step) == 5
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.model_state, state.opt_state.masks), kept)

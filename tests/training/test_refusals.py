@@ -7,7 +7,7 @@ import optax
 import pytest
 from misfits import SGD, static, two_kernels, untyped
 
-from s2sam_jax import TrainState, analysis, make_train_step, s2sam, sam, ssam
+from s2sam_jax import TrainState, analysis, checked, esam, gsam, looksam, make_train_step, s2sam, sam, ssam
 
 
 def test_fisher_examples_must_be_some():
@@ -27,6 +27,54 @@ def test_train_step_refuses_sam_inside_multi_steps(sharp, sparse):
     state = TrainState.create(two_kernels(), tx)
     with pytest.raises(ValueError, match=r"inside optax\.MultiSteps .* use make_train_step\(\.\.\., accumulate=k\)"):
         make_train_step(two_kernel_loss, tx)(state, jnp.ones((4, 4)))
+
+
+SHARP = {"sam": sam, "ssam": lambda: ssam(total_steps=9), "looksam": looksam, "gsam": gsam, "esam": esam}
+BEHIND = {
+    "an optimizer": lambda sharp: optax.chain(SGD, sharp),
+    "clipping": lambda sharp: optax.chain(optax.clip(1.0), sharp, SGD),
+    "a chain": lambda sharp: optax.chain(optax.chain(optax.zero_nans(), optax.clip(1.0)), optax.chain(sharp, SGD)),
+    "inside": lambda sharp: static(optax.chain(optax.add_decayed_weights(0.1), sharp, SGD)),
+    "outside": lambda sharp: optax.chain(optax.clip(1.0), static(optax.chain(sharp, SGD))),
+}
+
+
+@pytest.mark.parametrize("build", BEHIND.values(), ids=BEHIND)
+@pytest.mark.parametrize("sharp", SHARP.values(), ids=SHARP)
+def test_what_stands_before_sam_would_be_lost_and_is_refused(sharp, build):
+    behind = pytest.raises(ValueError, match=r"stands behind something in an optax\.chain, .* Put it first")
+    with behind:
+        tx = build(sharp())
+        make_train_step(two_kernel_loss, tx)(TrainState.create(two_kernels(), tx), jnp.ones((4, 4)))
+    with behind:
+        tx = checked(build(sharp()))
+        tx.update(two_kernels(), tx.init(two_kernels()), two_kernels(), grad_fn=lambda params: params)
+
+
+def test_sparsify_refuses_what_stands_before_sam_as_soon_as_it_has_parameters():
+    with pytest.raises(ValueError, match=r"stands behind something in an optax\.chain"):
+        BEHIND["inside"](sam()).init(two_kernels())
+
+
+@pytest.mark.parametrize("sharp", SHARP.values(), ids=SHARP)
+def test_sam_that_comes_first_is_not(sharp):
+    """Also in a chain of chains, and inside wrappers."""
+    inner = optax.chain(optax.chain(sharp(), optax.clip(1.0)), optax.chain(optax.add_decayed_weights(0.1), SGD))
+    tx = optax.apply_if_finite(static(inner), 3)
+    make_train_step(two_kernel_loss, tx)(TrainState.create(two_kernels(), tx), jnp.ones((4, 4)))
+
+
+def test_a_loss_of_another_signature_is_told_which_it_needs():
+    needed = r"calls loss_fn\(params, model_state, batch, key\), .* this one takes \(params, batch\): too many"
+    with pytest.raises(TypeError, match=needed):
+        make_train_step(lambda params, batch: jnp.sum(params), SGD)
+
+
+def test_a_state_that_was_donated_is_named():
+    step, old = make_train_step(two_kernel_loss, SGD), TrainState.create(two_kernels(), SGD)
+    step(old, jnp.ones((4, 4)))
+    with pytest.raises(ValueError, match="donated to an earlier step: go on from the state which that one returned"):
+        step(old, jnp.ones((4, 4)))
 
 
 def test_train_step_refuses_another_state():
