@@ -164,7 +164,7 @@ def map_alike(fn: Callable[..., jax.Array], *columns: list[Any]) -> list[jax.Arr
 
 
 def _alike(*columns: list[Any]) -> list[list[int]]:
-    """Indices of leaves, grouped by type: compile time then grows with the number of types, not of leaves."""
+    """Indices of leaves, grouped by type, so that what is stacked is compiled once for each type."""
     groups: dict[Any, list[int]] = {}
     for index, leaves in enumerate(zip(*columns, strict=True)):
         groups.setdefault(tuple(map(jax.typeof, leaves)), []).append(index)

@@ -32,6 +32,8 @@ def recalibrate_batch_stats(
     an average at all. Others are kept, and named in a warning: the vectors of spectral norms, and statistics that
     depend on these or on each other, as when running averages are used to normalize in training mode too.
 
+    Each call compiles the forward pass anew, as a loss may close over values that have changed.
+
     Args:
       loss_fn: the training loss of :func:`make_train_step`, in training mode.
       params: the weights to be evaluated; with :func:`s2sam_wrapper`, those that :func:`eval_params` returns.
@@ -59,7 +61,6 @@ def recalibrate_batch_stats(
       4.0
     """
     key = copy_key(seed, "recalibrate_batch_stats")
-    # Compiled again at each call, as a loss may close over values that have changed.
     statistics = jax.jit(lambda *args: [x for x in jax.tree.leaves(loss_fn(*args)[1][0]) if _is_float(x)])
 
     def forward(values, batch, index):

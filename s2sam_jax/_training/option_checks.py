@@ -16,6 +16,8 @@ from s2sam_jax._training.train_state import TrainState
 
 
 def check_loss_fn(loss_fn: Any) -> None:
+    if not callable(loss_fn):
+        raise TypeError(f"make_train_step needs a function loss_fn; got {loss_fn!r}.")
     try:
         signature = inspect.signature(loss_fn)
     except ValueError:  # some callables have none

@@ -118,8 +118,8 @@ def make_train_step(
       >>> print(state.params, metrics["loss"], metrics["grad_norm"])
       [0.5] 1.0 2.0
     """
-    check_loss_fn(loss_fn)
     check_options(accumulate, sharpness_parts, fisher_examples, sharpest_fraction, example_loss_fn)
+    check_loss_fn(loss_fn)
     optimizer = with_extra_args(tx)
     fisher = _fisher_of(fisher_loss_fn or loss_fn)
 

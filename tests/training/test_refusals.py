@@ -1,5 +1,7 @@
 """What the train step refuses: each error says what was expected, what came, and what to do."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,13 @@ def test_a_loss_of_another_signature_is_told_which_it_needs():
     needed = r"calls loss_fn\(params, model_state, batch, key\), .* this one takes \(params, batch\): too many"
     with pytest.raises(TypeError, match=needed):
         make_train_step(lambda params, batch: jnp.sum(params), SGD)
+    scaled = functools.partial(lambda scale, *rest: (scale * two_kernel_loss(*rest)[0], ((), {})), 2.0)
+    make_train_step(jax.jit(scaled), SGD)
+
+
+def test_a_loss_that_is_no_function_is_told():
+    with pytest.raises(TypeError, match="needs a function loss_fn; got None"):
+        make_train_step(None, SGD)
 
 
 def test_a_state_that_was_donated_is_named():
