@@ -203,11 +203,11 @@ for key in surfaces:
 
 # %% [markdown]
 # Both measures are larger with 98 % zeros than with 90, whatever the optimizer: that much of the paper's argument shows
-# even here. Does S2-SAM smooth the surface? Ra does not say so at 90 and 95 %; at 98 % it is lower than SGD's on
-# average, and so is that of SAM and Sparse SAM. λ1 does: at each sparsity it is lowest with S2-SAM, and no seed of
-# S2-SAM has one as large as the smallest of SGD. That is not for a worse fit, since the training losses of these two are
-# about equal. And accuracy does not follow it: S2-SAM is ahead of SGD at 90 and 98 % and behind it at 95, SAM ahead at
-# 90 and behind at 98.
+# even here. Does S2-SAM smooth the surface? By Ra hardly: it is lower than SGD's on average, but at 90 and 95 % by less
+# than its seeds differ, and that of SAM and Sparse SAM is lower too. By λ1, yes: at each sparsity it is lowest with
+# S2-SAM, and no seed of S2-SAM has one as large as the smallest of SGD. That is not for a worse fit, since the training
+# losses of these two are about equal. And accuracy does not follow it: S2-SAM is ahead of SGD at 90 and 98 % and behind
+# it at 95, SAM ahead at 90 and behind at 98.
 #
 # Two measures of flatness, two answers, and this is one small net. With a ResNet-8 on the same data, in the notebook of
 # results, λ1 falls less clearly. `experiments.flatness` measures both for trained networks.

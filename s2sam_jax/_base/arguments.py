@@ -12,7 +12,9 @@ NUMBERS = (int, float, np.integer, np.floating)
 
 def check_non_negative(value: Any, name: str) -> None:
     if isinstance(value, optax.GradientTransformation):  # as optax.contrib.sam takes it
-        raise TypeError(f"{name} must be a number or a schedule; got an optimizer: use optax.chain(sam(), optimizer).")
+        raise TypeError(
+            f"{name} must be a number or a schedule; got an optimizer: chain the two, optax.chain(..., optimizer)."
+        )
     if isinstance(value, str):  # which jnp.array would read
         raise TypeError(f"{name} must be a number or a schedule; got {value!r}.")
     if isinstance(value, NUMBERS) and not value >= 0:

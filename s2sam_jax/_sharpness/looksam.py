@@ -53,7 +53,7 @@ def looksam(
     Returns:
       A transformation whose ``update`` needs ``params`` and ``grad_fn`` (or ``second_grad_fn``, as in :func:`sam`),
       which it calls on SAM steps only. ``refresh_sam`` (a Python bool) says whether this step is one; if it is omitted
-      or traced, a ``lax.cond`` decides. State: one gradient-sized tree.
+      or traced, a ``lax.cond`` decides in ``jit``. State: one gradient-sized tree.
 
     Raises:
       ValueError: for a negative ``rho``, ``alpha`` or ``eps``, an ``every`` below 1, or an update without ``params``.

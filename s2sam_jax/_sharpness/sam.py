@@ -38,7 +38,7 @@ def sam(
     .. math:: \epsilon = \rho\, g / (\|g\|_2 + \mathrm{eps}), \qquad \text{update} = \nabla L(w + \epsilon)
 
     Two gradients per step: the loop's own, and one from ``grad_fn``, an extra argument of ``update``. Put it first in
-    its chain: what stands before it acts on the first gradient alone, and is lost. Inside :func:`sparsify`, the
+    its chain: what stands before it acts on the first gradient alone. Inside :func:`sparsify`, the
     perturbation and both gradients are zero off the mask.
 
     For m-sharpness, pass ``second_grad_fn`` instead of ``grad_fn``. It receives a function that maps the gradient of

@@ -84,7 +84,7 @@ def ssam(
     Returns:
       A transformation whose ``update`` needs ``params``, ``grad_fn`` and, for ``"fisher"``, ``fisher_fn``: a function
       from parameters to the squared per-example gradients, summed (:func:`empirical_fisher`). It is called on refresh
-      steps only. ``refresh_perturbation`` (a Python bool) says if this step is one; if omitted, a ``lax.cond`` decides.
+      steps only. ``refresh_perturbation`` (a Python bool) says if it is one; if omitted, a ``lax.cond`` in ``jit``.
 
     Raises:
       ValueError: for arguments out of range, a structure that does not divide a leaf or has a different sparsity, or

@@ -73,13 +73,13 @@ def _check_rounds(name: str, rounds: int, left: list[int], fraction: float) -> N
     """``rounds`` cannot stand in for the sparsity, which everything else is planned by; it is only checked."""
     if rounds == len(left) - 1:
         return
-    all_rounds = remaining_weights(left[0], 1, fraction)
-    reached = all_rounds[min(max(rounds, 0), len(all_rounds) - 1)]
-    sparsity = math.floor(1e6 * (1 - reached / left[0])) / 1e6  # rounded up, it would take a round more
+    size, all_rounds = left[0], remaining_weights(left[0], 1, fraction)
+    sparsity = math.floor(1e6 * (1 - all_rounds[min(max(rounds, 0), len(all_rounds) - 1)] / size)) / 1e6
+    reached = remaining_weights(size, size - int(sparsity * size), fraction)
+    advice = f", or give the sparsity that {rounds} rounds reach, {sparsity:g}" if len(reached) - 1 == rounds else ""
     raise ValueError(
         f"{name}: rounds={rounds} and the sparsity disagree: pruning {fraction:g} of the rest each round reaches "
-        f"{left[-1]} of {left[0]} weights in {len(left) - 1} rounds. Leave rounds out, or give the sparsity that "
-        f"{rounds} rounds reach, {sparsity:g}."
+        f"{left[-1]} of {size} weights in {len(left) - 1} rounds. Leave rounds out{advice}."
     )
 
 

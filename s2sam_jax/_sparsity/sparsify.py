@@ -80,7 +80,7 @@ def sparsify(
     Returns:
       A transformation whose ``update`` needs ``params``. It passes all extra arguments on to ``inner``, adds ``masks``
       and ``dense_grads``, and masks what ``grad_fn`` and ``second_grad_fn`` return. ``refresh_masks`` (a Python bool)
-      says whether this call changes the masks, if the caller keeps the clock; if omitted, a ``lax.cond`` decides.
+      says whether this call changes the masks, if the caller keeps the clock; if omitted, a ``lax.cond`` in ``jit``.
 
     Raises:
       ValueError: for a sparsity out of range or unreachable, an unknown distribution, a missing ``when``, an ``inner``

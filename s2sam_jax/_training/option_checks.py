@@ -18,9 +18,11 @@ from s2sam_jax._training.train_state import TrainState
 def check_loss_fn(loss_fn: Any) -> None:
     if not callable(loss_fn):
         raise TypeError(f"make_train_step needs a function loss_fn; got {loss_fn!r}.")
+    if hasattr(loss_fn, "__wrapped__"):  # an adapter shows the signature of what it adapts
+        return
     try:
         signature = inspect.signature(loss_fn)
-    except ValueError:  # some callables have none
+    except (TypeError, ValueError):  # some callables have none
         return
     try:
         signature.bind(*"1234")

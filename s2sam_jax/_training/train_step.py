@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from s2sam_jax._base.clock import increment
@@ -104,8 +105,9 @@ def make_train_step(
         range or without ``example_loss_fn``, or more than one of the ways to cut the batch; from the step, for a batch
         that does not divide, an ``opt_state`` that is not of this ``tx``, ``sharpness_parts`` or ``sharpest_fraction``
         without an optimizer that takes a second gradient, or such an optimizer inside ``optax.MultiSteps`` (use
-        ``accumulate``).
-      TypeError: from the step, for a ``loss_fn`` that returns something else, or a state that is not a ``TrainState``.
+        ``accumulate``) or behind something else in its chain, or a state that an earlier step was given.
+      TypeError: for a ``loss_fn`` of another signature; from the step, for one that returns something else, or a state
+        that is not a ``TrainState``.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -166,7 +168,8 @@ def make_train_step(
         new_state = _take_step(state, proposal, loss, update_norm, freeze)
         if freeze:  # what was thrown away must not look like training that goes on
             frozen = state.first_bad_step >= 0
-            loss, update_norm = jnp.where(frozen, jnp.nan, loss), jnp.where(frozen, 0, update_norm)
+            nan = np.full((), np.nan, loss.dtype)  # NumPy's, which jax_debug_nans does not look at
+            loss, update_norm = jax.lax.select(frozen, nan, loss), jnp.where(frozen, 0, update_norm)
         own = {"loss": loss, "grad_norm": norm(grads), "update_norm": update_norm}
         own |= {"first_bad_step": new_state.first_bad_step}
         own |= _rho(state.opt_state, opt_state) | _sparsity(new_state)

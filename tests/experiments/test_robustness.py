@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from matplotlib.image import imread
+from matplotlib.axes import Axes
 from prepared import encoded, image_features, write_tfds
 from rich.console import Console
 from scipy import stats
@@ -57,6 +57,10 @@ def stored(folder):
     return rows, last["summary"]
 
 
+def shares(summary):
+    return summary["by_corruption"].values()
+
+
 @pytest.fixture(scope="session")
 def cifar_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar")
@@ -67,11 +71,14 @@ def cifar_run(tmp_path_factory):
     return train.main([*SMALL, *options])["sgd"]
 
 
-def test_computed_corruptions_of_a_cifar10_run(cifar_run, capsys):
+def test_computed_corruptions_of_a_cifar10_run(cifar_run, capsys, monkeypatch):
+    drawn, errorbar = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda *args, **options: drawn.append(args[2]) or errorbar(*args, **options))
     summary = robustness.main([str(cifar_run), "--examples", str(ROWS), "--corruptions", *NAMES])[cifar_run]
     rows, kept = stored(cifar_run)
     assert kept == summary
-    assert imread(cifar_run / "robustness.png").std() > 0.05
+    np.testing.assert_allclose(drawn, [[100 * summary["clean_accuracy"], *(100 * x for x in shares(summary))]])
+    assert (cifar_run / "robustness.png").stat().st_size > 10_000
     images, labels = (x[:ROWS] for x in pictures(80))
     cells = [(name, severity) for name in NAMES for severity in range(1, 6)]
     everything = np.concatenate([images, *(cifar_c.corrupt(*cell, images) for cell in cells)])

@@ -36,7 +36,7 @@ def perturb_with(*parts):
 
 
 ERRORS = {
-    "optimizer_as_rho": (lambda: sam(optax.sgd(0.1)), TypeError, r"rho must be .* optax\.chain\(sam\(\), optimizer\)"),
+    "optimizer_as_rho": (lambda: sam(optax.sgd(0.1)), TypeError, r"rho must be .* optimizer: chain the two"),
     "msam_rho": (lambda: msam(-1.0), ValueError, r"rho must be .* got -1\.0"),
     "msam_eps": (lambda: msam(eps=-1.0), ValueError, r"eps must be .* got -1\.0"),
     "looksam_rho": (lambda: looksam(-1.0), ValueError, r"rho must be .* got -1\.0"),

@@ -61,6 +61,13 @@ def test_a_non_finite_step_freezes_everything_and_is_named(kind):
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.model_state, state.opt_state.masks), kept)
 
 
+def test_a_healthy_step_has_no_nan_to_find():
+    tx = optax.sgd(0.1)
+    with jax.debug_nans(True), jax.disable_jit():
+        _, metrics = make_train_step(loss_fn, tx)(start(tx), BATCHES[0])
+    assert np.isfinite(metrics["loss"])
+
+
 @pytest.mark.parametrize("kind", ["sgd", "s2sam"])
 def test_without_the_freeze_a_bad_step_is_taken_and_told(kind):
     inner = optax.chain({"sgd": optax.identity, "s2sam": s2sam}[kind](), optax.sgd(0.1, momentum=0.9))

@@ -60,10 +60,24 @@ def test_sparsify_refuses_what_stands_before_sam_as_soon_as_it_has_parameters():
 
 @pytest.mark.parametrize("sharp", SHARP.values(), ids=SHARP)
 def test_sam_that_comes_first_is_not(sharp):
-    """Also in a chain of chains, and inside wrappers."""
+    """Also in a chain of chains, behind what only looks on, and inside wrappers, one with a tuple of its own."""
     inner = optax.chain(optax.chain(sharp(), optax.clip(1.0)), optax.chain(optax.add_decayed_weights(0.1), SGD))
-    tx = optax.apply_if_finite(static(inner), 3)
-    make_train_step(two_kernel_loss, tx)(TrainState.create(two_kernels(), tx), jnp.ones((4, 4)))
+    looked_at = optax.chain(optax.snapshot("first", optax.tree.norm), inner)
+    for tx in (
+        optax.apply_if_finite(static(inner), 3),
+        static(looked_at),
+        counting(looked_at),
+        static(counting(inner)),
+    ):
+        make_train_step(two_kernel_loss, tx)(TrainState.create(two_kernels(), tx), jnp.ones((4, 4)))
+
+
+def counting(inner):
+    def update(updates, state, params=None, **extra_args):
+        updates, inner_state = inner.update(updates, state[1], params, **extra_args)
+        return updates, (state[0] + 1, inner_state)
+
+    return optax.GradientTransformationExtraArgs(lambda params: (jnp.int32(0), inner.init(params)), update)
 
 
 def test_a_loss_of_another_signature_is_told_which_it_needs():
@@ -72,6 +86,13 @@ def test_a_loss_of_another_signature_is_told_which_it_needs():
         make_train_step(lambda params, batch: jnp.sum(params), SGD)
     scaled = functools.partial(lambda scale, *rest: (scale * two_kernel_loss(*rest)[0], ((), {})), 2.0)
     make_train_step(jax.jit(scaled), SGD)
+
+    @functools.wraps(tanh_loss)
+    def adapter(params, model_state, batch, key):
+        return jnp.sum(params), (model_state, {})
+
+    adapter.__wrapped__ = lambda params, batch: jnp.sum(params)
+    make_train_step(adapter, SGD)
 
 
 def test_a_loss_that_is_no_function_is_told():
