@@ -74,6 +74,7 @@ def _check_rounds(name: str, rounds: int, left: list[int], fraction: float) -> N
     if rounds == len(left) - 1:
         return
     size, all_rounds = left[0], remaining_weights(left[0], 1, fraction)
+    # Six digits, rounded down, as up would take a round more; where they do not suffice, no sparsity is named.
     sparsity = math.floor(1e6 * (1 - all_rounds[min(max(rounds, 0), len(all_rounds) - 1)] / size)) / 1e6
     reached = remaining_weights(size, size - int(sparsity * size), fraction)
     advice = f", or give the sparsity that {rounds} rounds reach, {sparsity:g}" if len(reached) - 1 == rounds else ""

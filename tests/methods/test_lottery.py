@@ -85,6 +85,12 @@ def test_rounds_and_sparsity_must_agree(name, shape):
     sparsify(optax.sgd(0.1), method, sparsity=float(advised[1]), when=Every(0, 10)).init(params)
 
 
+def test_no_sparsity_is_advised_where_no_such_number_of_rounds_can_be():
+    tx = sparsify(optax.sgd(0.1), methods.lottery(0.2, rounds=200), sparsity=0.9, when=Every(0, 10))
+    with pytest.raises(ValueError, match=r"in 11 rounds\. Leave rounds out\.$"):
+        tx.init({"kernel": jnp.ones((25, 40))})
+
+
 def test_lottery_survives_donation():
     """What is saved are copies: a donated state must not take the rewind point with it."""
     tx = sparsify(optax.chain(s2sam(), optax.adam(0.1)), methods.lottery(0.5), sparsity=0.8, when=Every(0, 3))
