@@ -14,6 +14,7 @@ from experiments import tasks
 from experiments.benchmarks import masks, timing
 from experiments.benchmarks.timing import Row, cost, figure, paired, ratio_row
 from experiments.config import Config
+from experiments.trees import stack
 from s2sam_jax import Every, TrainState, make_train_step, methods, s2sam, sam, sparsify, ssam
 
 SHARPNESS = {
@@ -122,21 +123,16 @@ def seeds_at_once(workload: Workload, rounds: int) -> Iterator[Row]:
     count, tx = 4, optimizer("s2sam")
     alone, together = (make_train_step(workload.loss_fn, tx, vmap=vmap) for vmap in (False, True))
     states = [workload.state(tx) for _ in range(count)]
-    stacked = [_stacked(states)]
-    batches = _stacked([workload.batch] * count)
+    all_states, batches = [stack(*states)], stack(*[workload.batch] * count)
 
     def one_after_another():
         states[:] = [alone(state, workload.batch)[0] for state in states]
         return states
 
     def at_once():
-        stacked[0], metrics = together(stacked[0], batches)
-        return stacked[0], metrics
+        all_states[0], metrics = together(all_states[0], batches)
+        return all_states[0], metrics
 
     seconds = paired({"single": one_after_another, "many": at_once}, rounds)
     goal = "" if jax.default_backend() == "cpu" else ">= 2.0"
     yield ratio_row(f"{count} seeds, one after another / vmap", seconds["single"], seconds["many"], goal)
-
-
-def _stacked(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from experiments.config import Config
@@ -14,6 +13,7 @@ from experiments.tasks.base import Reporter, Task, run_epoch
 from experiments.training import loop, optimizers
 from experiments.training.checkpoint import Checkpoints
 from experiments.training.record import Record
+from experiments.trees import stack
 from s2sam_jax import TrainState
 
 
@@ -43,7 +43,7 @@ def train(
         for config, task, tx, record in zip(configs, tasks, txs, records, strict=True)
     ]
     # Seeds are in the states: the step is the same whichever config it is made from.
-    step, stacked = loop.train_step(configs[0], tasks[0].losses, txs[0], vmap=True), _stack(*states)
+    step, stacked = loop.train_step(configs[0], tasks[0].losses, txs[0], vmap=True), stack(*states)
     for number in range(records[0].epoch, configs[0].epochs):
         started = time.perf_counter()
         stacked, metrics = run_epoch(step, stacked, _batches(tasks, number), reporters[0])
@@ -68,12 +68,7 @@ def common_epoch(configs: Sequence[Config], checkpoints: Sequence[Checkpoints]) 
 
 
 def _batches(tasks: Sequence[Task], number: int) -> Iterator[Any]:
-    return (_stack(*of_all) for of_all in zip(*(task.batches(number) for task in tasks), strict=True))
-
-
-@jax.jit
-def _stack(*trees: Any) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return (stack(*of_all) for of_all in zip(*(task.batches(number) for task in tasks), strict=True))
 
 
 @jax.jit

@@ -14,6 +14,8 @@ Optimizer = optax.GradientTransformation | optax.MultiSteps  # which is none, bu
 HOLDING_BACK = ((optax.MultiStepsState, "optax.MultiSteps"), (optax.ApplyIfFiniteState, "optax.apply_if_finite"))
 # Wrappers of transformations for some leaves only.
 PARTIAL = (optax.MaskedState, optax.transforms.PartitionState)
+# Transformations that change no gradient.
+OBSERVING = (optax.SnapshotState, optax.MonitorState)
 # Wrappers inside of which calls and updates differ.
 SKIPPING = (
     *(kind for kind, _ in HOLDING_BACK),
@@ -56,9 +58,14 @@ def comes_last(opt_state: Any, kind: type) -> bool:
     for chain in chains(opt_state):
         first = next((place for place, part in enumerate(chain) if find_states(part, kind)), len(chain))
         behind = [part for part in chain[first + 1 :] if not isinstance(part, PARTIAL)]
-        if behind and all(isinstance(part, tuple) for part in chain):  # else it is no chain, but a loop's own tuple
+        if behind and is_chain(chain):
             return False
     return True
+
+
+def is_chain(states: tuple[Any, ...]) -> bool:
+    """Whether a tuple may be the state of a chain; else it is a loop's own, or that of somebody's wrapper."""
+    return all(isinstance(part, tuple) for part in states)
 
 
 def hides_leaves(tree: Any) -> bool:

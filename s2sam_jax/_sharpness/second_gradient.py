@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import optax
-
-from s2sam_jax._base.optax_wrappers import chains
+from s2sam_jax._base.optax_wrappers import OBSERVING, chains, is_chain
 from s2sam_jax._base.tree import find_states
 from s2sam_jax._sharpness.esam import ESAMState
 from s2sam_jax._sharpness.looksam import LookSAMState
@@ -12,7 +10,6 @@ from s2sam_jax._sharpness.sam import SAMState
 from s2sam_jax._sharpness.ssam import SSAMState
 
 SECOND_GRADIENT = (SAMState, SSAMState, LookSAMState, ESAMState)
-OBSERVING = (optax.SnapshotState, optax.MonitorState)  # which change no gradient
 NAMES = "sam, ssam, looksam, gsam or esam"
 
 
@@ -25,8 +22,7 @@ def check_comes_first(opt_state: Any) -> None:
     """What stands before them acts on the first gradient, not on the second one that replaces it."""
     for chain in chains(opt_state):
         parts = [part for part in chain if not isinstance(part, OBSERVING)]
-        is_chain = all(isinstance(part, tuple) for part in parts)  # else a wrapper's own tuple
-        if is_chain and any(map(taking_second_gradients, parts[1:])):
+        if is_chain(chain) and any(map(taking_second_gradients, parts[1:])):
             raise ValueError(
                 f"{NAMES} stands behind something in an optax.chain, which acts on the first gradient alone: clipping "
                 "and decay of the second one would be lost, and behind an optimizer weights would move uphill. Put it "

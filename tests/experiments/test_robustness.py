@@ -57,10 +57,6 @@ def stored(folder):
     return rows, last["summary"]
 
 
-def shares(summary):
-    return summary["by_corruption"].values()
-
-
 @pytest.fixture(scope="session")
 def cifar_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar")
@@ -77,7 +73,8 @@ def test_computed_corruptions_of_a_cifar10_run(cifar_run, capsys, monkeypatch):
     summary = robustness.main([str(cifar_run), "--examples", str(ROWS), "--corruptions", *NAMES])[cifar_run]
     rows, kept = stored(cifar_run)
     assert kept == summary
-    np.testing.assert_allclose(drawn, [[100 * summary["clean_accuracy"], *(100 * x for x in shares(summary))]])
+    accuracies = summary["clean_accuracy"], *summary["by_corruption"].values()
+    np.testing.assert_allclose(drawn, [100 * np.array(accuracies)])
     assert (cifar_run / "robustness.png").stat().st_size > 10_000
     images, labels = (x[:ROWS] for x in pictures(80))
     cells = [(name, severity) for name in NAMES for severity in range(1, 6)]
