@@ -4,10 +4,7 @@ from s2sam_jax import analysis as analysis
 from s2sam_jax import methods as methods
 from s2sam_jax._base.clock import Every as Every
 from s2sam_jax._base.masks import SparseState as SparseState
-from s2sam_jax._base.masks import apply_masks as apply_masks
 from s2sam_jax._base.masks import get_masks as get_masks
-from s2sam_jax._base.masks import set_masks as set_masks
-from s2sam_jax._base.masks import update_masks as update_masks
 from s2sam_jax._base.select import select as select
 from s2sam_jax._base.structure import NM as NM
 from s2sam_jax._base.structure import Block as Block
@@ -47,6 +44,9 @@ from s2sam_jax._sparsity.channels import channel_masks as channel_masks
 from s2sam_jax._sparsity.distributions import erdos_renyi as erdos_renyi
 from s2sam_jax._sparsity.distributions import erdos_renyi_kernel as erdos_renyi_kernel
 from s2sam_jax._sparsity.distributions import uniform as uniform
+from s2sam_jax._sparsity.mask_changes import apply_masks as apply_masks
+from s2sam_jax._sparsity.mask_changes import set_masks as set_masks
+from s2sam_jax._sparsity.mask_changes import update_masks as update_masks
 from s2sam_jax._sparsity.mask_checks import check_masks as check_masks
 from s2sam_jax._sparsity.mask_checks import warn_if_collapsed as warn_if_collapsed
 from s2sam_jax._sparsity.materialize import Materialized as Materialized

@@ -176,21 +176,23 @@ def _stack(leaves: list[Any], indices: list[int]) -> jax.Array:
 
 
 def random_scores(key: jax.Array, like: Any) -> Any:
-    """Uniform [0, 1) float32 scores shaped (and sharded) like a tree.
+    """Uniform [0, 1) float32 scores shaped (and sharded) like a tree; the same however it is sharded.
 
     Small leaves share one draw, since the generator takes long to compile for each shape. Pieces of a draw that is
     sharded have to be moved between devices, so large leaves get draws of their own.
     """
     leaves, treedef = jax.tree.flatten(like)
-    scores: dict[int, jax.Array] = {}
-    for index, leaf in enumerate(leaves):
+    small = [index for index, leaf in enumerate(leaves) if leaf.size < LARGE]
+    pieces = dict(zip(small, _uniform(key, tuple(leaves[index].shape for index in small)), strict=True))
+
+    def score(index, leaf):
         sharding = explicit_sharding(leaf)
-        if sharding is not None or leaf.size >= LARGE:
+        if index not in pieces:
             own = jax.random.fold_in(key, index)
-            scores[index] = jax.random.uniform(own, leaf.shape, jnp.float32, out_sharding=sharding)
-    small = [index for index in range(len(leaves)) if index not in scores]
-    scores |= zip(small, _uniform(key, tuple(leaves[index].shape for index in small)), strict=True)
-    return treedef.unflatten([scores[index] for index in range(len(leaves))])
+            return jax.random.uniform(own, leaf.shape, jnp.float32, out_sharding=sharding)
+        return pieces[index] if sharding is None else jax.sharding.reshard(pieces[index], sharding)
+
+    return treedef.unflatten([score(index, leaf) for index, leaf in enumerate(leaves)])
 
 
 @partial(jax.jit, static_argnames="shapes")

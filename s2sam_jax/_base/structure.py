@@ -31,8 +31,8 @@ class NM:
     Args:
       n: live entries per group, ``0 < n < m``.
       m: entries per group, up to 256.
-      axis: the axis along which groups run; by default the input channels of kernels ``(..., inputs, outputs)``. If it
-        is sharded, each device must hold whole groups.
+      axis: the axis along which groups run; by default the input channels of kernels ``(..., inputs, outputs)``. Under
+        explicit sharding, each device must hold whole groups of it.
       pad: allow an incomplete last group, which keeps ``min(n, entries)``; by default the length of
         the axis must be a multiple of ``m``.
 

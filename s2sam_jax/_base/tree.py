@@ -7,18 +7,38 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from s2sam_jax._base.types import Masks
 
 T = TypeVar("T")
 
 SMALL = 1 << 16  # entries; stacking large leaves takes memory, and moves data between devices if their shardings differ
-NNX_VALUE = jax.tree_util.GetAttrKey("value")
+BOXED = jax.tree_util.GetAttrKey("value")  # the one field of Flax's variables and boxes
 
 
 def leaf_name(key_path: Any) -> str:
-    """``"a/b/kernel"``, without the trailing ``.value`` that Flax NNX variables add."""
-    return jax.tree_util.keystr(path_keys(key_path), simple=True, separator="/")
+    """``"a/b/kernel"``."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def leaf_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+    """The leaves' names in order, without the trailing ``.value`` that Flax's variables and boxes add.
+
+    A field ``value`` beside others, as of attention, is not theirs.
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf)]
+    fields: dict[Any, set[Any]] = {path[:-1]: set() for path in paths if path and path[-1] == BOXED}
+    if fields:
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_holds_nothing):
+            for depth, entry in enumerate(path):
+                fields.get(path[:depth], set()).add(entry)
+    return [leaf_name(path[:-1] if fields.get(path[:-1]) == {BOXED} else path) for path in paths]
+
+
+def _holds_nothing(node: Any) -> bool:
+    """What stands for leaves that are elsewhere, or hidden."""
+    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def by_name(tree: Any) -> dict[str, Any]:
@@ -27,17 +47,19 @@ def by_name(tree: Any) -> dict[str, Any]:
     Raises:
       ValueError: if two leaves have the same name, as in ``{"a/b": x, "a": {"b": y}}``.
     """
-    leaves = [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    found = dict(leaves)
-    if len(found) < len(leaves):
-        twice = sorted({name for name, _ in leaves if sum(other == name for other, _ in leaves) > 1})
+    names = leaf_names(tree)
+    found = dict(zip(names, jax.tree.leaves(tree), strict=True))
+    if len(found) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"Leaves are told apart by their names, and several are called {twice}; rename them.")
     return found
 
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """``jax.tree.map`` whose function gets the leaf's name as its first argument."""
-    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(leaf_name(path), *leaves), tree, *rest)
+    leaves, treedef = jax.tree.flatten(tree)
+    columns = [leaf_names(tree), leaves, *map(treedef.flatten_up_to, rest)]
+    return treedef.unflatten([fn(*row) for row in zip(*columns, strict=True)])
 
 
 def align(tree: Any, like: Any) -> Any:
@@ -95,18 +117,16 @@ def scalar(x: Any) -> jax.Array:
     return jax.tree.leaves(x)[0]
 
 
-def copy_key(seed: int | jax.Array, purpose: str) -> jax.Array:
+def own_key(seed: int | jax.Array, purpose: str) -> jax.Array:
     """A typed key of the state's own: a caller's key would be lost when the state is donated.
 
-    An integer is folded with ``purpose``, so that several users of seed 0 get independent keys; a key is copied.
+    It is folded with ``purpose``, so that several users of one seed, or of one key, get independent keys.
     """
     if isinstance(seed, int | np.integer):
-        seed = int(seed)  # of any size, which an array's would not be
-    elif jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key):
-        return jnp.array(seed)
-    elif jnp.ndim(seed) > 0:
-        return jax.random.wrap_key_data(jnp.array(seed))
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+        seed = jax.random.key(int(seed))  # of any size, which an array's would not be
+    elif not jnp.issubdtype(jnp.asarray(seed).dtype, jax.dtypes.prng_key):
+        seed = jax.random.wrap_key_data(jnp.array(seed)) if jnp.ndim(seed) else jax.random.key(seed)
+    return jax.random.fold_in(seed, zlib.crc32(purpose.encode()))
 
 
 def fold_keys(tree: Any, index: int | jax.Array) -> Any:
@@ -158,4 +178,4 @@ def masked(masks: Masks, tree: Any) -> Any:
 
 def path_keys(path: Any) -> tuple[Any, ...]:
     """Key entries, which tell a module named ``mu`` from Adam's field ``mu``."""
-    return tuple(path[:-1] if path and path[-1] == NNX_VALUE else path)
+    return tuple(path[:-1] if path and path[-1] == BOXED else path)

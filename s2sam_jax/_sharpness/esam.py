@@ -10,7 +10,7 @@ from s2sam_jax._base.arguments import NUMBERS, check_non_negative
 from s2sam_jax._base.clock import increment
 from s2sam_jax._base.counts import rounded_down
 from s2sam_jax._base.schedules import schedule
-from s2sam_jax._base.tree import copy_key
+from s2sam_jax._base.tree import own_key
 from s2sam_jax._base.types import Params, ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent_point
 from s2sam_jax._sharpness.sam import second_gradient
@@ -78,7 +78,7 @@ def esam(
     def init_fn(params):
         del params
         zero = jnp.zeros((), jnp.int32)
-        return ESAMState(zero, rho_at(zero), copy_key(seed, "esam"))
+        return ESAMState(zero, rho_at(zero), own_key(seed, "esam"))
 
     def update_fn(updates, state, params=None, *, grad_fn=None, second_grad_fn=None, **extra_args):
         del extra_args

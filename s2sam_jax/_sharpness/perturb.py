@@ -38,9 +38,10 @@ def perturb(params: Params, opt_state: Any) -> Params:
 
     Raises:
       ValueError: if there is no such state (training would silently be plain SGD), two states claim one leaf, a state
-        belongs to another model, ``s2sam`` comes after an optimizer in its chain or stands beside ``MultiSteps`` or
-        ``apply_if_finite``, ``s2sam`` or ``msam`` stands outside ``sparsify``, ``msam`` finds no momentum, or
-        ``params`` is a Flax NNX model with statistics or random counts, which would change in the returned copy only.
+        belongs to another model, ``s2sam`` comes after an optimizer with momentum or moments in its chain or stands
+        beside ``MultiSteps`` or ``apply_if_finite``, ``s2sam`` or ``msam`` stands outside ``sparsify``, ``msam`` finds
+        no momentum, or ``params`` is a Flax NNX model with statistics or random counts, which would change in the
+        returned copy only.
 
     Example:
       >>> import jax.numpy as jnp

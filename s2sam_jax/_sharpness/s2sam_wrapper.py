@@ -16,6 +16,7 @@ from s2sam_jax._base.types import Params, ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent_point
 from s2sam_jax._sharpness.msam import MSAMState
 from s2sam_jax._sharpness.s2sam import S2SAMState
+from s2sam_jax._sharpness.second_gradient import NAMES, SECOND_GRADIENT
 
 
 class S2SAMWrapperState(NamedTuple):
@@ -65,8 +66,8 @@ def s2sam_wrapper(
 
     Raises:
       ValueError: for a negative ``rho`` or ``eps``, a ``clean_dtype`` that is not floating-point, an ``inner`` that
-        contains :func:`s2sam`, :func:`msam`, ``optax.MultiSteps`` or ``optax.apply_if_finite``, or an update without
-        ``params``.
+        contains another sharpness-aware transformation, ``optax.MultiSteps`` or ``optax.apply_if_finite``, or an update
+        without ``params``.
 
     Reference:
       Same as :func:`s2sam`.
@@ -89,8 +90,8 @@ def s2sam_wrapper(
     def init_fn(params):
         clean = jax.tree.map(lambda p: jnp.array(p, dtype=clean_dtype, copy=True), params)
         inner_state = inner.init(clean)
-        if find_states(inner_state, (S2SAMState, MSAMState)):
-            raise ValueError("s2sam_wrapper around s2sam() or msam() would perturb twice; use one of them.")
+        if find_states(inner_state, (S2SAMState, MSAMState, *SECOND_GRADIENT)):
+            raise ValueError(f"s2sam_wrapper around s2sam, msam, {NAMES} would perturb twice; use one of them.")
         check_none_inside(inner_state, HOLDING_BACK, "s2sam_wrapper")
         step = jnp.zeros((), jnp.int32)
         return S2SAMWrapperState(step, rho_at(step), clean, inner_state)

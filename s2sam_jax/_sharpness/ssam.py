@@ -12,7 +12,7 @@ from s2sam_jax._base.clock import NEVER, Every, tick
 from s2sam_jax._base.schedules import cosine, schedule
 from s2sam_jax._base.select import random_scores
 from s2sam_jax._base.structure import NM, UNSTRUCTURED, Unstructured, same
-from s2sam_jax._base.tree import align, at_least_f32, cond, copy_key
+from s2sam_jax._base.tree import align, at_least_f32, cond, own_key
 from s2sam_jax._base.types import Compat, Masks, Params, ScalarOrSchedule
 from s2sam_jax._sharpness.ascent import ascent_point
 from s2sam_jax._sharpness.sam import second_gradient
@@ -122,7 +122,7 @@ def ssam(
 
     def init_fn(params):
         zero = jnp.zeros((), jnp.int32)
-        key = copy_key(seed, "ssam")
+        key = own_key(seed, "ssam")
         masks = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=bool), params)
         if mask == "dynamic" or not authors:
             masks = best(random_scores(jax.random.fold_in(key, NEVER), params), None)

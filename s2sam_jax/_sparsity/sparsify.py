@@ -14,11 +14,11 @@ from s2sam_jax._base.masks import SparseState, count_masks, full_counts
 from s2sam_jax._base.optax_wrappers import HOLDING_BACK, check_none_inside
 from s2sam_jax._base.state_rule import mask_mirrored, start_mirrored
 from s2sam_jax._base.structure import UNSTRUCTURED, Structure, check_structure
-from s2sam_jax._base.tree import check_same_leaves, copy_key, find_states, map_states, masked, where
+from s2sam_jax._base.tree import check_same_leaves, find_states, map_states, masked, own_key, where
 from s2sam_jax._base.types import GradFn, MaskInputs, Masks, MaskUpdate, Params, SparseMethod
+from s2sam_jax._sharpness.order import check_comes_first
 from s2sam_jax._sharpness.s2sam import S2SAMState
 from s2sam_jax._sharpness.s2sam_wrapper import S2SAMWrapperState
-from s2sam_jax._sharpness.second_gradient import check_comes_first
 from s2sam_jax._sparsity import stacks
 from s2sam_jax._sparsity.distributions import Distribution, DistributionName, Prunable, distribution_of, is_kernel
 from s2sam_jax._sparsity.method_checks import check_alike, check_invariant, check_method, check_returned
@@ -60,8 +60,8 @@ def sparsify(
       method: a mask-update method, e.g. ``methods.rigl()``.
       sparsity: fraction of zeros in ``[0, 1)``, over the prunable leaves.
       distribution: ``"uniform"``, ``"er"``, ``"erk"``, or a function with the signature of :func:`uniform`. By default
-        ``"erk"``, but ``"uniform"`` for methods that rank all leaves together (only the total matters there) and under
-        N:M (which allows no other).
+        ``"erk"``, but ``"uniform"`` for methods that rank all leaves together (there only the total matters, and which
+        leaves stay dense) and under N:M (which allows no other).
       when: when masks change, counted in calls of update; required by methods that change their masks, unless they
         have a clock of their own.
       prunable: ``(path, leaf) -> bool``; by default floating-point leaves of two or more dimensions, except those named
@@ -73,7 +73,8 @@ def sparsify(
         axes where there are several, as for the experts of each layer. Each layer is then a leaf of its own to
         ``distribution``, ``prunable``, ``overrides``, ``structure`` and ``method``. Its number stands before the last
         part of its path: ``"layers/mlp/3/kernel"``.
-      seed: integer or PRNG key, possibly traced, for random masks and growth.
+      seed: integer or PRNG key, possibly traced, for random masks and growth; that of ``TrainState.create`` does not
+        change them.
       mask_grads: ``False`` passes the dense gradient to ``inner`` and lets its state be dense, as in the released
         S2-SAM code; weights are sparse all the same.
 
@@ -133,7 +134,7 @@ class _Setup(NamedTuple):
 
 
 def _init(setup: _Setup, params: Params) -> SparseState:
-    key, step = copy_key(setup.seed, "sparsify"), jnp.zeros((), jnp.int32)
+    key, step = own_key(setup.seed, "sparsify"), jnp.zeros((), jnp.int32)
     dense = jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
     inner_state = setup.inner.init(params)
     _check_order(inner_state)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from s2sam_jax._base.select import ones
-from s2sam_jax._base.tree import by_name, leaf_name, map_named
+from s2sam_jax._base.tree import by_name, leaf_names, map_named
 from s2sam_jax._base.types import GradFn, MaskInputs, MaskUpdate, Params
 
 Stacked = Mapping[str, int | tuple[int, ...]]  # the axis of the layers, or several axes, by path pattern
@@ -59,8 +59,12 @@ def layers_of(tree: Any, stacked: Axes) -> Any:
 
 def _hidden(tree: Any) -> dict[str, optax.MaskedNode]:
     """What stands where a wrapper hides a leaf, by which methods know of it."""
-    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
-    return {leaf_name(path): node for path, node in nodes if isinstance(node, optax.MaskedNode)}
+
+    def is_node(node):
+        return isinstance(node, optax.MaskedNode)
+
+    nodes = zip(leaf_names(tree, is_node), jax.tree.leaves(tree, is_leaf=is_node), strict=True)
+    return {name: node for name, node in nodes if is_node(node)}
 
 
 def inputs_in_layers(x: MaskInputs, stacked: Axes) -> MaskInputs:

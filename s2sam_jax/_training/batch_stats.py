@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from s2sam_jax._base.tree import at_least_f32, by_name, copy_key, fold_keys
+from s2sam_jax._base.tree import at_least_f32, by_name, fold_keys, own_key
 from s2sam_jax._base.types import Params
 from s2sam_jax._training.train_step import Batch, LossFn, ModelState
 
@@ -38,7 +38,7 @@ def recalibrate_batch_stats(
       loss_fn: the training loss of :func:`make_train_step`, in training mode.
       params: the weights to be evaluated; with :func:`s2sam_wrapper`, those that :func:`eval_params` returns.
       model_state: the state to replace.
-      batches: batches as in training; a handful is enough.
+      batches: batches as in training, which are weighted equally; a handful is enough.
       seed: integer or PRNG key for dropout and the like; each batch gets a key of its own, and typed keys in
         ``model_state``, as Flax NNX keeps them there, are folded with the number of the batch.
 
@@ -60,7 +60,7 @@ def recalibrate_batch_stats(
       >>> print(recalibrate_batch_stats(loss_fn, None, jnp.array(0.0), batches).round(3))
       4.0
     """
-    key = copy_key(seed, "recalibrate_batch_stats")
+    key = own_key(seed, "recalibrate_batch_stats")
     statistics = jax.jit(lambda *args: [x for x in jax.tree.leaves(loss_fn(*args)[1][0]) if _is_float(x)])
 
     def forward(values, batch, index):

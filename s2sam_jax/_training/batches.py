@@ -6,22 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._base.tree import explicit_sharding
+from s2sam_jax._base.tree import explicit_sharding, leaf_name
 
 Batch = Any  # a pytree whose leaves have the examples along their leading axis
 
 
 def first_examples(batch: Batch, count: int) -> Batch:
     """The first ``count`` examples of a batch, or all if it has fewer."""
-    size = min((x.shape[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)), default=0)
+    size = _number_of_examples(batch, "fisher_examples")
     return take_examples(batch, jnp.arange(min(count, size)), "fisher_examples")
 
 
 def take_examples(batch: Batch, rows: jax.Array, option: str) -> Batch:
+    _number_of_examples(batch, option)
+
     def chosen(x):
         x = jnp.asarray(x)  # NumPy's cannot be indexed by traced rows
-        if x.ndim == 0:
-            raise ValueError(f"{option} chooses examples, but a batch leaf has none: it is of shape ().")
         sharding = explicit_sharding(x)
         if sharding is None:
             return x[rows]
@@ -36,9 +36,10 @@ def split_batch(batch: Batch, parts: int, option: str, *, strided: bool) -> Batc
     In a batch that is sharded in blocks, neighbours lie on one device. Parts of neighbours are for devices to compute
     side by side; of each strided part every device has its share, and no example moves.
     """
+    _number_of_examples(batch, option)
 
     def cut(x):
-        if x.ndim == 0 or x.shape[0] % parts:
+        if x.shape[0] % parts:
             raise ValueError(f"{option}={parts} does not divide a batch leaf of shape {x.shape} along its first axis.")
         size = x.shape[0] // parts
         shape = (*((size, parts) if strided else (parts, size)), *x.shape[1:])
@@ -50,6 +51,18 @@ def split_batch(batch: Batch, parts: int, option: str, *, strided: bool) -> Batc
 
     pieces = jax.tree.map(cut, batch)
     return jax.tree.map(lambda x: x.swapaxes(0, 1), pieces) if strided else pieces
+
+
+def _number_of_examples(batch: Batch, option: str) -> int:
+    """The length of every leaf's first axis."""
+    shapes = {leaf_name(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(batch)}
+    if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
+        raise ValueError(
+            f"{option} takes some of the examples, which lie along the first axis of every leaf of the batch, but "
+            f"these leaves have different numbers of them: {shapes}. What is no example, as weights of classes, "
+            "loss_fn gets by a closure or in the model state."
+        )
+    return next(iter(shapes.values()), (0,))[0]
 
 
 def _fitting(sharding: Any, shape: tuple[int, ...], spec: Any) -> Any:

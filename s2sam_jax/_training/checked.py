@@ -15,9 +15,9 @@ from s2sam_jax._base.optax_wrappers import SKIPPING, Optimizer, check_state_of_t
 from s2sam_jax._base.state_rule import Unmasked, mask_mirrored
 from s2sam_jax._base.tree import at_least_f32, by_name, check_same_leaves, find_states, map_states, masked, norm, scalar
 from s2sam_jax._base.types import GradFn, Params
+from s2sam_jax._sharpness.order import check_order
 from s2sam_jax._sharpness.perturb import perturb, perturbations, perturbing
 from s2sam_jax._sharpness.s2sam import S2SAMState, last_gradient
-from s2sam_jax._sharpness.second_gradient import check_comes_first
 from s2sam_jax._sparsity.mask_checks import Fault, not_finite, sparse_faults
 
 
@@ -104,7 +104,7 @@ def _fitting(tx: Optimizer, grads: Params, state: Any, params: Params | None) ->
     expected = jax.eval_shape(tx.init, params)
     check_same_leaves(state, expected, "opt_state", "tx.init(params)")
     check_state_of_tx(state, expected, "tx.init(params)")
-    check_comes_first(expected)
+    check_order(expected)
     return params
 
 

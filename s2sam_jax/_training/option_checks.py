@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import optax
 
-from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.optax_wrappers import Optimizer, check_state_of_tx
 from s2sam_jax._base.tree import find_states
 from s2sam_jax._sharpness.esam import check_sharpest_fraction
-from s2sam_jax._sharpness.s2sam import S2SAMState
-from s2sam_jax._sharpness.second_gradient import NAMES, SECOND_GRADIENT, check_comes_first, taking_second_gradients
+from s2sam_jax._sharpness.order import check_order
+from s2sam_jax._sharpness.second_gradient import NAMES, taking_second_gradients
 from s2sam_jax._training.train_state import TrainState
 
 
@@ -76,23 +75,12 @@ def check_second_gradient(state: TrainState, sharpness_parts: int, sharpest_frac
 def check_state(tx: Optimizer, state: TrainState) -> None:
     expected = jax.eval_shape(tx.init, state.params)
     check_state_of_tx(state.opt_state, expected, "TrainState.create(params, tx)")
-    sparse = find_states(expected, SparseState)
-    inside = [state for one in sparse for state in taking_second_gradients(one.inner_state)]
-    if sparse and len(taking_second_gradients(expected)) > len(inside):
-        raise ValueError(
-            f"{NAMES} outside sparsify would perturb pruned weights, along their dense gradients; put it inside: "
-            "sparsify(chain(sam(), ...))."
-        )
-    outermost = find_states(expected, (S2SAMState, *SECOND_GRADIENT, optax.transforms.PartitionState))
-    kinds = {type(state) for state in outermost}
-    if S2SAMState in kinds and kinds & set(SECOND_GRADIENT):
-        raise ValueError(f"tx has s2sam() and one of {NAMES}, and would perturb twice; take one of them.")
     if any(taking_second_gradients(outer) for outer in find_states(expected, optax.MultiStepsState)):
         raise ValueError(
             f"{NAMES} inside optax.MultiSteps would take their second gradient on the last micro-batch alone; "
             "use make_train_step(..., accumulate=k) instead."
         )
-    check_comes_first(expected)
+    check_order(expected)
 
 
 def check_metrics(metrics: dict[str, Any], own: dict[str, Any]) -> None:

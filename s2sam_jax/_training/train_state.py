@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._base.masks import SparseState, apply_masks, set_masks
+from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.optax_wrappers import Optimizer
-from s2sam_jax._base.tree import check_real, copy_key, find_states
+from s2sam_jax._base.tree import check_real, find_states, own_key
 from s2sam_jax._base.types import Masks, Params
+from s2sam_jax._sparsity.mask_changes import apply_masks, set_masks
 from s2sam_jax._training.gradient import ModelState
 
 
@@ -77,4 +78,4 @@ class TrainState(NamedTuple):
         if find_states(opt_state, SparseState):
             params = apply_masks(params, opt_state)
         zero = jnp.zeros((), jnp.int32)
-        return cls(zero, params, model_state, opt_state, copy_key(seed, "train"), jnp.full((), -1, jnp.int32))
+        return cls(zero, params, model_state, opt_state, own_key(seed, "train"), jnp.full((), -1, jnp.int32))

@@ -9,7 +9,7 @@ import optax
 import pytest
 from common import MOMENTUM, RHO, SPARSITY, assert_trees_close, rigl, s2sgd
 
-from s2sam_jax import apply_masks, get_masks, methods, perturb, select, sparsify, ssam
+from s2sam_jax import Every, apply_masks, get_masks, methods, perturb, select, sparsify, ssam
 
 
 @pytest.fixture
@@ -39,6 +39,22 @@ def test_select_under_explicit_sharding(mesh, scope):
     with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.devices()[:1])):
         want = jax.jit(lambda x: select(x, sparsity=0.5, scope=scope))(plain)
     assert_trees_close(masks, want, 0, 0)
+
+
+def test_random_masks_and_growth_are_those_of_one_device(mesh):
+    plain, placed = sharded_params(mesh)
+    tx = sparsify(optax.sgd(0.1), methods.set(0.5), sparsity=SPARSITY, when=Every(0, 1))
+
+    def masks(params):
+        first = tx.init(params)
+        _, then = jax.jit(tx.update)(params, first, params)
+        return [get_masks(first), get_masks(then)]
+
+    got = masks(placed)
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.devices()[:1])):
+        want = masks(plain)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert (got[0]["a"] != got[1]["a"]).any()
 
 
 def quadratic(params):

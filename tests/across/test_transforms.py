@@ -7,7 +7,7 @@ import optax
 import pytest
 from common import KERNELS, MOMENTUM, STEPS, assert_trees_close, loss_fn, make_params, named, planned, rigl, s2sgd
 
-from s2sam_jax import apply_masks, get_masks, methods, perturb, s2sam, sparsify, ssam
+from s2sam_jax import TrainState, apply_masks, get_masks, methods, perturb, s2sam, sparsify, ssam
 
 
 def test_vmap_over_keys_gives_different_masks():
@@ -42,6 +42,15 @@ def test_vmap_over_integer_seeds_gives_different_masks(kind):
     flat = np.concatenate([np.asarray(m).reshape(4, -1) for m in leaves], axis=1)
     assert len(np.unique(flat, axis=0)) == 4
     assert (flat.sum(1) == {"ssam": 45, "sparsify": 15}[kind]).all()  # of 114 and of 36, at 60 %
+
+
+@pytest.mark.parametrize("seed", [0, jax.random.key(0)], ids=["integer", "key"])
+def test_one_seed_for_all_gives_each_draws_of_its_own(seed):
+    tx = sparsify(optax.chain(ssam(total_steps=9, seed=seed), MOMENTUM()), methods.static(), sparsity=0.5, seed=seed)
+    state = TrainState.create(make_params(), tx, seed=seed)
+    keys = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    assert len(keys) == 3
+    assert len(np.unique([jax.random.key_data(key) for key in keys], axis=0)) == 3
 
 
 def test_no_key_is_used_twice():

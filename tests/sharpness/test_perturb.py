@@ -159,10 +159,18 @@ def test_s2sam_before_an_optimizer_is_not(tx):
     jax.tree.map(np.testing.assert_array_equal, perturb(WITH_GAIN, tx.init(WITH_GAIN)), WITH_GAIN)
 
 
-def test_s2sam_and_sam_in_one_chain_are_refused():
-    tx = optax.chain(s2sam(), sam(), SGD)
+TWICE = {
+    "s2sam": optax.chain(s2sam(), sam(), SGD),
+    "msam": optax.chain(sam(), msam(), SGD),
+    "s2sam_wrapper": optax.chain(sam(), s2sam_wrapper(SGD)),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_what_would_perturb_twice_is_refused(name):
+    tx = TWICE[name]
     step = make_train_step(lambda params, rest, batch, key: (jnp.sum(params["gain"] * batch), (rest, {})), tx)
-    with pytest.raises(ValueError, match=r"tx has s2sam\(\) and one of sam, .* would perturb twice"):
+    with pytest.raises(ValueError, match=rf"^{name} together with one of sam, .* would perturb twice"):
         step(TrainState.create(WITH_GAIN, tx), jnp.ones(4))
 
 

@@ -6,7 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-from s2sam_jax import TrainState, looksam, make_train_step, methods, s2sam, sam, sharpness_metrics, sparsify
+from s2sam_jax import (
+    TrainState,
+    apply_masks,
+    checked,
+    looksam,
+    make_train_step,
+    methods,
+    s2sam,
+    sam,
+    sharpness_metrics,
+    sparsify,
+)
 
 
 @pytest.mark.parametrize("rho", [0.0, 1e-6, optax.linear_schedule(0.0, 0.05, 1000)], ids=["zero", "tiny", "warm-up"])
@@ -36,8 +47,14 @@ def start(tx, params=PARAMS):
 
 def test_sam_outside_sparsify_is_refused_and_inside_is_not():
     outside = optax.chain(sam(0.5), sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5))
-    with pytest.raises(ValueError, match=r"outside sparsify would perturb pruned weights"):
-        make_train_step(loss_fn, outside)(start(outside), jnp.ones(4))
+    refused = r"outside sparsify would perturb pruned weights"
+    state = outside.init(PARAMS)
+    with pytest.raises(ValueError, match=refused):
+        apply_masks(PARAMS, state)
+    with pytest.raises(ValueError, match=refused):
+        start(outside)
+    with pytest.raises(ValueError, match=refused):
+        checked(outside).update(PARAMS, state, PARAMS, grad_fn=lambda params: params)
     inside = sparsify(optax.chain(sam(0.5), optax.sgd(0.1)), methods.static(), sparsity=0.5)
     make_train_step(loss_fn, inside)(start(inside), jnp.ones(4))
 

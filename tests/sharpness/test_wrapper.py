@@ -20,6 +20,7 @@ from s2sam_jax import (
     perturb,
     s2sam,
     s2sam_wrapper,
+    sam,
     sparsify,
 )
 
@@ -53,7 +54,7 @@ def test_s2sam_around_sparsify_and_inside_the_wrapper():
     tx = optax.chain(s2sam(), sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5))
     with pytest.raises(ValueError, match=r"s2sam\(\) stands outside sparsify\(\)"):
         perturb(two_kernels(), tx.init(two_kernels()))
-    for inner in (s2sam(), optax.chain(msam(), optax.sgd(0.1, momentum=0.9))):
+    for inner in (s2sam(), optax.chain(msam(), optax.sgd(0.1, momentum=0.9)), optax.chain(sam(), optax.sgd(0.1))):
         with pytest.raises(ValueError, match="would perturb twice"):
             s2sam_wrapper(inner).init(two_kernels())
 

@@ -47,6 +47,15 @@ def test_get_masks_of_several():
     assert jax.tree.structure(get_masks(two_sparse(), two_kernels())) == jax.tree.structure(two_kernels())
 
 
+def test_get_masks_for_a_tree_that_lacks_leaves_or_has_other_shapes():
+    """All true would be a wrong answer about parameters that have been given other names."""
+    state = static().init({"params": two_kernels()})
+    with pytest.raises(ValueError, match=r"params/a/kernel: missing in params"):
+        get_masks(state, two_kernels())
+    with pytest.raises(ValueError, match=r"params/a/kernel: shape \(4, 5\) in params, \(4, 4\) in the masks"):
+        get_masks(state, {"params": wrong_shape()})
+
+
 def test_set_masks_misuse():
     state, masks = static().init(two_kernels()), jax.tree.map(lambda x: x > 0, two_kernels())
     with pytest.raises(TypeError, match=r"needs bool masks; these are not: \['a/bias', 'a/kernel', 'b/kernel'\]"):

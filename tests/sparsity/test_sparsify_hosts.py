@@ -1,7 +1,7 @@
 """sparsify around every optimizer, inside every wrapper, over every kind of tree."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -194,6 +194,22 @@ TREES = {
     "dict": make_params,
     "one_array": lambda: jnp.ones((5, 5)),
 }
+
+
+class Attention(NamedTuple):
+    query: jax.Array | optax.MaskedNode
+    value: jax.Array
+
+
+@pytest.mark.parametrize("query", [jnp.ones((4, 4)), optax.MaskedNode()], ids=["array", "hidden"])
+def test_a_field_called_value_keeps_its_name(query):
+    """Flax's variables have such a field, too, and it alone, which is left out of names."""
+    params = {"scale": Attention(query, jnp.ones((4, 4))), "boxed": nnx.Param(jnp.ones((4, 4)))}
+    seen = []
+    tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, prunable=lambda name, _: seen.append(name) or True)
+    masks = tx.init(params).masks
+    assert sorted(set(seen)) == ["boxed", *["scale/query"] * isinstance(query, jax.Array), "scale/value"]
+    assert int(masks["scale"].value.sum()) == 8
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES.keys())

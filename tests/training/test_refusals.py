@@ -223,5 +223,33 @@ def test_a_batch_leaf_without_examples_is_named():
 
     tx = optax.chain(ssam(0.1, mask="fisher"), optax.sgd(0.1))
     state = TrainState.create({"kernel": jnp.ones((4, 8))}, tx)
-    with pytest.raises(ValueError, match=r"fisher_examples chooses examples, but a batch leaf has none"):
+    with pytest.raises(ValueError, match=r"fisher_examples takes some of .*'epoch': \(\), 'x': \(16, 4\)"):
         make_train_step(loss, tx)(state, {"x": IMAGES, "epoch": jnp.int32(1)})
+
+
+def losses(params, model_state, batch, key):
+    return batch["y"]
+
+
+@pytest.mark.parametrize(
+    ("sharp", "options"),
+    [
+        (optax.identity(), {"accumulate": 2}),
+        (sam(0.1), {"sharpness_parts": 2}),
+        (sam(0.1), {"sharpest_fraction": 0.5, "example_loss_fn": losses}),
+        (ssam(0.1, mask="fisher"), {"fisher_examples": 8}),
+    ],
+    ids=["accumulate", "sharpness_parts", "sharpest_fraction", "fisher_examples"],
+)
+def test_a_batch_leaf_of_another_length_is_not_cut_up(sharp, options):
+    """Indices beyond its end would be clamped, and the loss would be another."""
+
+    def loss(params, model_state, batch, key):
+        weights = batch["of_classes"][batch["y"].astype(int)]
+        return jnp.mean(weights * jnp.square(batch["x"] @ params["kernel"]).sum(-1)), (model_state, {})
+
+    batch = {"x": IMAGES, "y": jnp.arange(16.0) % 4, "of_classes": jnp.arange(4.0)}
+    tx = optax.chain(sharp, optax.sgd(0.1))
+    state = TrainState.create({"kernel": jnp.ones((4, 8))}, tx)
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))} takes some of the examples, .*'of_classes': \(4,\)"):
+        make_train_step(loss, tx, **options)(state, batch)

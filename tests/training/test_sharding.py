@@ -47,7 +47,6 @@ def test_the_train_step_on_a_mesh(climb, kind):
     batches = [jnp.asarray(rng.normal(size=(16, 8)), jnp.float32) for _ in range(6)]
     sharpness = optax.chain(climb(0.1), optax.sgd(0.1, momentum=0.9))
     tx = sparsify(sharpness, methods.rigl(0.5), sparsity=0.5, when=Every(0, 2, 8))
-    # Before there are explicit axes, under which each leaf of random masks has a key of its own.
     first = TrainState.create({name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in SHAPES.items()}, tx)
     reference = run(lambda state: state, lambda batch: batch)
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(kind,) * 2)
