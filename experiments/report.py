@@ -55,7 +55,8 @@ def main(arguments: Arguments) -> None:
             if write is not None:
                 write(file)
                 print(f"from {file.name}")
-        except (ValueError, KeyError) as error:  # one file of another kind does not keep the others from their pages
+        # One file of another kind, or of a newer version, does not keep the others from their pages.
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             failed.append(f"{file.name}: {type(error).__name__}: {error}")
     if failed:
         raise ValueError("no page was made from " + "; ".join(failed))

@@ -20,7 +20,7 @@ from experiments.recipes import Recipe
 from experiments.recipes.base import ACCURACY, CORRUPTED
 from experiments.recipes.scales import Scale, scaled
 from experiments.recipes.selection import Selection, chosen
-from experiments.rows import comparison, jsonl, missing
+from experiments.rows import comparison, files, jsonl, missing
 from experiments.rows.jsonl import Row
 from experiments.training import runs
 
@@ -131,11 +131,11 @@ def _difference(value: float | None, baseline: float | None) -> float | None:
 
 def store(rows: list[Row], file: Path) -> list[Row]:
     """Adds rows to the file, in place of older ones of the same recipe and seed; returns all, in the table's order."""
-    old = jsonl.read(file)
     order = {name: place for place, name in enumerate(recipes.RECIPES)}
-    merged = {(row["recipe"]["name"], row["seed"]): row for row in [*old, *rows]}
-    kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
-    jsonl.write(file, kept)
+    with files.locked(file.parent):
+        merged = {(row["recipe"]["name"], row["seed"]): row for row in [*jsonl.read(file), *rows]}
+        kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
+        jsonl.write(file, kept)
     return kept
 
 

@@ -95,7 +95,16 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     for config in configs.values():
         runs.tidy(config.run_dir)
     with runs.says_what_goes_on(fresh):
-        _train(fresh, console, arguments)
+        failed = _train(fresh, console, arguments)
+    trained = {name: config for name, config in configs.items() if runs.finished(config)}
+    folders = _show(trained, len(fresh) < len(configs), console, arguments) if trained else {}
+    if failed:
+        raise FloatingPointError("; ".join(failed))
+    return folders
+
+
+def _show(configs: dict[str, Config], stored: bool, console: Console, arguments: Arguments) -> dict[str, Path]:
+    """Prints the results of finished runs and draws them; returns their folders."""
     folders = {name: config.run_dir for name, config in configs.items()}
     rows = {name: runs.rows(folder) for name, folder in folders.items()}
     console.print(_title(arguments), soft_wrap=True)
@@ -105,7 +114,7 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
         console.print(display.layer_table(finals), soft_wrap=True)
     if len(set(arguments.seeds)) > 1:
         console.print(display.seeds_table(list(finals.values())), soft_wrap=True)
-    if len(fresh) < len(configs):
+    if stored:
         console.print("Shown from stored runs where they exist; add --overwrite to train anew.")
     for folder in folders.values():
         console.print(f"Files: {folder}", soft_wrap=True)
@@ -116,19 +125,25 @@ def train(arguments: Arguments, console: Console) -> dict[str, Path]:
     return folders
 
 
-def _train(fresh: list[Config], console: Console, arguments: Arguments) -> None:
-    """Trains runs, and prints their FLOPs."""
+def _train(fresh: list[Config], console: Console, arguments: Arguments) -> list[str]:
+    """Trains runs, and prints their FLOPs; says which broke down, as the others are still wanted."""
     if not fresh:
-        return
+        return []
+    failed = []
     loaded, start = tasks.load(arguments.config), _start(arguments.config)
     costs: dict[str, tuple[Table, list[str]]] = {}  # by their figures, as many runs cost the same
     for group in _groups(fresh, arguments.vmap):
-        cost = _run(group, loaded, start, console, arguments)
+        try:
+            cost = _run(group, loaded, start, console, arguments)
+        except FloatingPointError as error:
+            failed.append(f"{', '.join(config.name for config in group)}: {error}")
+            continue
         figures = str([list(column.cells) for column in cost.columns])
         costs.setdefault(figures, (cost, []))[1].append(group[0].optimizer)
     for cost, names in costs.values():
         cost.title = f"{cost.title}: {', '.join(dict.fromkeys(names))}"
         console.print(cost)
+    return failed
 
 
 def _curves_name(configs: Sequence[Config]) -> str:
@@ -170,15 +185,25 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
     made = [tasks.make(config, loaded, sharding.make_mesh(arguments.mesh)) for config in configs]
     steps = made[0].steps_per_epoch
     for config, task in zip(configs, made, strict=True):
-        optimizers.make(config, steps, task.network.groups)  # what it refuses leaves no folder
+        tx = optimizers.make(config, steps, task.network.groups)
+        jax.eval_shape(tx.init, task.network.params)  # what these refuse leaves no folder
+    with contextlib.ExitStack() as claims:
+        for config in configs:
+            claims.enter_context(runs.claim(config))
+            if runs.finished(config) and not arguments.overwrite:
+                raise ValueError(f"Another process has finished {config.name} meanwhile; the same command shows it.")
+        return _run_claimed(configs, made, start, console, arguments)
+
+
+def _run_claimed(
+    configs: list[Config], made: list[Task], start: TrainState | None, console: Console, arguments: Arguments
+) -> Table:
+    """No other process may begin with a run before it is finished, and its folder renamed."""
+    say, steps = functools.partial(console.print, soft_wrap=True), made[0].steps_per_epoch
     with (
-        contextlib.ExitStack() as claims,
         contextlib.ExitStack() as stack,
         display.ProgressBar(console, configs[0].optimizer, configs[0].epochs, steps) as bar,
     ):
-        for config in configs:
-            claims.enter_context(runs.claim(config))
-        say = functools.partial(console.print, soft_wrap=True)
         folders = [runs.begin(config, arguments.overwrite, say) for config in configs]
         checkpoints = [stack.enter_context(Checkpoints(folder / runs.CHECKPOINTS)) for folder in folders]
         done = seeds.common_epoch(configs, checkpoints) or 0

@@ -1,5 +1,6 @@
 """Image data sets that fit on the device: loading, order, and exact evaluation batches."""
 
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -98,7 +99,7 @@ def _from_npz(name: str, path: Path) -> tuple[np.ndarray, ...]:
         with np.load(path) as stored:
             names = sorted(stored.files)
             arrays = tuple(stored[field] for field in fields if field in names)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as an .npz of plain arrays ({error}).") from error
     if missing := sorted(set(fields) - set(names)):
         raise ValueError(f"{path} lacks the arrays {missing}; it has {names}.")
@@ -119,6 +120,12 @@ def _from_npz(name: str, path: Path) -> tuple[np.ndarray, ...]:
                 f"{field} in {path} must lie in [0, {KINDS[name].classes}) for {name}; "
                 f"got {labels.min()} to {labels.max()}."
             )
+    if (there := len(np.unique(arrays[1]))) < KINDS[name].classes / 2:  # a small file may lack some
+        warnings.warn(
+            f"{path} has training images of only {there} of the {KINDS[name].classes} classes of {name}: is it the "
+            "file of another data set?",
+            stacklevel=2,
+        )
     return arrays
 
 

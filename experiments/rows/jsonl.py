@@ -1,6 +1,7 @@
 """Rows: one JSON object on each line of a file, added as soon as it is known. Pages and figures are made from them."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,5 +40,9 @@ def write(file: Path, rows: Iterable[Row]) -> None:
 def append(file: Path, *rows: Row) -> None:
     """Adds rows, and the folder if it is missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as stream:
-        stream.write("".join(json.dumps(row) + "\n" for row in rows))
+    with file.open("a+b") as stream:
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            unfinished = stream.read() != b"\n"  # by an editor, or a disk that was full
+            stream.write(b"\n" * unfinished)
+        stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -45,7 +45,8 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         if kind is None:
             self.wait()
-        with stopping.held():
+        second = () if kind is None else (Exception,)  # the first one tells more
+        with contextlib.suppress(*second), _writing(self.folder):
             self._checkpointer.close()
 
     @property
@@ -66,12 +67,12 @@ class Checkpoints:
           OSError: when this or the one before it cannot be written.
         """
         metrics: dict[str, Any] | None = None if accuracy is None else {"test_accuracy": accuracy}
-        with self._writing():
+        with _writing(self.folder):
             self._checkpointer.save_async(epoch, state, force=True, metrics=metrics, custom_metadata=progress)
 
     def wait(self) -> None:
         """Waits until all is written; raises as :meth:`save`."""
-        with self._writing():
+        with _writing(self.folder):
             self._checkpointer.wait()
 
     def restore(self, epoch: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -87,22 +88,14 @@ class Checkpoints:
                 self._checkpointer.delete(later)
         return state, progress
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Orbax reports what went wrong in the background, as one of many types, when it is called next."""
-        try:
-            with stopping.held():
-                yield
-        except Exception as error:
-            raise OSError(
-                f"A checkpoint could not be written to {self.folder} ({_short(error)}). Those that are "
-                "complete stay; when there is space and permission to write, the same command goes on from the last."
-            ) from error
-
 
 def save(folder: Path, state: TrainState) -> None:
-    """Writes a checkpoint; Orbax makes it appear at once, when it is complete."""
-    with stopping.held():
+    """Writes a checkpoint; Orbax makes it appear at once, when it is complete.
+
+    Raises:
+      OSError: when it cannot be written.
+    """
+    with _writing(folder):
         ocp.save(str(folder.resolve()), state, overwrite=True)
 
 
@@ -137,6 +130,19 @@ def export(file: Path, params: Any, masks: Any, model_state: Any, metadata: dict
         arrays |= {f"mask/{name}": mask.astype(np.uint8) for name, mask in by_name(masks).items()}
     content = to_safetensors({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
     files.write_whole(file, lambda path: path.write_bytes(content))  # save_file's own are for their owner alone
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Orbax reports what went wrong in the background, as one of many types, when it is called next."""
+    try:
+        with stopping.held():
+            yield
+    except Exception as error:
+        raise OSError(
+            f"A checkpoint could not be written to {folder} ({_short(error)}). Those that are complete stay; when "
+            "there is space and permission to write, the same command goes on from the last."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 from interrupted import raw, small_state, snapshot, start
 
 from experiments import evaluate
-from experiments.training import runs
+from experiments.training import checkpoint, runs
 from experiments.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +127,25 @@ except OSError as error:
         assert float(kept.restore(1, jax.eval_shape(lambda: small_state(0)))[0].params["kernel"][0, 0]) == 1
         kept.save(2, small_state(2), {"epoch": 2}, 0.6)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_what_is_on_its_way_out_is_not_lost_to_a_failed_write(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED")
+
+    def train(stop):
+        with Checkpoints(tmp_path / "checkpoints") as kept:
+            monkeypatch.setattr(kept._checkpointer, "close", full)
+            if stop:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stop=True)
+    with pytest.raises(OSError, match=r"could not be written to .*RESOURCE"):
+        train(stop=False)
+    monkeypatch.setattr(checkpoint.ocp, "save", full)
+    with pytest.raises(OSError, match=r"could not be written to .*last \(ValueError: RESOURCE_EXHAUSTED"):
+        checkpoint.save(tmp_path / "last", small_state(1))
 
 
 def test_a_place_that_cannot_be_written_to_is_an_error_in_a_line(toy, tmp_path):

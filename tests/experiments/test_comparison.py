@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 import toy
 from scipy import stats
 
@@ -42,6 +43,22 @@ def test_a_comparison_over_seeds_ends_in_means_and_paired_gains(toy, tmp_path, m
 
     train.main([*options, "0", "1", "2", "--layers"])
     assert capsys.readouterr().out.count("hidden/kernel") == 1
+
+
+def test_one_run_that_breaks_down_ends_no_other(toy, tmp_path, monkeypatch, capsys):
+    def training(config, *rest):
+        if (config.optimizer, config.seed) == ("s2sam", 1):
+            raise FloatingPointError("Training broke down at step 2")
+        return train_one(config, *rest)
+
+    train_one = train.loop.train
+    monkeypatch.setattr(train.loop, "train", training)
+    options = ["--subset", "128", "--epochs", "1", "--out", str(tmp_path), "--compare", "s2sam", "sgd", "--seeds"]
+    with pytest.raises(SystemExit, match=r"error: \S*s2sam-\w+-seed1: Training broke down at step 2$"):
+        train.main([*options, "0", "1"])
+    printed = capsys.readouterr().out
+    assert len([path for path in tmp_path.iterdir() if (path / runs.WEIGHTS).is_file()]) == 3
+    assert "gain over s2sam" in printed
 
 
 def test_gains_are_paired_by_seed_and_over_the_first_optimizer():

@@ -149,6 +149,20 @@ def test_npz_with_other_arrays_is_refused(cifar_arrays, tmp_path):
         in_memory.load("cifar10", file)
 
 
+def test_an_npy_in_place_of_an_npz_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match=r"x\.npz cannot be read as an \.npz of plain arrays"):
+        in_memory.load("cifar10", tmp_path / "x.npz")
+
+
+def test_a_file_that_lacks_classes_may_be_of_another_data_set(cifar_arrays, tmp_path):
+    there = len(np.unique(cifar_arrays["train_labels"]))
+    np.savez(tmp_path / "x.npz", **cifar_arrays)
+    with pytest.warns(UserWarning, match=rf"images of only {there} of the 100 classes of cifar100: is it the file of"):
+        in_memory.load("cifar100", tmp_path / "x.npz")
+
+
 def test_batch_larger_than_the_data_is_refused(digits):
     with pytest.raises(ValueError, match="batch_size=2000 is more than the 1437 training rows"):
         tasks.make(Config(batch_size=2000), digits)

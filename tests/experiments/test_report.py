@@ -1,14 +1,17 @@
 """Every page and figure of results follows from the rows beside it."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from experiments import report
 from experiments.pages import markdown
-from experiments.rows import jsonl
+from experiments.rows import files, jsonl
 
 ROWS = sorted(jsonl.RESULTS.glob("*.jsonl"))
 
@@ -44,6 +47,46 @@ def test_rows_are_added_and_read(tmp_path):
     jsonl.append(file, {"c": None})
     assert jsonl.read(file) == [{"a": 1}, {"b": [2.5]}, {"c": None}]
     assert [json.loads(line) for line in file.read_text().splitlines()] == jsonl.read(file)
+
+
+def test_a_last_line_without_an_end_does_not_spoil_the_next(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}')
+    jsonl.append(file, {"b": 2})
+    assert jsonl.read(file) == [{"a": 1}, {"b": 2}]
+    file.write_text('{"a": 1}\n{"b"')
+    jsonl.append(file, {"c": 3})
+    with pytest.raises(ValueError, match="line 2, is not a row"):
+        jsonl.read(file)
+    assert file.read_text().splitlines()[2] == '{"c": 3}'
+
+
+def test_a_row_of_a_newer_version_keeps_no_other_file_from_its_page(tmp_path, capsys):
+    shutil.copy(jsonl.RESULTS / "table1_cpu.jsonl", tmp_path)
+    text = (jsonl.RESULTS / "table3-cifar10_cpu.jsonl").read_text()
+    (tmp_path / "newer.jsonl").write_text(text.replace('"recipe": {', '"recipe": {"newer": 1, ', 1))
+    with pytest.raises(SystemExit, match=r"no page was made from newer\.jsonl: TypeError: .*'newer'"):
+        report.main(["--results", str(tmp_path)])
+    assert capsys.readouterr().out == "from table1_cpu.jsonl\n"
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    script = "import sys, pathlib; from experiments.rows import files; files.write_text(pathlib.Path(sys.argv[1]), chr(949))"
+    plain = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": "."}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "page.md")], env=plain, check=True)
+    assert (tmp_path / "page.md").read_bytes() == "ε".encode()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    def fails(path):
+        path.write_text("half")
+        raise OSError("No space left on device")
+
+    file = tmp_path / "page.md"
+    file.write_text("before")
+    with pytest.raises(OSError, match="No space"):
+        files.write_whole(file, fails)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("page.md", "before")]
 
 
 def test_rows_that_are_not_there(tmp_path):

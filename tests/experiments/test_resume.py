@@ -135,6 +135,27 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_other_process_begins_before_the_folder_has_its_name(toy, tmp_path, monkeypatch):
+    def another_tries(config, *rest):
+        with pytest.raises(ValueError, match="Another process is training"), runs.claim(config):
+            pass
+        finish(config, *rest)
+
+    finish = runs.finish
+    monkeypatch.setattr(runs, "finish", another_tries)
+    assert start(tmp_path, "--epochs", "1").is_dir()
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_trained_again(tmp_path, monkeypatch):
+    folder = start(tmp_path, "--epochs", "1")
+    before = (folder / runs.METRICS).read_bytes()
+    answers = iter([False, True])  # when the command begins, and when it has the run for itself
+    monkeypatch.setattr(runs, "finished", lambda config: next(answers))
+    with pytest.raises(SystemExit, match=r"Another process has finished digits-.* meanwhile"):
+        start(tmp_path, "--epochs", "1")
+    assert (folder / runs.METRICS).read_bytes() == before
+
+
 def test_an_interrupted_run_is_not_finished_even_over_an_older_result(tmp_path):
     config = Config(out=tmp_path)
     config.run_dir.mkdir()

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -255,3 +256,12 @@ def test_terminal_table_and_plot(tmp_path):
     assert all(word in text for column in rendering.HEADER for word in column.split())
     tables.draw_comparison(lines, "table1, cpu", tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+def test_rows_of_several_processes_are_all_kept(tmp_path):
+    """Threads stand for them: a lock on the folder keeps them apart just as well."""
+    recipe = table.described(recipes.get("table1.rigl-0.9.sgd"))
+    rows = [{"recipe": recipe, "seed": seed} for seed in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: table.store([row], tmp_path / "rows.jsonl"), rows))
+    assert [row["seed"] for row in jsonl.read(tmp_path / "rows.jsonl")] == list(range(24))
