@@ -137,9 +137,11 @@ def _train(fresh: list[Config], console: Console, arguments: Arguments) -> list[
             cost = _run(group, loaded, start, console, arguments)
         except FloatingPointError as error:
             failed.append(f"{', '.join(config.name for config in group)}: {error}")
+            console.print(failed[-1], soft_wrap=True)
             continue
-        figures = str([list(column.cells) for column in cost.columns])
-        costs.setdefault(figures, (cost, []))[1].append(group[0].optimizer)
+        if cost is not None:
+            figures = str([list(column.cells) for column in cost.columns])
+            costs.setdefault(figures, (cost, []))[1].append(group[0].optimizer)
     for cost, names in costs.values():
         cost.title = f"{cost.title}: {', '.join(dict.fromkeys(names))}"
         console.print(cost)
@@ -180,8 +182,10 @@ def _groups(configs: list[Config], vmap: bool) -> list[list[Config]]:
     return [list(group) for _, group in itertools.groupby(configs, lambda config: config.optimizer)]
 
 
-def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments) -> Table:
-    """Trains one run, or several side by side, and returns the table of FLOPs."""
+def _run(
+    configs: list[Config], loaded: Any, start: TrainState | None, console: Console, arguments: Arguments
+) -> Table | None:
+    """Trains one run, or several side by side, and returns the table of FLOPs; none if there was nothing to do."""
     made = [tasks.make(config, loaded, sharding.make_mesh(arguments.mesh)) for config in configs]
     steps = made[0].steps_per_epoch
     for config, task in zip(configs, made, strict=True):
@@ -190,8 +194,8 @@ def _run(configs: list[Config], loaded: Any, start: TrainState | None, console: 
     with contextlib.ExitStack() as claims:
         for config in configs:
             claims.enter_context(runs.claim(config))
-            if runs.finished(config) and not arguments.overwrite:
-                raise ValueError(f"Another process has finished {config.name} meanwhile; the same command shows it.")
+        if all(map(runs.finished, configs)) and not arguments.overwrite:  # by another process, meanwhile
+            return None
         return _run_claimed(configs, made, start, console, arguments)
 
 

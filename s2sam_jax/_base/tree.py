@@ -22,22 +22,22 @@ def leaf_name(key_path: Any) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def leaf_names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
-    """The leaves' names in order, without the trailing ``.value`` that Flax's variables and boxes add.
+def named_nodes(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves with their names, and what stands for leaves that are elsewhere or hidden.
 
-    A field ``value`` beside others, as of attention, is not theirs.
+    A trailing ``.value``, which Flax's variables and boxes add, is left out of names; a field ``value`` beside others,
+    as of attention, is not theirs.
     """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf)]
-    fields: dict[Any, set[Any]] = {path[:-1]: set() for path in paths if path and path[-1] == BOXED}
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_holds_nothing)
+    fields: dict[Any, set[Any]] = {path[:-1]: set() for path, _ in nodes if path and path[-1] == BOXED}
     if fields:
-        for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_holds_nothing):
+        for path, _ in nodes:
             for depth, entry in enumerate(path):
                 fields.get(path[:depth], set()).add(entry)
-    return [leaf_name(path[:-1] if fields.get(path[:-1]) == {BOXED} else path) for path in paths]
+    return [(leaf_name(path[:-1] if fields.get(path[:-1]) == {BOXED} else path), node) for path, node in nodes]
 
 
 def _holds_nothing(node: Any) -> bool:
-    """What stands for leaves that are elsewhere, or hidden."""
     return node is None or isinstance(node, optax.MaskedNode)
 
 
@@ -47,9 +47,10 @@ def by_name(tree: Any) -> dict[str, Any]:
     Raises:
       ValueError: if two leaves have the same name, as in ``{"a/b": x, "a": {"b": y}}``.
     """
-    names = leaf_names(tree)
-    found = dict(zip(names, jax.tree.leaves(tree), strict=True))
-    if len(found) < len(names):
+    leaves = [(name, node) for name, node in named_nodes(tree) if not _holds_nothing(node)]
+    found = dict(leaves)
+    if len(found) < len(leaves):
+        names = [name for name, _ in leaves]
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"Leaves are told apart by their names, and several are called {twice}; rename them.")
     return found
@@ -57,9 +58,10 @@ def by_name(tree: Any) -> dict[str, Any]:
 
 def map_named(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """``jax.tree.map`` whose function gets the leaf's name as its first argument."""
-    leaves, treedef = jax.tree.flatten(tree)
-    columns = [leaf_names(tree), leaves, *map(treedef.flatten_up_to, rest)]
-    return treedef.unflatten([fn(*row) for row in zip(*columns, strict=True)])
+    treedef = jax.tree.structure(tree)
+    named = (row for row in named_nodes(tree) if not _holds_nothing(row[1]))
+    columns = map(treedef.flatten_up_to, rest)
+    return treedef.unflatten([fn(*row, *others) for row, *others in zip(named, *columns, strict=True)])
 
 
 def align(tree: Any, like: Any) -> Any:
@@ -138,6 +140,18 @@ def fold_keys(tree: Any, index: int | jax.Array) -> Any:
         return jax.vmap(jax.random.fold_in, in_axes=(0, None))(x.reshape(-1), index).reshape(x.shape)
 
     return jax.tree.map(fold, tree)
+
+
+def unfold_keys(tree: Any, folded: Any, before: Any) -> Any:
+    """The model state with those keys as they were before folding that have come back as they were given."""
+
+    def unfold(x, given, old):
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        same = jax.random.key_data(x) == jax.random.key_data(given)
+        return jnp.where(jnp.all(same, axis=tuple(range(x.ndim, same.ndim))), old, x)
+
+    return jax.tree.map(unfold, tree, folded, before)
 
 
 def at_least_f32(x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import optax
 from s2sam_jax._base.masks import SparseState
 from s2sam_jax._base.optax_wrappers import HOLDING_BACK, chains
 from s2sam_jax._base.state_rule import map_mirrored
-from s2sam_jax._base.tree import by_name, find_states, map_named
+from s2sam_jax._base.tree import by_name, find_states, map_named, scalar
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness import msam, s2sam
 from s2sam_jax._sharpness.ascent import add
@@ -91,6 +91,8 @@ def perturbations(
     owners: dict[str, str] = {}
     for state, directions in _directions(opt_state, clean):
         name = type(state).__name__
+        if jnp.ndim(scalar(state.rho)):
+            raise ValueError(f"perturb moves one network; this {name} is of several: use jax.vmap(perturb).")
         for path, direction in directions.items():
             if path not in clean or jnp.shape(clean[path]) != jnp.shape(direction):
                 raise ValueError(f"perturb: the {name} has a gradient {path}{jnp.shape(direction)} that params lack.")

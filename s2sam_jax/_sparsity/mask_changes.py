@@ -9,7 +9,7 @@ import optax
 from s2sam_jax._base.masks import SparseState, count_masks, masks_by_path, sparse_states
 from s2sam_jax._base.optax_wrappers import hides_leaves, with_extra_args
 from s2sam_jax._base.state_rule import mask_mirrored
-from s2sam_jax._base.tree import align, by_name, check_same_named, find_states, map_named, map_states
+from s2sam_jax._base.tree import align, by_name, check_same_named, find_states, map_named, map_states, scalar
 from s2sam_jax._base.types import Masks, Params
 from s2sam_jax._sharpness.order import check_order
 
@@ -31,7 +31,8 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
       The new optimizer state.
 
     Raises:
-      ValueError: when there is no :class:`SparseState`, or the masks have other leaves or shapes.
+      ValueError: when there is no :class:`SparseState`, one of several networks, or the masks have other leaves or
+        shapes.
       TypeError: when a mask is not bool.
 
     Example:
@@ -48,6 +49,8 @@ def set_masks(opt_state: Any, masks: Masks) -> Any:
     if wrong:
         raise TypeError(f"set_masks needs bool masks; these are not: {wrong}.")
     states = sparse_states(opt_state, "set_masks")
+    if any(jnp.ndim(scalar(state.nnz)) > 1 for state in states):
+        raise ValueError("set_masks sets those of one network; this state is of several: use jax.vmap(set_masks).")
     covered = masks_by_path(states)
     given = by_name(masks)
     if len(states) > 1 or any(hides_leaves(state.masks) for state in states):  # each covers a part of the parameters
@@ -68,7 +71,7 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
 
     Args:
       params: any pytree of parameters.
-      opt_state: a state with a :class:`SparseState`.
+      opt_state: a state with a :class:`SparseState`, of this network alone.
 
     Returns:
       The parameters with exact zeros off the masks.

@@ -72,7 +72,8 @@ def nm_pack(params: Params, masks: Masks, structure: NM) -> Any:
                 f"nm_pack: the mask of {name!r} has groups of {counts.min()} to {counts.max()} weights; {structure} "
                 f"has {structure.n} in each. Give the structure it was trained under."
             )
-        return NMPacked(values, indices, weights.shape[structure.axis], structure)
+        axis = structure.axis % weights.ndim - weights.ndim  # from the end, so that what is packed may be stacked
+        return NMPacked(values, indices, weights.shape[axis], dataclasses.replace(structure, axis=axis))
 
     return map_named(pack, params, masks)
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from s2sam_jax._base.select import ones
-from s2sam_jax._base.tree import by_name, leaf_names, map_named
+from s2sam_jax._base.tree import by_name, map_named, named_nodes
 from s2sam_jax._base.types import GradFn, MaskInputs, MaskUpdate, Params
 
 Stacked = Mapping[str, int | tuple[int, ...]]  # the axis of the layers, or several axes, by path pattern
@@ -59,12 +59,7 @@ def layers_of(tree: Any, stacked: Axes) -> Any:
 
 def _hidden(tree: Any) -> dict[str, optax.MaskedNode]:
     """What stands where a wrapper hides a leaf, by which methods know of it."""
-
-    def is_node(node):
-        return isinstance(node, optax.MaskedNode)
-
-    nodes = zip(leaf_names(tree, is_node), jax.tree.leaves(tree, is_leaf=is_node), strict=True)
-    return {name: node for name, node in nodes if is_node(node)}
+    return {name: node for name, node in named_nodes(tree) if isinstance(node, optax.MaskedNode)}
 
 
 def inputs_in_layers(x: MaskInputs, stacked: Axes) -> MaskInputs:

@@ -30,7 +30,8 @@ def recalibrate_batch_stats(
     for any statistic kept as a moving average :math:`r \leftarrow \mu r + (1 - \mu) s_b`, for any :math:`\mu`: the
     first batch is run from three values of ``r``, which give :math:`\mu`, one per leaf, and tell whether a leaf is such
     an average at all. Others are kept, and named in a warning: the vectors of spectral norms, and statistics that
-    depend on these or on each other, as when running averages are used to normalize in training mode too.
+    depend on these or on each other, as when running averages are used to normalize in training mode too. A moving
+    average of the weights does become the weights: put it back.
 
     Each call compiles the forward pass anew, as a loss may close over values that have changed.
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._base.tree import explicit_sharding, leaf_name
+from s2sam_jax._base.tree import explicit_sharding
 
 Batch = Any  # a pytree whose leaves have the examples along their leading axis
 
@@ -55,12 +55,12 @@ def split_batch(batch: Batch, parts: int, option: str, *, strided: bool) -> Batc
 
 def _number_of_examples(batch: Batch, option: str) -> int:
     """The length of every leaf's first axis."""
-    shapes = {leaf_name(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(batch)}
+    shapes = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(batch)}
     if len({shape[:1] for shape in shapes.values()}) > 1 or () in shapes.values():
         raise ValueError(
             f"{option} takes some of the examples, which lie along the first axis of every leaf of the batch, but "
             f"these leaves have different numbers of them: {shapes}. What is no example, as weights of classes, "
-            "loss_fn gets by a closure or in the model state."
+            "loss_fn gets by a closure or in the model state; several to each example go along a second axis."
         )
     return next(iter(shapes.values()), (0,))[0]
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s2sam_jax._base.tree import at_least_f32, find_states, fold_keys, leaf_name
+from s2sam_jax._base.tree import at_least_f32, find_states, fold_keys, leaf_name, unfold_keys
 from s2sam_jax._base.types import Params
 from s2sam_jax._sharpness.esam import sharpest_examples
 from s2sam_jax._sharpness.trajectory import TrajectoryBuffer
@@ -92,7 +92,9 @@ def gradient_by_part(
 
     def averaged(point, entries):
         def of_part(entry, part, index):
-            return one(point(entry), fold_keys(model_state, index), part, jax.random.fold_in(key, index))
+            folded = fold_keys(model_state, index)
+            out, new = one(point(entry), folded, part, jax.random.fold_in(key, index))
+            return out, unfold_keys(new, folded, model_state)
 
         indices = shard_like(pieces, jnp.arange(parts))
         (by_part, loss, metrics), new = jax.vmap(of_part)(shard_like(pieces, entries), pieces, indices)

@@ -71,7 +71,8 @@ def make_train_step(
         is sharded, each device then holds a share of every micro-batch.
       sharpness_parts: number of equal parts of the batch, for m-sharpness. ``sam`` and its variants perturb for each
         part along its own gradient, and average the gradients at those points. With the batch sharded over devices and
-        one part per device, that is the per-device perturbation of SAM's authors. Memory: one gradient per part.
+        one part per device, that is the per-device perturbation of SAM's authors. Memory: one gradient per part. Typed
+        keys in the model state are folded with the number of the part.
       sharpest_fraction: share of the batch on which ``sam`` and its variants take their second gradient, as in ESAM:
         the examples whose loss the perturbation raises most (:func:`sharpest_examples`).
       example_loss_fn: ``(params, model_state, batch, key) -> losses[B]``, to choose those examples; called twice,

@@ -75,8 +75,7 @@ def itop(
         return MaskUpdate(masks, ITOPState(explored))
 
     def update(x: MaskInputs, state: ITOPState) -> MaskUpdate:
-        first, last = first_and_last(x, "itop")
-        fraction = cosine(drop_fraction, x.step, last, final_fraction)
+        fraction = cosine(drop_fraction, x.step, first_and_last(x, "itop")[1], final_fraction)
         moved = [part(n, fraction, rounded_up) for n in sparse_leaves(x, x.nnz)]
         if growth == "random":
             scores = random_scores(x.key, sparse_leaves(x, x.params))
@@ -84,8 +83,7 @@ def itop(
             scores = [jnp.abs(g) for g in sparse_leaves(x, x.grads)]
         masks = move_smallest(x, moved, scores)
         seen = zip(*(sparse_leaves(x, tree) for tree in (state.explored, x.masks, masks)), strict=True)
-        since = x.step > first  # the masks of init may have been replaced before they were used
-        explored = [(before & since) | m | new for before, m, new in seen]
+        explored = [before | m | new for before, m, new in seen]
         return MaskUpdate(masks, ITOPState(replace_sparse(x, state.explored, explored)))
 
     return SparseMethod(init=init, update=update, invariant="per_layer", structured=True)
@@ -96,7 +94,8 @@ def explored_fraction(opt_state: Any) -> jax.Array:
 
     .. math:: R_s = \|m_1 \cup \dots \cup m_t\|_0 / N
 
-    over the sparse leaves; under blocks and channels, in units.
+    over the sparse leaves; under blocks and channels, in units. The first masks count even if others were set before
+    training.
 
     Args:
       opt_state: an optimizer state that contains :func:`itop`, at any depth.

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_rows_are_added_and_read(tmp_path):
     assert [json.loads(line) for line in file.read_text().splitlines()] == jsonl.read(file)
 
 
+def test_rows_that_several_add_to_one_file_are_all_whole(tmp_path):
+    rows = [{"number": number, "long": "x" * 30_000} for number in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda row: jsonl.append(tmp_path / "rows.jsonl", row), rows))
+    assert sorted(row["number"] for row in jsonl.read(tmp_path / "rows.jsonl")) == list(range(200))
+
+
 def test_a_last_line_without_an_end_does_not_spoil_the_next(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"a": 1}')
@@ -71,7 +79,9 @@ def test_a_row_of_a_newer_version_keeps_no_other_file_from_its_page(tmp_path, ca
 
 
 def test_files_are_utf8_whatever_the_locale(tmp_path):
-    script = "import sys, pathlib; from experiments.rows import files; files.write_text(pathlib.Path(sys.argv[1]), chr(949))"
+    script = (
+        "import sys, pathlib; from experiments.rows import files; files.write_text(pathlib.Path(sys.argv[1]), chr(949))"
+    )
     plain = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": "."}
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "page.md")], env=plain, check=True)
     assert (tmp_path / "page.md").read_bytes() == "ε".encode()

@@ -104,19 +104,6 @@ def test_itop_equals_its_equations_over_a_trajectory(growth):
     assert rate > 0.6
 
 
-def test_itop_explores_from_the_masks_that_were_set():
-    """Not from the random ones of init, which no weight has been active under."""
-    tx = sparsify(optax.sgd(0.1), methods.itop(drop_fraction=0.0, final_fraction=0.0), sparsity=0.75, when=WHEN)
-    params = {"kernel": jnp.ones((8, 8))}
-    state = tx.init(params)
-    other = {"kernel": jnp.roll(get_masks(state)["kernel"], 3)}
-    assert bool((other["kernel"] != get_masks(state)["kernel"]).any())
-    state = set_masks(state, other)
-    for _ in range(WHEN.start + 2 * WHEN.every):
-        _, state = tx.update(params, state, params)
-    assert float(methods.explored_fraction(state)) == 0.25
-
-
 PHASES = ((0.0, 0.2), (0.5, 0.1))  # over 21 calls: to 10, to 20, and nothing at 21
 
 

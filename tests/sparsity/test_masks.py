@@ -17,6 +17,7 @@ from s2sam_jax import (
     check_masks,
     get_masks,
     methods,
+    perturb,
     s2sam,
     set_masks,
     sparsify,
@@ -54,6 +55,20 @@ def test_get_masks_for_a_tree_that_lacks_leaves_or_has_other_shapes():
         get_masks(state, two_kernels())
     with pytest.raises(ValueError, match=r"params/a/kernel: shape \(4, 5\) in params, \(4, 4\) in the masks"):
         get_masks(state, {"params": wrong_shape()})
+
+
+def test_states_of_several_networks_are_told_apart_by_vmap():
+    """Else counts would be over all networks, and radii broadcast along the last axis."""
+    params = jax.tree.map(lambda x: jnp.stack([x] * 4), two_kernels())
+    tx = static(optax.chain(s2sam(0.1), optax.sgd(0.1)))
+    states = jax.vmap(tx.init)(params)
+    masks = get_masks(states)
+    with pytest.raises(ValueError, match=r"set_masks sets those of one network.* use jax\.vmap\(set_masks\)"):
+        set_masks(states, masks)
+    np.testing.assert_array_equal(jax.vmap(set_masks)(states, masks).nnz, states.nnz)
+    with pytest.raises(ValueError, match=r"perturb moves one network; this S2SAMState is of several"):
+        perturb(params, states)
+    assert jax.tree.structure(jax.vmap(perturb)(params, states)) == jax.tree.structure(params)
 
 
 def test_set_masks_misuse():

@@ -1,5 +1,6 @@
 """N:M weights as values and indices, and back."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,3 +41,13 @@ def test_packed_two_of_four_by_hand():
     packed = nm_pack(weights, weights != 0, NM(2, 4, axis=-1))
     np.testing.assert_array_equal(packed.values, [[5, 7, 1, 2]])
     np.testing.assert_array_equal(packed.indices, [[1, 3, 0, 1]])
+
+
+@pytest.mark.parametrize("axis", [0, -2, 1])
+def test_what_is_packed_may_be_stacked(axis):
+    """As the layers of a scan are; the axis of the groups then is another from the front."""
+    structure, weights = NM(2, 4, axis=axis), jnp.asarray(draw(3, (8, 4)))
+    packed = nm_pack(weights, select(jnp.abs(weights), structure=structure), structure)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), packed)
+    one, two = nm_unpack(packed)[0], nm_unpack(stacked)[0]
+    np.testing.assert_array_equal(two, jnp.stack([one, one]))

@@ -197,18 +197,22 @@ TREES = {
 
 
 class Attention(NamedTuple):
-    query: jax.Array | optax.MaskedNode
+    query: Any
     value: jax.Array
 
 
-@pytest.mark.parametrize("query", [jnp.ones((4, 4)), optax.MaskedNode()], ids=["array", "hidden"])
-def test_a_field_called_value_keeps_its_name(query):
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [(jnp.ones(4), ["scale/query"]), ({"a": jnp.ones(4)}, ["scale/query/a"]), (optax.MaskedNode(), []), (None, [])],
+    ids=["array", "tree", "hidden", "none"],
+)
+def test_a_field_called_value_keeps_its_name(query, names):
     """Flax's variables have such a field, too, and it alone, which is left out of names."""
     params = {"scale": Attention(query, jnp.ones((4, 4))), "boxed": nnx.Param(jnp.ones((4, 4)))}
     seen = []
     tx = sparsify(optax.sgd(0.1), methods.static(), sparsity=0.5, prunable=lambda name, _: seen.append(name) or True)
     masks = tx.init(params).masks
-    assert sorted(set(seen)) == ["boxed", *["scale/query"] * isinstance(query, jax.Array), "scale/value"]
+    assert sorted(set(seen)) == ["boxed", *names, "scale/value"]
     assert int(masks["scale"].value.sum()) == 8
 
 

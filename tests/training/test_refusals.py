@@ -223,7 +223,7 @@ def test_a_batch_leaf_without_examples_is_named():
 
     tx = optax.chain(ssam(0.1, mask="fisher"), optax.sgd(0.1))
     state = TrainState.create({"kernel": jnp.ones((4, 8))}, tx)
-    with pytest.raises(ValueError, match=r"fisher_examples takes some of .*'epoch': \(\), 'x': \(16, 4\)"):
+    with pytest.raises(ValueError, match=r"fisher_examples takes some of .*\['epoch'\]\W+\(\), .*\['x'\]\W+\(16, 4\)"):
         make_train_step(loss, tx)(state, {"x": IMAGES, "epoch": jnp.int32(1)})
 
 
@@ -251,5 +251,7 @@ def test_a_batch_leaf_of_another_length_is_not_cut_up(sharp, options):
     batch = {"x": IMAGES, "y": jnp.arange(16.0) % 4, "of_classes": jnp.arange(4.0)}
     tx = optax.chain(sharp, optax.sgd(0.1))
     state = TrainState.create({"kernel": jnp.ones((4, 8))}, tx)
-    with pytest.raises(ValueError, match=rf"^{next(iter(options))} takes some of the examples, .*'of_classes': \(4,\)"):
+    with pytest.raises(
+        ValueError, match=rf"^{next(iter(options))} takes some of the examples, .*\['of_classes'\]\W+\(4,\)"
+    ):
         make_train_step(loss, tx, **options)(state, batch)

@@ -123,7 +123,17 @@ def test_parts_draw_apart_from_keys_in_the_model_state(keys):
     draws = np.asarray(first.by_part)
     assert len(set(draws.tolist())) == PARTS
     np.testing.assert_array_equal(draws, np.asarray(second.by_part))  # a part keeps its noise for the second gradient
-    assert jax.tree.map(jnp.shape, first.model_state) == jax.tree.map(jnp.shape, state)
+    np.testing.assert_array_equal(jax.random.key_data(first.model_state["keys"]), jax.random.key_data(keys))
+
+
+def test_a_key_that_the_loss_moves_on_is_that_of_the_first_part():
+    def moving(params, model_state, batch, key):
+        return params * batch.sum(), (jax.random.split(model_state)[1], {})
+
+    key = jax.random.key(0)
+    gradient = gradient_by_part(moving, key, jnp.ones((PARTS, 1)), key, PARTS)(lambda _: 1.0, jnp.arange(PARTS))
+    want = jax.random.split(jax.random.fold_in(key, 0))[1]
+    np.testing.assert_array_equal(jax.random.key_data(gradient.model_state), jax.random.key_data(want))
 
 
 def test_each_part_costs_two_gradients():
