@@ -132,7 +132,7 @@ def _difference(value: float | None, baseline: float | None) -> float | None:
 def store(rows: list[Row], file: Path) -> list[Row]:
     """Adds rows to the file, in place of older ones of the same recipe and seed; returns all, in the table's order."""
     order = {name: place for place, name in enumerate(recipes.RECIPES)}
-    with files.locked(file.parent):
+    with files.locked(file):
         merged = {(row["recipe"]["name"], row["seed"]): row for row in [*jsonl.read(file), *rows]}
         kept = sorted(merged.values(), key=lambda row: (order.get(row["recipe"]["name"], len(order)), row["seed"]))
         jsonl.write(file, kept)

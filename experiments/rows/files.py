@@ -24,12 +24,27 @@ def write_whole(file: Path, save: Callable[[Path], Any]) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Other processes wait here, while one changes a file of the folder by what it has read there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+def locked(file: Path) -> Iterator[None]:
+    """Other processes wait here, while one changes a file by what it has read there; makes its folder.
+
+    The lock is a file of its own, open for writing, without which network file systems lock nothing.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = file.with_name(file.name + ".lock")
+    while True:
+        with lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not _is_at(lock, handle.fileno()):  # the one before has removed it: others do not see this one
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -39,7 +39,7 @@ def write(file: Path, rows: Iterable[Row]) -> None:
 
 def append(file: Path, *rows: Row) -> None:
     """Adds rows, and the folder if it is missing."""
-    with files.locked(file.parent), file.open("a+b") as stream:  # of others, none in the middle of it
+    with files.locked(file), file.open("a+b") as stream:  # of others, none in the middle of it
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
             unfinished = stream.read() != b"\n"  # by an editor, or a disk that was full
