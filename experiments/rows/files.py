@@ -1,4 +1,4 @@
-"""Files that are written as a whole or not at all."""
+"""Files that are written as a whole or not at all, by one process at a time."""
 
 import contextlib
 import fcntl

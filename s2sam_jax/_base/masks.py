@@ -84,9 +84,7 @@ def get_masks(opt_state: Any, params: Params | None = None) -> Masks:
         if len(states) > 1:
             raise ValueError("get_masks: opt_state holds several SparseStates; pass params to get one tree.")
         return states[0].masks
-    found = masks_by_path(states)
-    covered = {path: p for path, p in by_name(params).items() if path in found}
-    check_same_named(covered, found, "params", "the masks in opt_state")
+    found = masks_of(states, params)
     return map_named(lambda path, p: found[path] if path in found else jnp.ones_like(p, dtype=bool), params)
 
 
@@ -113,3 +111,11 @@ def sparse_states(opt_state: Any, caller: str) -> list[SparseState]:
 def masks_by_path(states: list[SparseState]) -> dict[str, jax.Array]:
     """The masks of all states together."""
     return {path: mask for state in states for path, mask in by_name(state.masks).items()}
+
+
+def masks_of(states: list[SparseState], params: Params) -> dict[str, jax.Array]:
+    """The masks by path, all of which must have a parameter of their path and shape."""
+    masks = masks_by_path(states)
+    covered = {path: p for path, p in by_name(params).items() if path in masks}
+    check_same_named(covered, masks, "params", "the masks in opt_state")
+    return masks

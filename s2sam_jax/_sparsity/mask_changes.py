@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from s2sam_jax._base.masks import SparseState, count_masks, masks_by_path, sparse_states
+from s2sam_jax._base.masks import SparseState, count_masks, masks_by_path, masks_of, sparse_states
 from s2sam_jax._base.optax_wrappers import hides_leaves, with_extra_args
 from s2sam_jax._base.state_rule import mask_mirrored
 from s2sam_jax._base.tree import align, by_name, check_same_named, find_states, map_named, map_states, scalar
@@ -88,10 +88,9 @@ def apply_masks(params: Params, opt_state: Any) -> Params:
       >>> print(apply_masks(params, state)["kernel"].sum())
       4.0
     """
-    masks = masks_by_path(sparse_states(opt_state, "apply_masks"))
+    states = sparse_states(opt_state, "apply_masks")
     check_order(opt_state)  # every loop comes by here, if it is one of a sparse network
-    covered = {path: p for path, p in by_name(params).items() if path in masks}
-    check_same_named(covered, masks, "params", "the masks in opt_state")
+    masks = masks_of(states, params)
 
     def zero(path, param):
         return jnp.where(masks[path], param, jnp.zeros((), param.dtype)) if path in masks else param
